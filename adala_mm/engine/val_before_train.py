@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from adala_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ValBeforeTrainHook(Hook):
+    """Scores the model as it starts, before its first training step; a resumed run has done that already.
+
+    MMEngine has no such switch, and "what did this stage gain?" needs the score before it.
+    """
+
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner: Runner) -> None:
+        if runner.val_loop is not None and runner.iter == 0:
+            runner.logger.info('Validation before the first training step:')
+            runner.val_loop.run()
+            runner.model.train()

@@ -1,0 +1,3 @@
+from adala_mm.evaluation.alignment import AlignmentMetric
+
+__all__ = ['AlignmentMetric']

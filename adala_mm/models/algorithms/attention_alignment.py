@@ -1,0 +1,102 @@
+"""Stage 1 of ViT-AdaLA: each block's linear attention learns to answer as its softmax attention does."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adala_mm.models.algorithms.base import Alignment, relative_error
+from adala_mm.models.attentions import build_attention
+from adala_mm.registry import MODELS
+
+TARGETS = ('output', 'heads')
+
+
+@MODELS.register_module()
+class AttentionAlignment(Alignment):
+    """Attention alignment (ViT-AdaLA section 3.2, eq. 3).
+
+    ``loss = 1/L sum_l mean_{n,c} (linear_l(h_l) - softmax_l(h_l))^2`` with ``h_l = norm1_l(x_l)`` and x_l the stream
+    of the *softmax* ViT: every block sees exactly what it saw in pretraining, so blocks learn independently. Only the
+    query, key and value projections train, and what a variant adds to them; the rest is the frozen teacher itself.
+
+    One network serves as both: the backbone has its final linear attentions, and the softmax attentions they replace
+    stand beside it, a third more block weights instead of a second ViT. Blocks that keep softmax attention (hybrids)
+    have nothing to learn and count in neither loss nor L.
+
+    Args:
+        backbone: the linear ViT, with ``init_cfg`` naming the pretrained *softmax* checkpoint.
+        target: ``output`` compares after the output projection (Y = softmax attention module's output, our reading of
+            eq. 3 and that of follow-up work), ``heads`` before it.
+        head, data_preprocessor: see `Alignment`.
+
+    Logs ``rel_error``, the mean over blocks of ``||linear - softmax|| / ||softmax||``, and ``rel_error_worst``, the
+    largest of them.
+
+    Raises:
+        ValueError: for an unknown ``target``, or a backbone all of whose blocks are softmax.
+    """
+
+    def __init__(self, backbone: dict, target: str = 'output', head: dict | None = None,
+                 data_preprocessor: dict | None = None) -> None:
+        super().__init__(backbone, head, data_preprocessor)
+        if target not in TARGETS:
+            raise ValueError(f'unknown target {target!r}; choose one of {", ".join(TARGETS)}')
+        self.target = target
+        if all(block.attn.is_softmax for block in self.backbone.blocks):
+            raise ValueError('every block of the backbone has softmax attention: there is nothing to align')
+        self.backbone.requires_grad_(False)
+        for block in self.backbone.blocks:
+            if not block.attn.is_softmax:
+                block.attn.requires_grad_(True)
+                block.attn.proj.requires_grad_(False)
+        self.freeze('attentions', nn.ModuleList(self._softmax_twin(block.attn) for block in self.backbone.blocks))
+
+    @staticmethod
+    def _softmax_twin(attn: nn.Module) -> nn.Module:
+        dim = attn.proj.in_features
+        return build_attention(dict(type='adala_mm.SoftmaxAttention'), dim, attn.num_heads,
+                               qkv_bias=attn.qkv.bias is not None)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        # Before any resumed student is loaded, the projections are still those of the pretrained checkpoint.
+        for block, twin in zip(self.backbone.blocks, self.frozen['attentions'], strict=True):
+            twin.qkv.load_state_dict(block.attn.qkv.state_dict())
+            twin.proj.load_state_dict(block.attn.proj.state_dict())
+
+    def train(self, mode: bool = True) -> AttentionAlignment:
+        """Only the attentions that learn follow ``mode``; the stream stays the teacher's (no drop path)."""
+        super().train(mode)
+        self.backbone.eval()
+        for block in self.backbone.blocks:
+            if not block.attn.is_softmax:
+                block.attn.train(mode)
+        return self
+
+    def loss(self, images: Tensor) -> dict[str, Tensor]:
+        vit, losses, errors = self.backbone, [], []
+        with torch.no_grad():
+            x, hw = vit.embed(images)
+        for block, softmax in zip(vit.blocks, self.frozen['attentions'], strict=True):
+            with torch.no_grad():
+                h = block.norm1(x)
+                heads = softmax.attend(h, hw, vit.num_prefix)
+                attended = softmax.proj(heads)
+                x = block.add_residuals(x, attended)
+            if block.attn.is_softmax:
+                continue
+            wanted = attended if self.target == 'output' else heads
+            got = (block.attn if self.target == 'output' else block.attn.attend)(h, hw, vit.num_prefix)
+            losses.append(F.mse_loss(got.float(), wanted.float()))
+            errors.append(relative_error(got, wanted))
+        errors = torch.stack(errors)
+        return {'loss': torch.stack(losses).mean(), 'rel_error': errors.mean(), 'rel_error_worst': errors.max()}
+
+    @torch.no_grad()
+    def teacher_features(self, images: Tensor) -> Tensor:
+        vit = self.backbone
+        x, hw = vit.embed(images)
+        for block, softmax in zip(vit.blocks, self.frozen['attentions'], strict=True):
+            x = block.add_residuals(x, softmax(block.norm1(x), hw, vit.num_prefix))
+        return vit.norm(x)

@@ -1,0 +1,102 @@
+"""What both alignment stages share: a student backbone, a frozen teacher beside it, and a common score."""
+from __future__ import annotations
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from adala_mm.registry import MODELS
+from adala_mm.utils.checkpoint import read_state_dict
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """``||student - teacher|| / ||teacher||`` over all elements: 0 is identical, 1 is as bad as all zeros."""
+    student, teacher = student.detach().float(), teacher.detach().float()
+    return (student - teacher).norm() / teacher.norm().clamp_min(1e-12)
+
+
+class Alignment(BaseModel):
+    """Base of both stages.
+
+    The teacher is kept in a plain dict (`frozen`), not as a submodule. So it is by construction in no optimizer, no
+    DDP bucket, no checkpoint, and no ``train()`` call reaches it; it only follows the model's device and dtype.
+
+    Args:
+        backbone: config of the student, with ``init_cfg=dict(type='Pretrained', ...)``.
+        head: optional classification head of the teacher, ``dict(checkpoint=..., out_type='cls_token' |
+            'avg_featmap')``; validation then reports how often student and teacher agree on the top class.
+        data_preprocessor: normalisation of the images, MMEngine's ``ImgDataPreprocessor`` or another one.
+
+    Raises:
+        ValueError: in ``init_weights``, if a network has no pretrained weights to start from.
+    """
+
+    def __init__(self, backbone: dict, head: dict | None = None, data_preprocessor: dict | None = None) -> None:
+        super().__init__(data_preprocessor)
+        self.backbone = MODELS.build(backbone)
+        self.frozen: dict[str, nn.Module] = {}
+        self.head = head
+
+    def freeze(self, name: str, module: nn.Module) -> None:
+        """Holds ``module`` as a frozen part of the teacher."""
+        self.frozen[name] = module.requires_grad_(False).eval()
+
+    def _apply(self, fn, recurse: bool = True):  # what .to(), .cuda() and .half() call
+        for module in self.frozen.values():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def init_weights(self) -> None:
+        self.require_pretrained('backbone', self.backbone)
+        super().init_weights()
+        if self.head is not None:
+            state = read_state_dict(self.head['checkpoint'])
+            if 'head.weight' not in state:
+                raise ValueError(f'{self.head["checkpoint"]} has no classification head (head.weight, head.bias)')
+            classifier = nn.Linear(*reversed(state['head.weight'].shape))
+            classifier.load_state_dict({'weight': state['head.weight'], 'bias': state['head.bias']})
+            self.freeze('head', classifier.to(next(self.parameters()).device))
+
+    @staticmethod
+    def require_pretrained(role: str, network: nn.Module) -> None:
+        """Raises ValueError if ``network`` would start from random weights: there is nothing to align with."""
+        if (network.init_cfg or {}).get('type') != 'Pretrained':
+            raise ValueError(f"the {role} has no pretrained weights: alignment would distil noise. Give its config "
+                             "init_cfg=dict(type='Pretrained', checkpoint=...)")
+
+    def teacher_features(self, images: Tensor) -> Tensor:
+        """Final normalised tokens (B, N, C) of the frozen softmax ViT."""
+        raise NotImplementedError
+
+    def loss(self, images: Tensor) -> dict[str, Tensor]:
+        """The stage's loss under ``loss``; all other keys are for reading only."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """Images (B, 3, H, W) to final tokens (``tensor``), losses (``loss``) or one score per image (``predict``)."""
+        if mode == 'loss':
+            return self.loss(inputs)
+        features = self.backbone.forward_features(inputs)
+        if mode == 'tensor':
+            return features
+        if mode == 'predict':
+            return self.compare(features, self.teacher_features(inputs))
+        raise ValueError(f'unknown mode {mode!r}; choose one of loss, predict, tensor')
+
+    def compare(self, student: Tensor, teacher: Tensor) -> list[dict[str, float]]:
+        """Scores of each image, for `AlignmentMetric`: squared error and norm of the tokens, mean cosine, agreement."""
+        student, teacher = student.float(), teacher.float()
+        columns = {
+            'error': (student - teacher).square().sum(dim=(1, 2)),
+            'energy': teacher.square().sum(dim=(1, 2)),
+            'cosine': torch.cosine_similarity(student, teacher, dim=-1).mean(dim=1),
+        }
+        if 'head' in self.frozen:
+            columns['agree'] = (self._top_class(student) == self._top_class(teacher)).float()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()),
+                                                                   strict=True)]
+
+    def _top_class(self, tokens: Tensor) -> Tensor:
+        kind = self.head.get('out_type', 'cls_token')
+        pooled = tokens[:, 0] if kind == 'cls_token' else tokens[:, self.backbone.num_prefix:].mean(dim=1)
+        return self.frozen['head'](pooled).argmax(dim=-1)

@@ -1,0 +1,77 @@
+"""What every attention of a plain ViT shares: the projections, and the place for its mixing rule."""
+from __future__ import annotations
+
+import difflib
+
+from torch import Tensor, nn
+
+from adala_mm.registry import ATTENTIONS
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose way of mixing tokens is left to the subclass.
+
+    Keys are timm's (``qkv``, ``proj``), so the weights of a softmax ViT load into any subclass. A new variant
+    implements `mix`, keeps parameters of its own in submodules, and registers itself in ``ATTENTIONS``.
+
+    Args:
+        dim: channels C.
+        num_heads: heads H; must divide ``dim``.
+        qkv_bias: whether the query, key and value projections have biases.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim``.
+    """
+
+    is_softmax = False  # whether stage 1 may skip the block because nothing has to be learnt
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'num_heads={num_heads} does not divide the width {dim}')
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        """Mixes the values over tokens.
+
+        Args:
+            q, k, v: (B, H, N, D) with N = num_prefix + h * w; patches are row-major, prefix tokens come first.
+            hw: the patch grid (h, w).
+            num_prefix: number of class and register tokens.
+
+        Returns:
+            (B, H, N, D).
+        """
+        raise NotImplementedError
+
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        """Attention before the output projection, (B, N, C) to (B, N, C)."""
+        b, n, c = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
+        return self.mix(q, k, v, hw, num_prefix).transpose(1, 2).reshape(b, n, c)
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        """Attention with its output projection, (B, N, C) to (B, N, C)."""
+        return self.proj(self.attend(x, hw, num_prefix))
+
+
+def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True) -> Attention:
+    """Builds one attention layer from ``dict(type='adala_mm.<Name>', <own arguments>)``.
+
+    Raises:
+        ValueError: for an unknown type; the message lists the registered ones.
+    """
+    options = dict(cfg)
+    kind = options.pop('type', None)
+    ATTENTIONS.import_from_location()
+    known = ATTENTIONS.module_dict
+    name = str(kind).removeprefix('adala_mm.')
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f' Did you mean adala_mm.{close[0]}?' if close else ''
+        raise ValueError(f'unknown attention type {kind!r}.{hint} Registered: '
+                         f'{", ".join(f"adala_mm.{n}" for n in sorted(known))}')
+    return known[name](dim, num_heads, qkv_bias=qkv_bias, **options)

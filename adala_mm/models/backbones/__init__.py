@@ -1,0 +1,3 @@
+from adala_mm.models.backbones.vit import AdaLAViT
+
+__all__ = ['AdaLAViT']

@@ -1,0 +1,216 @@
+"""A plain Vision Transformer with a free choice of attention per block, and timm's key names."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModule
+from timm.layers import DropPath, LayerScale, Mlp, get_act_layer, resample_abs_pos_embed, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adala_mm.models.attentions import build_attention
+from adala_mm.models.backbones.weights import load_vit
+from adala_mm.registry import MODELS
+
+OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, by one strided convolution named ``proj`` as in timm."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image)  # (B, C, h, w)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x + LS1(attn(norm1(x)))``, then ``x + LS2(mlp(norm2(x)))``."""
+
+    def __init__(self, dim: int, num_heads: int, attention: dict, mlp_ratio: float, qkv_bias: bool, act: str,
+                 norm_eps: float, layer_scale: float | None, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = build_attention(attention, dim, num_heads, qkv_bias)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act))
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def add_residuals(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block, once its attention output is known (stage 1 puts the teacher's here)."""
+        x = x + self.drop_path(self.ls1(attended))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        return self.add_residuals(x, self.attn(self.norm1(x), hw, num_prefix))
+
+
+@MODELS.register_module()
+class AdaLAViT(BaseModule):
+    """Plain ViT for mmseg (feature maps) and mmpretrain (tokens), softmax, linear or mixed.
+
+    Covers DINOv2 (LayerScale, registers), CLIP (``pre_norm``, quick-GELU), SigLIP (no class token), augreg/DeiT.
+    State dicts of timm load strictly; see `load_vit` for what is resampled and dropped.
+
+    Args:
+        img_size: side, or (height, width), in pixels, for which ``pos_embed`` is stored. Other sizes are resampled
+            on the fly (bicubic with antialiasing, as timm does).
+        patch_size: P; images must have sides that P divides.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the usual.
+        class_token: whether there is a class token.
+        num_registers: register tokens between the class token and the patches.
+        no_embed_class: position embeddings for patches only (DINOv2 with registers).
+        pre_norm: LayerNorm before the first block, and no bias in the patch embedding (CLIP).
+        act: activation of the MLP, a timm name (``gelu``, ``quick_gelu``, ``gelu_tanh``).
+        norm_eps: epsilon of every LayerNorm.
+        layer_scale: initial LayerScale, or None for none.
+        attention: ``dict(type='adala_mm.LinearAttention')`` for all blocks, or a list of ``depth`` such dicts.
+        drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
+        with_cp: recompute block activations in the backward pass (non-reentrant checkpointing).
+        out_indices: blocks to return, negative ones counted from the end; a block may be named more than once.
+        out_type: ``featmap`` (B, C, h, w); ``cls_token`` (B, C); ``avg_featmap`` mean over patches (B, C); ``raw``
+            all tokens (B, N, C), class and registers first.
+        init_cfg: ``dict(type='Pretrained', checkpoint=<file or timm://name>)``.
+
+    Every output has passed the final LayerNorm, so blocks are comparable in scale (DINOv2's own convention for dense
+    tasks).
+
+    Raises:
+        ValueError: for an unknown attention, ``out_type`` or block index, a class token asked of a model without one,
+            a list of attentions of the wrong length, or an image that the patch does not divide.
+    """
+
+    def __init__(self, img_size: int | Sequence[int] = 224, patch_size: int = 16, in_channels: int = 3,
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
+                 qkv_bias: bool = True, class_token: bool = True, num_registers: int = 0,
+                 no_embed_class: bool = False, pre_norm: bool = False, act: str = 'gelu', norm_eps: float = 1e-6,
+                 layer_scale: float | None = None, attention: dict | Sequence[dict] | None = None,
+                 drop_path_rate: float = 0.0, with_cp: bool = False, out_indices: Sequence[int] = (-1,),
+                 out_type: str = 'featmap', init_cfg: dict | None = None) -> None:
+        super().__init__(init_cfg)
+        attention = attention or dict(type='adala_mm.LinearAttention')
+        attentions = [attention] * depth if isinstance(attention, dict) else list(attention)
+        if len(attentions) != depth:
+            raise ValueError(f'attention lists {len(attentions)} layers, but the ViT has depth={depth}')
+        if out_type not in OUT_TYPES:
+            raise ValueError(f'unknown out_type {out_type!r}; choose one of {", ".join(OUT_TYPES)}')
+        if out_type == 'cls_token' and not class_token:
+            raise ValueError("out_type='cls_token' asked of a ViT without a class token; use 'avg_featmap'")
+        for i in out_indices:
+            if not -depth <= i < depth:
+                raise ValueError(f'out_indices={tuple(out_indices)}: there is no block {i} in a ViT of depth={depth}')
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.patch_size = patch_size
+        self.pos_grid = self._grid(height, width)
+        self.embed_dim = embed_dim
+        self.class_token = class_token
+        self.num_prefix = int(class_token) + num_registers
+        self.no_embed_class = no_embed_class
+        self.with_cp = with_cp
+        self.out_indices = [i % depth for i in out_indices]
+        self.out_type = out_type
+
+        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim, bias=not pre_norm)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
+        positions = self.pos_grid[0] * self.pos_grid[1] + (0 if no_embed_class else self.num_prefix)
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, attentions[i], mlp_ratio, qkv_bias, act, norm_eps, layer_scale,
+                  drop_path=drop_path_rate * i / max(depth - 1, 1))
+            for i in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        p = self.patch_size
+        if height % p or width % p:
+            fix = tuple(max(p, round(s / p) * p) for s in (height, width))
+            raise ValueError(f'image of {height} x {width} pixels cannot be cut into patches of {p}: resize, crop or '
+                             f'pad it to a multiple of {p}, for instance {fix[0]} x {fix[1]}')
+        return height // p, width // p
+
+    def init_weights(self) -> None:
+        """Loads ``init_cfg``'s checkpoint strictly, or draws timm's default initialisation if there is none."""
+        if self.init_cfg:
+            load_vit(self, self.init_cfg)
+        else:
+            self._random_init()
+        self._is_init = True
+
+    def _random_init(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image (B, 3, H, W) to the input of the first block: tokens (B, N, C) and the patch grid (h, w)."""
+        hw = self._grid(*image.shape[-2:])
+        x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, hw, C)
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        position = resample_abs_pos_embed(self.pos_embed, list(hw), old_size=list(self.pos_grid),
+                                          num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
+        if self.no_embed_class:
+            x = torch.cat([*prefix, x + position], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + position
+        return self.norm_pre(x), hw
+
+    def run_blocks(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
+        """Outputs of all blocks that ``out_indices`` names and of the last one, by block; others are None."""
+        kept: list[Tensor | None] = [None] * len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            if self.with_cp and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, hw, self.num_prefix, use_reentrant=False)
+            else:
+                x = block(x, hw, self.num_prefix)
+            if i in self.out_indices or i == len(self.blocks) - 1:
+                kept[i] = x
+        return kept
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Final normalised tokens (B, N, C), prefix tokens first: what stage 2 aligns (ViT-AdaLA eq. 4)."""
+        return self.norm(self.run_blocks(*self.embed(image))[-1])
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Image (B, 3, H, W) to one output per ``out_indices``, in the form of ``out_type``."""
+        x, hw = self.embed(image)
+        kept = self.run_blocks(x, hw)
+        done = {i: self._format(self.norm(kept[i]), hw) for i in set(self.out_indices)}
+        return tuple(done[i] for i in self.out_indices)
+
+    def _format(self, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
+        if self.out_type == 'raw':
+            return tokens
+        if self.out_type == 'cls_token':
+            return tokens[:, 0]
+        patches = tokens[:, self.num_prefix:]
+        if self.out_type == 'avg_featmap':
+            return patches.mean(dim=1)
+        return patches.transpose(1, 2).unflatten(2, hw).contiguous()  # (B, C, h, w)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise lr decay, mmpretrain's convention.
+
+        Returns:
+            (id, number of ids): 0 for everything before the blocks, i + 1 for block i, and depth + 1 for what comes
+            after them, in this model and outside of it; there are depth + 2 ids.
+        """
+        total = len(self.blocks) + 2
+        if not param_name.startswith(prefix):
+            return total - 1, total
+        name = param_name[len(prefix):]
+        if name.startswith('blocks.'):
+            return int(name.split('.')[1]) + 1, total
+        return (total - 1, total) if name.startswith('norm.') else (0, total)

@@ -1,0 +1,87 @@
+"""Loads a checkpoint into `AdaLAViT`: every key is used, dropped by a named rule, or an error."""
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from mmengine.logging import print_log
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor
+
+from adala_mm.utils.checkpoint import read_state_dict
+
+if TYPE_CHECKING:
+    from adala_mm.models.backbones.vit import AdaLAViT
+
+# What a timm or mmpretrain ViT has behind its last block and a backbone has not.
+HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
+
+
+def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
+    """Loads ``init_cfg['checkpoint']`` into ``model``.
+
+    Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
+    state dict without its head and pooling keys. The patch kernel is resampled to the model's patch size (FlexiViT's
+    pseudo-inverse, as in timm) and position embeddings to its grid (bicubic, antialiased). Parameters that only this
+    attention variant has may be missing; nothing else may, and nothing may be left over.
+
+    Raises:
+        FileNotFoundError, ValueError: for a missing or unreadable file.
+        ValueError: for any other ``init_cfg`` type, and for missing, unexpected or mis-shaped keys.
+    """
+    options = dict(init_cfg)
+    kind, path = options.pop('type', None), options.pop('checkpoint', None)
+    prefix = options.pop('prefix', 'backbone.')
+    if kind != 'Pretrained' or not path or options:
+        raise ValueError("AdaLAViT understands init_cfg=dict(type='Pretrained', checkpoint=<file or timm://name>, "
+                         f'prefix=<optional>), got {init_cfg}')
+    state = read_state_dict(path)
+    if any(key.startswith(prefix) for key in state):
+        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    dropped = [key for key in state if HEAD_KEYS.match(key)]
+    state = {key: value for key, value in state.items() if key not in dropped}
+    notes = _resample(model, state)
+
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not _is_extra(key)]
+    unexpected = [key for key in state if key not in own]
+    reshaped = [f'{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}' for key in own
+                if key in state and own[key].shape != state[key].shape]
+    if missing or unexpected or reshaped:
+        problems = [f'  {name} ({len(keys)}): {", ".join(keys[:6])}{", ..." if len(keys) > 6 else ""}' for name, keys in
+                    (('missing', missing), ('unexpected', unexpected), ('other shape', reshaped)) if keys]
+        raise ValueError('\n'.join([f'{path} does not fit this ViT:', *problems, 'Is it the model family that the '
+                                    'config describes (width, depth, class token, registers, LayerScale)?']))
+    model.load_state_dict(state, strict=False)
+    new = [key for key in own if key not in state]
+    print_log(f'AdaLAViT: {len(state)} tensors from {path}'
+              + (f'; dropped {", ".join(dropped)}' if dropped else '')
+              + (f'; {"; ".join(notes)}' if notes else '')
+              + (f'; new in this variant: {len(new)} tensors' if new else ''), logger='current')
+
+
+def _is_extra(key: str) -> bool:
+    """Whether the key belongs to a parameter that a variant adds to the plain attention."""
+    return re.match(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)', key) is not None
+
+
+def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
+    """Fits patch kernel and position embeddings to the model, in place; says what was done."""
+    notes = []
+    size = model.patch_size
+    kernel = state.get('patch_embed.proj.weight')
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != size:
+        state['patch_embed.proj.weight'] = resample_patch_embed(kernel, [size, size])
+        notes.append(f'patch kernel {kernel.shape[-1]} -> {size}')
+    position = state.get('pos_embed')
+    prefix = 0 if model.no_embed_class else model.num_prefix
+    if position is not None and position.shape[1] != model.pos_embed.shape[1]:
+        side = int((position.shape[1] - prefix) ** 0.5)
+        if side * side != position.shape[1] - prefix:
+            raise ValueError(f'pos_embed of the checkpoint has {position.shape[1]} entries: not a square grid plus '
+                             f'{prefix} class and register tokens, so it cannot be resized. Check class_token, '
+                             'num_registers and no_embed_class')
+        state['pos_embed'] = resample_abs_pos_embed(position, list(model.pos_grid), old_size=[side, side],
+                                                    num_prefix_tokens=prefix)
+        notes.append(f'positions {side}x{side} -> {model.pos_grid[0]}x{model.pos_grid[1]}')
+    return notes

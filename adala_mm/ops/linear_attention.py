@@ -1,0 +1,67 @@
+"""Vanilla linear attention (Katharopoulos et al. 2020; ViT-AdaLA eq. 2) and its feature maps (ViT-AdaLA A.3)."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Features = tuple[Tensor, Tensor]
+
+
+def _elu1(x: Tensor) -> Tensor:
+    # The branch not taken is kept finite: exp of a large x would turn its zero gradient into 0 * inf = NaN.
+    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+
+
+def _exp(q: Tensor, k: Tensor) -> Features:
+    """exp(q), exp(k) up to factors that cancel between numerator and denominator.
+
+    A factor exp(-c_d) on feature d of all keys is undone by exp(c_d) on that feature of the queries, and a common
+    factor of one query cancels by itself. With c_d the largest key the denominator is at least 1: nothing can
+    overflow or underflow, whatever the size of q and k.
+    """
+    peak = k.detach().amax(dim=-2, keepdim=True)
+    q = q + peak
+    return torch.exp(q - q.detach().amax(dim=-1, keepdim=True)), torch.exp(k - peak)
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor], Features]] = {
+    'elu1': lambda q, k: (_elu1(q), _elu1(k)),
+    'relu': lambda q, k: (F.relu(q), F.relu(k)),
+    'softplus': lambda q, k: (F.softplus(q), F.softplus(k)),
+    'softmax': lambda q, k: (q.softmax(dim=-1), k.softmax(dim=-1)),
+    'exp': _exp,
+}
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1', eps: float = 1e-6) -> Tensor:
+    """Attention with kernel phi(q)·phi(k) in place of exp(q·k), evaluated in O(N D^2).
+
+    ``out_i = phi(q_i) [sum_j phi(k_j)^T v_j] / (phi(q_i) · sum_j phi(k_j) + eps)``
+
+    The sums over tokens run in float32 even under autocast: in float16 the denominator overflows from about 1,000
+    tokens (float64 inputs stay float64). There is no D^-1/2: stage 1 absorbs it into the projections.
+
+    Args:
+        q, k, v: shape (B, H, N, D); k and v may have another N than q.
+        feature_map: one of ``FEATURE_MAPS``.
+        eps: added to the denominator; matters only for a query that attends to nothing (``relu``).
+
+    Returns:
+        shape (B, H, N, D), dtype of ``v``.
+
+    Raises:
+        ValueError: for an unknown ``feature_map``; the message lists the known ones.
+    """
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f'unknown feature_map {feature_map!r}; choose one of {", ".join(FEATURE_MAPS)}')
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        q, k = FEATURE_MAPS[feature_map](q, k)
+        state = k.transpose(-2, -1) @ v  # (B, H, D, D)
+        total = k.sum(dim=-2).unsqueeze(-1)  # (B, H, D, 1)
+        return (q @ state / (q @ total + eps)).to(dtype)  # (B, H, N, D)

@@ -1,0 +1,25 @@
+"""Registries of adala_mm, children of MMEngine's.
+
+MMEngine imports ``<scope>.registry`` when it meets a prefixed type, so ``type='adala_mm.AdaLAViT'`` resolves in any
+mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix.
+"""
+from adala_mm.utils.stack import require_stack
+
+require_stack()
+
+from mmengine.registry import DATASETS as MMENGINE_DATASETS  # noqa: E402
+from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
+from mmengine.registry import METRICS as MMENGINE_METRICS  # noqa: E402
+from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
+from mmengine.registry import Registry  # noqa: E402
+
+from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
+
+provide_mmcv_ops()
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm', locations=['adala_mm.models'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='adala_mm', locations=['adala_mm.engine'])
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='adala_mm', locations=['adala_mm.evaluation'])
+# A tree of its own: a list of what may stand in `attention=dict(type=...)`, and nothing else.
+ATTENTIONS = Registry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])

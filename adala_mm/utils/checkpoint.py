@@ -1,0 +1,75 @@
+"""Reads checkpoints without ever running code that came with them."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor
+
+
+def _history_method(cls: type, name: str) -> Any:
+    """Stands in for ``getattr``, which MMEngine's pickled log buffers ask for: four methods of one class, no more."""
+    if cls is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
+        return getattr(cls, name)
+    raise ValueError(f'a checkpoint asked for {cls!r}.{name}, which no training checkpoint needs')
+
+
+# All that MMEngine puts into a checkpoint beside tensors and plain Python values.
+SAFE_GLOBALS = [
+    (_history_method, 'builtins.getattr'), HistoryBuffer, np.ndarray, np.dtype,
+    np._core.multiarray._reconstruct, np._core.multiarray.scalar,
+    *(type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.uint32, np.bool_)),
+]
+
+
+def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+    """Reads a ``.safetensors`` file, or a ``torch.save`` file with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, no checkpoint, or would need to run code to load.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'no checkpoint at {path}')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f'cannot read the checkpoint {path}: it is truncated, not a checkpoint, or holds more than '
+                         f'tensors and plain values, which is never unpickled here ({reason})') from error
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name, unwrapped from ``state_dict`` / ``model`` and a DDP ``module.`` prefix.
+
+    Args:
+        path: a local file, or ``timm://NAME``, which is downloaded from the Hugging Face repository ``timm/NAME``.
+    """
+    if path.startswith('timm://'):
+        from huggingface_hub import hf_hub_download
+        path = hf_hub_download(f'timm/{path.removeprefix("timm://")}', 'model.safetensors')
+    state = load_checkpoint(path)
+    for wrapper in ('state_dict', 'model'):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    tensors = {key.removeprefix('module.'): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f'{path} holds no tensors, only the keys: {", ".join(map(str, list(state)[:8]))}')
+    return tensors
+
+
+def use_safe_loading() -> None:
+    """Makes MMEngine read local files (``load_from``, ``resume``, ``init_cfg``) with `load_checkpoint`."""
+
+    @CheckpointLoader.register_scheme(prefixes='', force=True)
+    def load_local(filename: str, map_location: Any) -> dict[str, Any]:
+        return load_checkpoint(filename, map_location)

@@ -1,0 +1,63 @@
+"""What `tools/train.py` and `tools/test.py` share: mmseg's command-line grammar."""
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+from adala_mm.utils.checkpoint import use_safe_loading
+
+
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the options that both tools know."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='where logs, checkpoints and results go; ./work_dirs/<config name> if unset')
+    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override config entries, e.g. train_dataloader.batch_size=4 model.backbone.depth=2')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``; loading becomes safe.
+
+    Raises:
+        FileNotFoundError: if there is no such config.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not Path(args.config).is_file():
+        raise FileNotFoundError(f'no config at {args.config}')
+    use_safe_loading()
+    cfg = Config.fromfile(args.config)
+    if args.data_root:
+        cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
+    use_cpu_backend(cfg)
+    return cfg
+
+
+def relocate(node: Any, root: str) -> Any:
+    """A copy of ``node`` in which every string ``data`` or ``data/...`` starts at ``root`` instead."""
+    if isinstance(node, dict):
+        return {key: relocate(value, root) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(relocate(value, root) for value in node)
+    if isinstance(node, str) and (node == 'data' or node.startswith('data/')):
+        return root.rstrip('/') + node[len('data'):]
+    return node
+
+
+def use_cpu_backend(cfg: Config) -> None:
+    """Switches a distributed run to gloo where there is no GPU: NCCL has nothing to run on."""
+    import torch
+    if not torch.cuda.is_available():
+        cfg.setdefault('env_cfg', {}).setdefault('dist_cfg', {})['backend'] = 'gloo'

@@ -1,0 +1,74 @@
+"""Makes mmdet and Mask2Former work where mmcv was installed without its compiled ops.
+
+Without ``mmcv._ext``, ``import mmcv.ops`` fails, mmdet with it, and mmseg then quietly builds its Mask2FormerHead on
+an empty base class. A stand-in ``mmcv._ext`` cures all three: deformable attention runs in PyTorch on any device, and
+every other compiled op raises an error that names it. A compiled mmcv is left untouched.
+"""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from adala_mm.ops.deformable_attention import ms_deform_attn_backward, ms_deform_attn_forward
+
+
+class MissingOp(RuntimeError):
+    """A compiled mmcv op was called, and this mmcv has none."""
+
+
+def _missing(name: str) -> Callable:
+    def op(*args, **kwargs):
+        raise MissingOp(f'mmcv op "{name}" needs compiled CUDA/C++ code, and the installed mmcv has none. Install an '
+                        'mmcv built for your torch and CUDA (onedl-mmcv wheels: https://mmwheels.onedl.ai; or build '
+                        'from source with MMCV_WITH_OPS=1 pip install --no-build-isolation onedl-mmcv).')
+    op.__name__ = name
+    return op
+
+
+class _StandIn(ModuleType):
+    """``mmcv._ext`` without compiled code: the two deformable-attention functions, and named errors for the rest."""
+
+    ms_deform_attn_forward = staticmethod(ms_deform_attn_forward)
+    ms_deform_attn_backward = staticmethod(ms_deform_attn_backward)
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return _missing(name)
+
+
+def provide_mmcv_ops() -> bool:
+    """Puts the stand-in in place unless mmcv has compiled ops.
+
+    Returns:
+        True if the stand-in is (or already was) in use, False if mmcv has its own compiled ops.
+    """
+    present = sys.modules.get('mmcv._ext')
+    if present is not None:
+        return isinstance(present, _StandIn)
+    if importlib.util.find_spec('mmcv._ext') is not None:
+        return False
+    stand_in = _StandIn('mmcv._ext')
+    stand_in.__spec__ = ModuleSpec('mmcv._ext', loader=None)
+    sys.modules['mmcv._ext'] = stand_in
+    _repair_mask2former()
+    return True
+
+
+def _repair_mask2former() -> None:
+    """Rebuilds mmseg's Mask2FormerHead if mmseg was imported before the stand-in was there.
+
+    MMSegInferencer and mmseg's own scripts import ``mmseg.models`` first and meet adala_mm only when they build the
+    backbone; the decode head is built after it.
+    """
+    name = 'mmseg.models.decode_heads.mask2former_head'
+    module = sys.modules.get(name)
+    if module is None:
+        return
+    from mmseg.registry import MODELS
+    MODELS._module_dict.pop('Mask2FormerHead', None)
+    importlib.reload(module)

@@ -1,0 +1,58 @@
+"""Which versions of the stack are tested, and what to install when they are not there."""
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+# import name -> (names of the distributions that provide it, tested versions).
+# `requirements/constraints.txt` pins one version of each; tests/test_install.py keeps the two in step.
+STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    'torch': (('torch',), ('2.11', '2.15')),
+    'timm': (('timm',), ('1.0.31',)),
+    'mmengine': (('onedl-mmengine', 'mmengine'), ('0.10.12',)),
+    'mmcv': (('onedl-mmcv', 'mmcv', 'mmcv-lite'), ('2.3.6',)),
+    'mmseg': (('onedl-mmsegmentation', 'mmsegmentation'), ('1.4.2',)),
+    'mmdet': (('onedl-mmdetection', 'mmdet'), ('3.5.1',)),
+    'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), ('1.3.6',)),
+}
+INSTALL = 'pip install -c requirements/constraints.txt -e ".[onedl]"   (in a clone of adala_mm)'
+
+
+def installed_version(distributions: tuple[str, ...]) -> str | None:
+    """Version of the first of ``distributions`` that is installed, or None."""
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def stack_problems() -> tuple[list[str], list[str]]:
+    """Names of the missing packages, and one 'name found (tested: ...)' line for each untested version."""
+    missing, untested = [], []
+    for name, (distributions, tested) in STACK.items():
+        found = installed_version(distributions)
+        if found is None:
+            missing.append(name)
+        elif not any(found == v or found.startswith((f'{v}.', f'{v}+')) for v in tested):
+            untested.append(f'{name} {found} (tested: {", ".join(tested)})')
+    return missing, untested
+
+
+def warn_about_stack() -> None:
+    """Warns once about missing packages and untested versions; ``adala_mm.ops`` works with torch alone."""
+    missing, untested = stack_problems()
+    if missing:
+        warnings.warn(f'adala_mm: not installed: {", ".join(missing)}. adala_mm.ops needs torch alone, everything '
+                      f'else needs the whole stack. Install it with: {INSTALL}', stacklevel=3)
+    if untested:
+        warnings.warn(f'adala_mm: untested versions: {"; ".join(untested)}. For the tested ones: {INSTALL}',
+                      stacklevel=3)
+
+
+def require_stack() -> None:
+    """Raises ImportError naming every missing package and the line that installs them."""
+    missing, _ = stack_problems()
+    if missing:
+        raise ImportError(f'adala_mm needs {", ".join(missing)}, which cannot be found. Install with: {INSTALL}')

@@ -1,0 +1,33 @@
+"""Scores a checkpoint with the test set and metric of its config.
+
+    python tools/test.py CONFIG CHECKPOINT [--work-dir DIR] [--show-dir DIR] [--out DIR] [--tta]
+"""
+from mmengine.runner import Runner
+
+from adala_mm.utils.cli import base_parser, load_config
+
+
+def main() -> None:
+    parser = base_parser(__doc__.splitlines()[0])
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--show-dir', help='paint predictions into this folder (segmentation)')
+    parser.add_argument('--out', help='write predictions here instead of scoring only (segmentation)')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation, if the config defines it')
+    args = parser.parse_args()
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show_dir:
+        cfg.default_hooks.visualization.draw = True
+        cfg.visualizer.save_dir = args.show_dir
+    if args.out:
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+    if args.tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            parser.error(f'--tta: {args.config} defines no tta_model and tta_pipeline')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
+    Runner.from_cfg(cfg).test()
+
+
+if __name__ == '__main__':
+    main()
