@@ -1,0 +1,3 @@
+from adala_mm.datasets.beacons import BeaconsDataset
+
+__all__ = ['BeaconsDataset']

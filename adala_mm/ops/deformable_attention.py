@@ -31,7 +31,7 @@ def ms_deform_attn(value: Tensor, shapes: Tensor, locations: Tensor, weights: Te
         sampled = F.grid_sample(grid, where.to(grid.dtype), align_corners=False)  # (B*H, D, Q, P)
         weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
         out = out + (sampled * weight.to(grid.dtype)).sum(dim=-1)  # one level at a time: 1/L of the memory
-    return out.reshape(batch, heads * dim, queries).transpose(1, 2)
+    return out.reshape(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)  # autocast may have widened it
 
 
 def ms_deform_attn_forward(value: Tensor, shapes: Tensor, level_start: Tensor, locations: Tensor, weights: Tensor,

@@ -47,7 +47,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
     Args:
         q, k, v: shape (B, H, N, D); k and v may have another N than q.
         feature_map: one of ``FEATURE_MAPS``.
-        eps: added to the denominator; matters only for a query that attends to nothing (``relu``).
+        eps: added to the denominator, so that a query whose features (nearly) vanish, as ``relu``'s can, gives 0.
 
     Returns:
         shape (B, H, N, D), dtype of ``v``.

@@ -21,8 +21,9 @@ def _history_method(cls: type, name: str) -> Any:
 # All that MMEngine puts into a checkpoint beside tensors and plain Python values.
 SAFE_GLOBALS = [
     (_history_method, 'builtins.getattr'), HistoryBuffer, np.ndarray, np.dtype,
-    np._core.multiarray._reconstruct, np._core.multiarray.scalar,
-    *(type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.uint32, np.bool_)),
+    *((f, f'numpy.{core}.multiarray.{f.__name__}') for core in ('core', '_core')  # numpy 1 and 2 name them differently
+      for f in (np._core.multiarray._reconstruct, np._core.multiarray.scalar)),
+    *{type(np.dtype(t)) for t in '?bBhHiIlLqQefdFDUS'},
 ]
 
 
@@ -43,7 +44,8 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if 'Unsupported' in line), lines[0])
         raise ValueError(f'cannot read the checkpoint {path}: it is truncated, not a checkpoint, or holds more than '
                          f'tensors and plain values, which is never unpickled here ({reason})') from error
 
@@ -53,17 +55,23 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
 
     Args:
         path: a local file, or ``timm://NAME``, which is downloaded from the Hugging Face repository ``timm/NAME``.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`, and for a file without named tensors.
     """
     if path.startswith('timm://'):
         from huggingface_hub import hf_hub_download
         path = hf_hub_download(f'timm/{path.removeprefix("timm://")}', 'model.safetensors')
     state = load_checkpoint(path)
     for wrapper in ('state_dict', 'model'):
-        if isinstance(state.get(wrapper), dict):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    tensors = {key.removeprefix('module.'): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not isinstance(state, dict):
+        raise ValueError(f'{path} holds a {type(state).__name__}, not named tensors')
+    tensors = {key.removeprefix('module.'): value for key, value in state.items()
+               if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f'{path} holds no tensors, only the keys: {", ".join(map(str, list(state)[:8]))}')
+        raise ValueError(f'{path} holds no named tensors, only: {", ".join(map(str, list(state)[:8]))}')
     return tensors
 
 

@@ -11,9 +11,8 @@ model = dict(
     backbone=backbone,
     head=dict(checkpoint=pretrained['checkpoint']),  # scores top-1 agreement with the teacher
     data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **preprocessor))
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05))
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05))
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
-val_cfg = dict(type='ValLoop')
 custom_hooks = [dict(type='adala_mm.ValBeforeTrainHook')]
 log_processor.update(by_epoch=False)
 default_hooks['checkpoint'] = dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=1)

@@ -93,7 +93,7 @@ class AdaLAViT(BaseModule):
                  drop_path_rate: float = 0.0, with_cp: bool = False, out_indices: Sequence[int] = (-1,),
                  out_type: str = 'featmap', init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
-        attention = attention or dict(type='adala_mm.LinearAttention')
+        attention = dict(type='adala_mm.LinearAttention') if attention is None else attention
         attentions = [attention] * depth if isinstance(attention, dict) else list(attention)
         if len(attentions) != depth:
             raise ValueError(f'attention lists {len(attentions)} layers, but the ViT has depth={depth}')

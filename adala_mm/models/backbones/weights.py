@@ -36,24 +36,25 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
         raise ValueError("AdaLAViT understands init_cfg=dict(type='Pretrained', checkpoint=<file or timm://name>, "
                          f'prefix=<optional>), got {init_cfg}')
     state = read_state_dict(path)
-    if any(key.startswith(prefix) for key in state):
+    own = any(key.startswith(prefix) for key in state)
+    if own:
         state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
     dropped = [key for key in state if HEAD_KEYS.match(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
-    notes = _resample(model, state)
+    notes = _resample(model, state, own)
 
-    own = model.state_dict()
-    missing = [key for key in own if key not in state and not _is_extra(key)]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [f'{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}' for key in own
-                if key in state and own[key].shape != state[key].shape]
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state and not _is_extra(key)]
+    unexpected = [key for key in state if key not in wanted]
+    reshaped = [f'{key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}' for key in wanted
+                if key in state and wanted[key].shape != state[key].shape]
     if missing or unexpected or reshaped:
         problems = [f'  {name} ({len(keys)}): {", ".join(keys[:6])}{", ..." if len(keys) > 6 else ""}' for name, keys in
                     (('missing', missing), ('unexpected', unexpected), ('other shape', reshaped)) if keys]
         raise ValueError('\n'.join([f'{path} does not fit this ViT:', *problems, 'Is it the model family that the '
                                     'config describes (width, depth, class token, registers, LayerScale)?']))
     model.load_state_dict(state, strict=False)
-    new = [key for key in own if key not in state]
+    new = [key for key in wanted if key not in state]
     print_log(f'AdaLAViT: {len(state)} tensors from {path}'
               + (f'; dropped {", ".join(dropped)}' if dropped else '')
               + (f'; {"; ".join(notes)}' if notes else '')
@@ -65,23 +66,32 @@ def _is_extra(key: str) -> bool:
     return re.match(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)', key) is not None
 
 
-def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
-    """Fits patch kernel and position embeddings to the model, in place; says what was done."""
+def _resample(model: AdaLAViT, state: dict[str, Tensor], own: bool) -> list[str]:
+    """Fits patch kernel and position embeddings to the model, in place; says what was done.
+
+    A file does not record its position grid. A square number of positions is read as a square grid, except in a file
+    of our own (``own``) with as many as the model has: those lie on the model's grid, square or not.
+    """
     notes = []
-    size = model.patch_size
+    size, grid = model.patch_size, model.pos_grid
     kernel = state.get('patch_embed.proj.weight')
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != size:
         state['patch_embed.proj.weight'] = resample_patch_embed(kernel, [size, size])
         notes.append(f'patch kernel {kernel.shape[-1]} -> {size}')
     position = state.get('pos_embed')
     prefix = 0 if model.no_embed_class else model.num_prefix
-    if position is not None and position.shape[1] != model.pos_embed.shape[1]:
-        side = int((position.shape[1] - prefix) ** 0.5)
-        if side * side != position.shape[1] - prefix:
-            raise ValueError(f'pos_embed of the checkpoint has {position.shape[1]} entries: not a square grid plus '
-                             f'{prefix} class and register tokens, so it cannot be resized. Check class_token, '
-                             'num_registers and no_embed_class')
-        state['pos_embed'] = resample_abs_pos_embed(position, list(model.pos_grid), old_size=[side, side],
+    if position is None:
+        return notes
+    patches = position.shape[1] - prefix
+    side = round(max(patches, 0) ** 0.5)
+    if position.shape[1] == model.pos_embed.shape[1] and (own or side * side != patches):
+        return notes
+    if side * side != patches or side == 0:
+        raise ValueError(f'pos_embed of the checkpoint has {position.shape[1]} entries: not a square grid plus '
+                         f'{prefix} class and register tokens, so it cannot be resized. Check class_token, '
+                         'num_registers and no_embed_class')
+    if (side, side) != grid:
+        state['pos_embed'] = resample_abs_pos_embed(position, list(grid), old_size=[side, side],
                                                     num_prefix_tokens=prefix)
-        notes.append(f'positions {side}x{side} -> {model.pos_grid[0]}x{model.pos_grid[1]}')
+        notes.append(f'positions {side}x{side} -> {grid[0]}x{grid[1]}')
     return notes

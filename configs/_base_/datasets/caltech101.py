@@ -28,3 +28,5 @@ val_dataloader = dict(
     dataset=dict(
         type='mmpretrain.CustomDataset', data_root='data/caltech101', ann_file='test.txt', pipeline=test_pipeline))
 val_evaluator = dict(type='adala_mm.AlignmentMetric')
+val_cfg = dict(type='ValLoop')
+test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, dict(type='TestLoop')

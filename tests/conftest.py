@@ -1,0 +1,48 @@
+"""Fixtures shared by all tests. Everything runs on the CPU, offline, and from fixed seeds."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / 'shared' / 'data'
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    """Folder with small real weights and photographs; tests that need it are skipped without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f'no real weights and photographs at {SHARED_DATA}')
+    return SHARED_DATA
+
+
+def tiny_vit(**changes) -> dict:
+    """Config of a ViT of depth 2 and width 32 on 32 x 32 images, softmax unless told otherwise."""
+    return dict(type='adala_mm.AdaLAViT', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
+                attention=dict(type='adala_mm.SoftmaxAttention')) | changes
+
+
+LINEAR = dict(type='adala_mm.LinearAttention')
+
+
+@pytest.fixture(scope='session')
+def pretrained(tmp_path_factory) -> dict:
+    """``init_cfg`` of a tiny softmax ViT with random, but not degenerate, weights."""
+    from adala_mm.registry import MODELS
+    torch.manual_seed(1)
+    model = MODELS.build(tiny_vit())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = tmp_path_factory.mktemp('weights') / 'tiny_softmax.pth'
+    torch.save(model.state_dict(), path)
+    return dict(type='Pretrained', checkpoint=str(path))

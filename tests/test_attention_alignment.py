@@ -1,0 +1,215 @@
+"""Stage 1 against two full networks in float64, one softmax and one linear, that share no code path with its loss."""
+import pytest
+import torch
+from conftest import LINEAR, tiny_vit
+from torch.nn import functional as F
+
+from adala_mm.models.attentions import SoftmaxAttention
+from adala_mm.registry import MODELS
+
+SOFTMAX = {'type': 'adala_mm.SoftmaxAttention'}
+FEATURE_MAPS = ('elu1', 'relu', 'softplus', 'softmax', 'exp')
+PHI = {
+    'elu1': lambda x: F.elu(x) + 1,
+    'relu': torch.relu,
+    'softplus': F.softplus,
+    'softmax': lambda x: x.softmax(dim=-1),
+    'exp': torch.exp,
+}
+
+
+@pytest.fixture(scope='module')
+def pretrained(pretrained, tmp_path_factory) -> dict:
+    """The shared checkpoint with LayerNorm weights around 1: around 0 all attention is close to a plain average."""
+    state = torch.load(pretrained['checkpoint'])
+    path = tmp_path_factory.mktemp('weights') / 'sharp_softmax.pth'
+    torch.save({key: value + 1 if 'norm' in key and 'weight' in key else value for key, value in state.items()}, path)
+    return pretrained | {'checkpoint': str(path)}
+
+
+def linear(feature_map: str = 'elu1') -> dict:
+    return LINEAR | {'feature_map': feature_map}
+
+
+def stage1(pretrained, attention=LINEAR, target='output', **vit):
+    model = MODELS.build({'type': 'adala_mm.AttentionAlignment', 'target': target,
+                          'backbone': tiny_vit(attention=attention, init_cfg=pretrained, **vit)})
+    model.init_weights()
+    return model
+
+
+def disturb(model):
+    """Moves the student off the checkpoint, so that a teacher taken from the student would be noticed."""
+    for block in model.backbone.blocks:
+        if not block.attn.is_softmax:
+            for parameter in block.attn.qkv.parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def softmax_vit(pretrained):
+    vit = MODELS.build(tiny_vit(init_cfg=pretrained))
+    vit.init_weights()
+    return vit.eval()
+
+
+def watch_softmax_vit(pretrained, images) -> list[dict]:
+    """What attention reads and writes in each block of an untouched softmax ViT in float64."""
+    vit, seen = softmax_vit(pretrained).double(), []
+    for block in vit.blocks:
+        record = {}
+        seen.append(record)
+        block.attn.register_forward_pre_hook(lambda _, args, r=record: r.update(h=args[0].detach()))
+        block.attn.proj.register_forward_pre_hook(lambda _, args, r=record: r.update(heads=args[0].detach()))
+        block.attn.register_forward_hook(lambda _, args, out, r=record: r.update(output=out.detach()))
+    vit(images.double())
+    return seen
+
+
+def quadratic_linear_attention(attn, h):
+    """Linear attention before the output projection, by its full N x N matrix."""
+    b, n, c = h.shape
+    q, k, v = (part.reshape(b, n, attn.num_heads, -1).transpose(1, 2) for part in attn.qkv(h).chunk(3, dim=-1))
+    phi = PHI[attn.feature_map]
+    matrix = phi(q) @ phi(k).transpose(-2, -1)
+    return (matrix / (matrix.sum(dim=-1, keepdim=True) + attn.eps) @ v).transpose(1, 2).reshape(b, n, c)
+
+
+def two_network_loss(model, pretrained, images, target):
+    """(loss, error of each linear block, the linear network that holds the gradients)."""
+    attentions = [linear(b.attn.feature_map) if not b.attn.is_softmax else SOFTMAX for b in model.backbone.blocks]
+    student = MODELS.build(tiny_vit(attention=attentions))
+    student.load_state_dict(model.backbone.state_dict())
+    student.double()
+    losses, errors = [], []
+    for block, seen in zip(student.blocks, watch_softmax_vit(pretrained, images), strict=True):
+        if not block.attn.is_softmax:
+            got = quadratic_linear_attention(block.attn, seen['h'])
+            got = block.attn.proj(got) if target == 'output' else got
+            losses.append((got - seen[target]).square().mean())
+            errors.append(((got - seen[target]).norm() / seen[target].norm()).item())
+    return sum(losses) / len(losses), errors, student
+
+
+@pytest.mark.parametrize('feature_map', FEATURE_MAPS)
+@pytest.mark.parametrize('target', ['output', 'heads'])
+def test_loss_and_gradients_equal_two_networks(pretrained, target, feature_map):
+    model = disturb(stage1(pretrained, linear(feature_map), target)).train()
+    images = torch.randn(3, 3, 32, 32)
+    out = model(images, mode='loss')
+    out['loss'].backward()
+    loss, errors, reference = two_network_loss(model, pretrained, images, target)
+    loss.backward()
+
+    assert out['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert out['rel_error'].item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert out['rel_error_worst'].item() == pytest.approx(max(errors), rel=1e-4)
+    wanted = dict(reference.named_parameters())
+    for name, parameter in model.backbone.named_parameters():
+        learns = '.attn.qkv.' in name
+        assert parameter.requires_grad == learns, name
+        assert (parameter.grad is not None) == learns, name
+        if learns:
+            assert (parameter.grad - wanted[name].grad).norm() < 1e-4 * wanted[name].grad.norm(), name
+
+
+@pytest.mark.parametrize('feature_map', FEATURE_MAPS)
+def test_training_lowers_the_loss(pretrained, feature_map):
+    model = stage1(pretrained, linear(feature_map)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    images, losses = torch.randn(4, 3, 32, 32), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.loss(images)['loss']
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_training_moves_the_projections_and_not_the_teacher(pretrained):
+    # Weight decay could reach frozen weights, drop path the stream.
+    model = stage1(pretrained, drop_path_rate=0.9).train()
+    images = torch.randn(2, 3, 32, 32)
+    wanted = softmax_vit(pretrained).forward_features(images)
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    torch.testing.assert_close(model.teacher_features(images), wanted)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.loss(images)['loss'].backward()
+        optimizer.step()
+
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(value, before[key]) == ('.attn.qkv.' not in key), key
+    torch.testing.assert_close(model.teacher_features(images), wanted)
+    torch.testing.assert_close(model.eval().teacher_features(images), wanted)
+    assert (model(images, mode='tensor') - wanted).norm() > 0.05 * wanted.norm()  # the student is another network
+
+
+def test_drop_path_does_not_touch_the_loss(pretrained):
+    images = torch.randn(2, 3, 32, 32)
+    plain = stage1(pretrained).train().loss(images)
+    dropped = stage1(pretrained, drop_path_rate=0.9).train().loss(images)
+    assert dropped == plain
+
+
+def test_train_mode_reaches_the_learning_attentions_alone(pretrained):
+    model = stage1(pretrained, [SOFTMAX, LINEAR]).train()
+    first, second = model.backbone.blocks
+    assert model.training and second.attn.training and second.attn.qkv.training
+    assert not any(m.training for m in (model.backbone, first, first.attn, second, second.drop_path, second.mlp))
+    assert not any(m.training for m in model.eval().modules())
+
+
+@pytest.mark.parametrize('target', ['output', 'heads'])
+def test_softmax_blocks_of_a_hybrid_are_not_in_the_loss(pretrained, target):
+    model = disturb(stage1(pretrained, [SOFTMAX, LINEAR], target)).train()
+    images = torch.randn(2, 3, 32, 32)
+    out = model.loss(images)
+    out['loss'].backward()
+    loss, errors, _ = two_network_loss(model, pretrained, images, target)
+    assert len(errors) == 1
+    assert out['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert out['rel_error'].item() == out['rel_error_worst'].item() == pytest.approx(errors[0], rel=1e-4)
+    learns = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
+    assert learns == ['blocks.1.attn.qkv.weight', 'blocks.1.attn.qkv.bias']
+
+
+def test_rel_error_is_zero_for_a_perfect_student(pretrained):
+    model = stage1(pretrained)
+    for block, twin in zip(model.backbone.blocks, model.frozen['attentions'], strict=True):
+        assert isinstance(twin, SoftmaxAttention)
+        block.attn.mix = twin.mix  # the twin's rule on the same projections
+    assert {key: value.item() for key, value in model.loss(torch.randn(2, 3, 32, 32)).items()} == pytest.approx(
+        {'loss': 0, 'rel_error': 0, 'rel_error_worst': 0}, abs=1e-6)
+
+
+def test_rel_error_is_one_for_a_silent_student(pretrained):
+    model = stage1(pretrained, target='heads')
+    for block in model.backbone.blocks:
+        for parameter in block.attn.qkv.parameters():
+            parameter.data[-32:] = 0  # the values
+    out = model.loss(torch.randn(2, 3, 32, 32))
+    assert out['rel_error'].item() == pytest.approx(1) and out['rel_error_worst'].item() == pytest.approx(1)
+
+
+def test_all_softmax_raises(pretrained):
+    with pytest.raises(ValueError, match='nothing to align'):
+        stage1(pretrained, SOFTMAX)
+
+
+def test_unknown_target_raises(pretrained):
+    with pytest.raises(ValueError, match="'logits'.*output, heads"):
+        stage1(pretrained, target='logits')
+
+
+def test_missing_pretrained_weights_raise():
+    with pytest.raises(ValueError, match='backbone has no pretrained weights'):
+        stage1(None)
+
+
+def test_unknown_mode_raises(pretrained):
+    with pytest.raises(ValueError, match="'train'.*loss, predict, tensor"):
+        stage1(pretrained)(torch.randn(1, 3, 32, 32), mode='train')

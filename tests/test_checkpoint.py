@@ -1,0 +1,323 @@
+"""Reading checkpoints: every key accounted for, every bad file named, and no code run."""
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_vit
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import load_checkpoint as mmengine_load_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from adala_mm.models.attentions import SoftmaxAttention
+from adala_mm.models.backbones.weights import load_vit
+from adala_mm.registry import ATTENTIONS, MODELS
+from adala_mm.utils.checkpoint import load_checkpoint, read_state_dict, use_safe_loading
+
+
+def vit(**changes):
+    model = MODELS.build(tiny_vit(**changes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def load(model, path, **options):
+    load_vit(model, dict(type='Pretrained', checkpoint=str(path), **options))
+
+
+def saved(tmp_path, state, name='weights.pth') -> Path:
+    path = tmp_path / name
+    save_file(state, path) if path.suffix == '.safetensors' else torch.save(state, path)
+    return path
+
+
+def assert_loaded(model, state):
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.fixture
+def safe_mmengine():
+    schemes = CheckpointLoader._schemes.copy()
+    use_safe_loading()
+    yield
+    CheckpointLoader._schemes = schemes
+
+
+@pytest.fixture
+def variant():
+    """Name of an attention with parameters that no softmax ViT has."""
+
+    @ATTENTIONS.register_module()
+    class MadeUpAttention(SoftmaxAttention):
+        def __init__(self, dim, num_heads, qkv_bias=True):
+            super().__init__(dim, num_heads, qkv_bias)
+            self.extra = nn.Linear(dim, dim)
+
+    yield 'adala_mm.MadeUpAttention'
+    ATTENTIONS._module_dict.pop('MadeUpAttention')
+
+
+def test_missing_key(tmp_path):
+    state = vit().state_dict()
+    del state['blocks.1.attn.qkv.bias'], state['norm.weight']
+    path = saved(tmp_path, state)
+    with pytest.raises(ValueError, match=r'missing \(2\): blocks.1.attn.qkv.bias, norm.weight') as info:
+        load(vit(), path)
+    assert str(path) in str(info.value) and 'unexpected' not in str(info.value)
+
+
+def test_unexpected_key(tmp_path):
+    path = saved(tmp_path, vit().state_dict() | {'blocks.0.ls1.gamma': torch.ones(32)})
+    with pytest.raises(ValueError, match=r'unexpected \(1\): blocks.0.ls1.gamma'):
+        load(vit(), path)
+
+
+def test_wrong_shape(tmp_path):
+    path = saved(tmp_path, vit().state_dict() | {'blocks.1.mlp.fc1.bias': torch.ones(100)})
+    with pytest.raises(ValueError, match=r'blocks.1.mlp.fc1.bias: file \(100,\), model \(128,\)'):
+        load(vit(), path)
+
+
+@pytest.mark.parametrize(('family', 'names'), [
+    ({'layer_scale': 0.1}, 'unexpected.*blocks.0.ls1.gamma'),
+    ({'num_registers': 4, 'no_embed_class': True}, 'pos_embed .*16 entries.*no_embed_class'),
+    ({'pre_norm': True}, r'(?s)missing.*patch_embed.proj.bias.*unexpected.*norm_pre.weight'),
+    ({'class_token': False}, 'pos_embed .*16 entries.*class_token'),
+    ({'embed_dim': 64}, r'cls_token: file \(1, 1, 64\), model \(1, 1, 32\)'),
+    ({'depth': 3}, r'unexpected \(12\): blocks.2.norm1.weight, .*\.\.\.'),
+    ({'depth': 1}, r'missing \(12\): blocks.1.norm1.weight, .*\.\.\.'),
+], ids=str)
+def test_wrong_family_leaves_the_model_alone(family, names, tmp_path):
+    path = saved(tmp_path, vit(**family).state_dict())
+    model = vit()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=names):
+        load(model, path)
+    assert_loaded(model, before)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda state: state,
+    lambda state: {'state_dict': state},
+    lambda state: {'model': state, 'epoch': 3},
+    lambda state: {f'module.{key}': value for key, value in state.items()},
+    lambda state: {'state_dict': {f'backbone.{key}': value for key, value in state.items()}
+                   | {'decode_head.conv_seg.weight': torch.ones(3)}},
+    lambda state: {'state_dict': {f'module.backbone.{key}': value for key, value in state.items()}
+                   | {'module.head.fc.weight': torch.ones(3)}},
+    lambda state: state | {key: torch.ones(3) for key in ('head.weight', 'head_dist.bias', 'fc_norm.weight',
+                                                          'attn_pool.q.weight')},
+], ids=['plain', 'state_dict', 'model', 'module', 'backbone', 'module.backbone', 'heads'])
+def test_wrappers_and_dropped_keys(wrap, tmp_path):
+    state = vit().state_dict()
+    model = vit()
+    load(model, saved(tmp_path, wrap(state)))
+    assert_loaded(model, state)
+
+
+def test_other_prefix(tmp_path):
+    student, teacher = vit().state_dict(), vit().state_dict()
+    path = saved(tmp_path, {f'student.{key}': value for key, value in student.items()}
+                 | {f'teacher.{key}': value for key, value in teacher.items()})
+    model = vit()
+    load(model, path, prefix='teacher.')
+    assert_loaded(model, teacher)
+    with pytest.raises(ValueError, match='unexpected.*student.cls_token'):
+        load(model, path)
+
+
+def test_safetensors(tmp_path):
+    state = vit().state_dict()
+    model = vit()
+    load(model, saved(tmp_path, state, 'weights.safetensors'))
+    assert_loaded(model, state)
+
+
+def test_extra_parameters_of_a_variant_may_be_missing(tmp_path, variant):
+    state = vit().state_dict()
+    path = saved(tmp_path, state)
+    model = vit(attention={'type': variant})
+    extra = model.blocks[0].attn.extra.weight.detach().clone()
+    load(model, path)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert torch.equal(model.blocks[0].attn.extra.weight, extra)
+    # ... but no other parameter, and a softmax ViT does not swallow those of a variant.
+    del state['blocks.1.attn.proj.bias']
+    with pytest.raises(ValueError, match=r'missing \(1\): blocks.1.attn.proj.bias'):
+        load(model, saved(tmp_path, state))
+    with pytest.raises(ValueError, match=r'unexpected \(4\): blocks.0.attn.extra.weight'):
+        load(vit(), saved(tmp_path, model.state_dict()))
+
+
+@pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors'])
+@pytest.mark.parametrize('part', [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize('read', [load_checkpoint, read_state_dict, lambda path: load(vit(), path)],
+                         ids=['load_checkpoint', 'read_state_dict', 'load_vit'])
+def test_truncated_file(name, part, read, tmp_path):
+    path = saved(tmp_path, vit().state_dict(), name)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(part * len(content))])
+    with pytest.raises(ValueError, match='truncated') as info:
+        read(str(path))
+    assert str(path) in str(info.value)
+
+
+@pytest.mark.parametrize('name', ['readme.pth', 'readme.safetensors', 'readme.md'])
+def test_text_file(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('<!DOCTYPE html><html>404: Not Found</html>\n' * 5)
+    with pytest.raises(ValueError, match='not a checkpoint') as info:
+        load(vit(), path)
+    assert str(path) in str(info.value)
+
+
+@pytest.mark.parametrize('content', [{'epoch': 3, 'state_dict': {}}, {}, {'meta': 'x'}, {0: torch.ones(2)},
+                                     [torch.ones(2)], torch.ones(2)],
+                         ids=['empty', 'nothing', 'no tensors', 'numbered', 'list', 'tensor'])
+def test_file_without_a_state_dict(content, tmp_path):
+    path = saved(tmp_path, content)
+    with pytest.raises(ValueError) as info:
+        read_state_dict(str(path))
+    assert str(path) in str(info.value)
+
+
+@pytest.mark.parametrize('read', [load_checkpoint, read_state_dict, lambda path: load(vit(), path)],
+                         ids=['load_checkpoint', 'read_state_dict', 'load_vit'])
+def test_missing_file(read, tmp_path):
+    for path in (tmp_path / 'absent.pth', tmp_path):  # a folder is no checkpoint either
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            read(str(path))
+
+
+class Touch:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class ToFile(Touch):
+    """The same by a method of an allowed class, for which the pickle asks with ``getattr(numpy.ndarray, 'tofile')``."""
+
+    def __reduce__(self):
+        return np.ndarray.tofile, (np.zeros(3), str(self.path))
+
+
+class GetAttr:
+    def __init__(self, cls, name):
+        self.arguments = cls, name
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def by_mmengine(path):
+    mmengine_load_checkpoint(vit(), path)
+
+
+@pytest.mark.parametrize('read', [load_checkpoint, read_state_dict, lambda path: load(vit(), path), by_mmengine],
+                         ids=['load_checkpoint', 'read_state_dict', 'load_vit', 'mmengine'])
+@pytest.mark.parametrize('attack', [Touch, ToFile])
+@pytest.mark.parametrize('zipped', [True, False])
+def test_pickle_that_writes_a_file_is_refused(read, attack, zipped, tmp_path, safe_mmengine):
+    victim, path = tmp_path / 'victim', tmp_path / 'evil.pth'
+    torch.save(vit().state_dict() | {'evil': attack(victim)}, path, _use_new_zipfile_serialization=zipped)
+    torch.load(path, weights_only=False)
+    assert victim.exists()  # the attack is real
+    victim.unlink()
+    with pytest.raises(ValueError, match='never unpickled') as info:
+        read(str(path))
+    assert not victim.exists() and str(path) in str(info.value)
+
+
+@pytest.mark.parametrize(('cls', 'name'), [(HistoryBuffer, '__init__'), (HistoryBuffer, 'register_statistics'),
+                                           (HistoryBuffer, '__class__'), (np.ndarray, 'min'), (np.dtype, 'type')])
+def test_getattr_is_limited_to_the_log_buffer(cls, name, tmp_path):
+    path = saved(tmp_path, {'a': torch.ones(1), 'evil': GetAttr(cls, name)})
+    torch.load(path, weights_only=False)
+    with pytest.raises(ValueError, match=rf'\.{name}, which no training checkpoint needs'):
+        load_checkpoint(path)
+    path = saved(tmp_path, {'a': torch.ones(1), 'fine': GetAttr(HistoryBuffer, 'max')})
+    assert load_checkpoint(path)['fine'] is HistoryBuffer.max
+
+
+@pytest.fixture
+def runner_checkpoint(tmp_path) -> Path:
+    """What `Runner.save_checkpoint` writes, with the log buffers and numpy scalars of a training run."""
+    hub = MessageHub('test_checkpoint')
+    for loss in (3.0, 2.0, 1.0):
+        hub.update_scalar('train/loss', loss)
+    hub.update_info('best_score', np.float64(0.5))
+    hub.update_info('iter', np.int64(3))
+    hub.update_info('array', np.arange(3, dtype=np.float32))
+    model = vit()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    optimizer.step()
+    state = {'meta': {'epoch': 1, 'iter': 3, 'cfg': 'a = 1', 'seed': 0, 'dataset_meta': {'classes': ('a', 'b')}},
+                 'state_dict': {f'backbone.{key}': value for key, value in model.state_dict().items()},
+                 'optimizer': optimizer.state_dict(), 'param_schedulers': [{'last_step': 3, '_last_value': [0.1]}],
+                 'message_hub': hub.state_dict()}
+    return saved(tmp_path, state, 'epoch_1.pth')
+
+
+def check_runner_checkpoint(path):
+    checkpoint = load_checkpoint(path)
+    wanted = torch.load(path, weights_only=False)
+    buffer = checkpoint['message_hub']['log_scalars']['train/loss']
+    assert isinstance(buffer, HistoryBuffer) and buffer.mean() == 2 and buffer.statistics('min') == 1
+    info = checkpoint['message_hub']['runtime_info']
+    assert info['best_score'] == 0.5 and info['iter'] == 3 and info['array'].tolist() == [0, 1, 2]
+    assert checkpoint['meta'] == wanted['meta']
+    assert set(checkpoint['optimizer']['state']) == set(wanted['optimizer']['state'])
+    model = vit()
+    load(model, path)
+    assert_loaded(model, {key.removeprefix('backbone.'): value for key, value in wanted['state_dict'].items()})
+
+
+def test_runner_checkpoint(runner_checkpoint):
+    check_runner_checkpoint(runner_checkpoint)
+
+
+def test_runner_checkpoint_from_numpy_1(runner_checkpoint, tmp_path):
+    # numpy 2 renamed `numpy.core`; a pickle of numpy 1, as any older training run left it, has the old name.
+    path = tmp_path / 'numpy1.pth'
+    with zipfile.ZipFile(runner_checkpoint) as source, zipfile.ZipFile(path, 'w') as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry).replace(b'numpy._core.', b'numpy.core.'))
+    check_runner_checkpoint(path)
+
+
+def test_mmengine_reads_a_runner_checkpoint(runner_checkpoint, safe_mmengine):
+    model = nn.Module()
+    model.backbone = vit()
+    checkpoint = mmengine_load_checkpoint(model, str(runner_checkpoint), strict=True)
+    assert checkpoint['meta']['iter'] == 3
+    assert_loaded(model, checkpoint['state_dict'])
+
+
+def test_safe_loading_keeps_the_other_schemes(safe_mmengine):
+    schemes = CheckpointLoader._schemes
+    assert schemes['http://'].__module__ == 'mmengine.runner.checkpoint'
+    assert schemes[''].__module__ == 'adala_mm.utils.checkpoint'
+    assert CheckpointLoader._get_checkpoint_loader('/a/b.pth') is schemes['']
+
+
+def test_timm_goes_through_the_hub(tmp_path, monkeypatch):
+    state = vit().state_dict()
+    path = saved(tmp_path, state | {'head.weight': torch.ones(3, 32)}, 'model.safetensors')
+    calls = []
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args: calls.append(args) or str(path))
+    model = vit()
+    load(model, 'timm://vit_tiny.test')
+    assert calls == [('timm/vit_tiny.test', 'model.safetensors')]
+    assert_loaded(model, state)

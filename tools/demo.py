@@ -1,0 +1,140 @@
+"""The three stages on the embedded data set, from scratch to report, in minutes on a CPU.
+
+    python tools/demo.py [--work-dir work_dirs/demo]
+
+Every step is `tools/train.py` with a config of configs/demo/; steps that do not need each other run side by side, one
+thread each. Ends with report.md and report.html in the work dir.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Run:
+    """One training run; ``cost`` is its share of the whole, for the ETA."""
+
+    name: str
+    config: str
+    needs: tuple[str, ...] = ()
+    cost: float = 1.0
+    threads: int = 1
+    process: subprocess.Popen | None = field(default=None, repr=False)
+    done: bool = False
+
+
+# In the order of the longest way to the end. Costs: seconds on two cores of a 2024 server CPU.
+RUNS = [
+    Run('teacher', 'teacher_demo_beacons', cost=110, threads=2),
+    Run('stage1', 'stage1_demo_beacons', ('teacher',), cost=40),
+    Run('stage2_only', 'stage2_demo_nostage1_beacons', ('teacher',), cost=110),
+    Run('stage2', 'stage2_demo_beacons', ('stage1',), cost=110),
+    Run('swap', 'linear_demo_swap_beacons', ('teacher',), cost=40),
+    Run('stage1_only', 'linear_demo_stage1only_beacons', ('stage1',), cost=40),
+    Run('stage2_only_tuned', 'linear_demo_stage2only_beacons', ('stage2_only',), cost=40),
+    Run('both', 'linear_demo_beacons', ('stage2',), cost=40),
+    Run('mask2former', 'mask2former_demo_beacons', ('stage2',), cost=60),
+    Run('softmax', 'linear_demo_softmax_beacons', ('teacher',), cost=40),
+]
+
+
+def start(run: Run, out: Path, data_root: str) -> None:
+    threads = str(min(run.threads, os.cpu_count() or 1))
+    command = [sys.executable, str(ROOT / 'tools/train.py'), str(ROOT / f'configs/demo/{run.config}.py'),
+               '--work-dir', str(out / run.name), '--data-root', data_root]
+    (out / run.name).mkdir(parents=True)
+    with open(out / run.name / 'console.log', 'w') as log:
+        run.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=out.parents[1],
+                                       env=dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads))
+
+
+def progress(run: Run, out: Path) -> tuple[int, int]:
+    """(iteration, iterations) that the run has logged so far."""
+    logged = sorted((out / run.name).glob('*/vis_data/scalars.json'))
+    lines = [line for line in logged[-1].read_text().splitlines() if '"loss"' in line] if logged else []
+    total = next((int(line.split('=')[1].strip(' ,)')) for line in config_lines(run, out) if 'max_iters=' in line), 1)
+    return (json.loads(lines[-1])['step'] if lines else 0), total
+
+
+def config_lines(run: Run, out: Path) -> list[str]:
+    dumped = out / run.name / f'{run.config}.py'
+    return dumped.read_text().replace(',', '\n').splitlines() if dumped.exists() else []
+
+
+def clock(seconds: float) -> str:
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def fail(run: Run, out: Path) -> None:
+    tail = (out / run.name / 'console.log').read_text().splitlines()[-25:]
+    print(f'\n{run.name} failed (full log: {out / run.name / "console.log"}):', *tail, sep='\n  ')
+    for other in RUNS:
+        if other.process and other.process.poll() is None:
+            other.process.terminate()
+    sys.exit(1)
+
+
+def report_progress(out: Path, began: float, live: bool) -> None:
+    states, worked = [], 0.0
+    for run in RUNS:
+        if run.done:
+            worked += run.cost
+        elif run.process:
+            step, total = progress(run, out)
+            worked += run.cost * step / total
+            states.append(f'{run.name} {step}/{total}')
+    elapsed, whole = time.time() - began, sum(run.cost for run in RUNS)
+    eta = clock(elapsed * (whole - worked) / worked) if worked > 0.02 * whole else '...'
+    line = f'[{clock(elapsed)}] {100 * worked / whole:3.0f} %  ETA {eta}  {sum(r.done for r in RUNS)}/{len(RUNS)} runs' \
+           f'  now: {", ".join(states)}'
+    print(f'\r{line:<118}'[:119] if live else line, end='' if live else '\n', flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--work-dir', default='work_dirs/demo')
+    parser.add_argument('--data-root', default='data', help='where the embedded data set is drawn (beacons/)')
+    args = parser.parse_args()
+    out = Path(args.work_dir).resolve()
+    if out.parts[-2:] != ('work_dirs', 'demo'):
+        parser.error('--work-dir must end in work_dirs/demo: the configs start each stage from checkpoints there')
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    data_root = str(Path(args.data_root).resolve())
+    live, began, last_line = sys.stdout.isatty(), time.time(), 0.0
+    print(f'Ten runs of tools/train.py, then a report: {out}/report.html')
+    while not all(run.done for run in RUNS):
+        for run in RUNS:
+            if run.process and not run.done and run.process.poll() is not None:
+                if run.process.returncode:
+                    fail(run, out)
+                run.done = True
+                print(f'\r[{clock(time.time() - began)}] done: {run.name:<100}'.rstrip() if not live else
+                      f'\r{"[" + clock(time.time() - began) + "] done: " + run.name:<118}', flush=True)
+        busy = sum(run.threads for run in RUNS if run.process and not run.done)
+        finished = {run.name for run in RUNS if run.done}
+        for run in RUNS:
+            if run.process is None and finished.issuperset(run.needs) and busy + run.threads <= 2:
+                start(run, out, data_root)
+                busy += run.threads
+        if time.time() - last_line > (1 if live else 20):
+            report_progress(out, began, live)
+            last_line = time.time()
+        time.sleep(0.5)
+    print(f'\n[{clock(time.time() - began)}] all runs done; drawing the report')
+    subprocess.run([sys.executable, str(ROOT / 'tools/demo_report.py'), str(out), '--data-root', data_root,
+                    '--seconds', str(time.time() - began)], check=True)
+
+
+if __name__ == '__main__':
+    main()
