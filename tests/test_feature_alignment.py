@@ -100,7 +100,8 @@ def test_unknown_trainable_raises(pretrained):
 @pytest.mark.parametrize(('fact', 'teacher_vit'), [
     ('embed_dim', {'embed_dim': 16}),
     ('num_prefix', {'num_registers': 4}),
-    ('num_prefix', {'class_token': False}),
+    ('class_token', {'class_token': False}),
+    ('class_token', {'class_token': False, 'num_registers': 1}),  # as many prefix tokens, but not the same
     ('patch_size', {'patch_size': 4}),
 ])
 def test_incomparable_teacher_raises(pretrained, fact, teacher_vit):

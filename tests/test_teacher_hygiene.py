@@ -236,3 +236,30 @@ def test_validation_before_training(iteration, runs):
 def test_validation_before_training_needs_no_val_loop():
     runner = SimpleNamespace(iter=0, model=None, val_loop=None, logger=None)
     assert HOOKS.build({'type': 'adala_mm.ValBeforeTrainHook'}).before_train(runner) is None
+
+
+@both_stages
+def test_teacher_is_loaded_when_only_testing(stage, pretrained):
+    """Runner.test() loads the student's checkpoint and never calls init_weights."""
+    trained = disturb(build(stage, pretrained)).eval()
+    fresh = build(stage, pretrained, init=False).eval()
+    fresh.load_state_dict(trained.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert fresh(images, mode='predict') == trained(images, mode='predict')
+    assert torch.equal(fresh.teacher_features(images), softmax_features(pretrained, images))
+
+
+@both_stages
+def test_second_init_weights_leaves_the_teacher_alone(stage, pretrained):
+    model = disturb(build(stage, pretrained))
+    model.init_weights()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval().teacher_features(images), softmax_features(pretrained, images))
+
+
+@pytest.mark.parametrize('head', [{'out_type': 'cls_token'}, {'checkpoint': 'x', 'out_type': 'raw'},
+                                  {'checkpoint': 'x', 'outtype': 'cls_token'}])
+def test_bad_head_raises(pretrained, head):
+    with pytest.raises(ValueError, match='head must be dict'):
+        build('FeatureAlignment', pretrained, init=False, head=head)

@@ -4,7 +4,7 @@
 """
 from mmengine.runner import Runner
 
-from adala_mm.utils.cli import base_parser, load_config
+from adala_mm.utils.cli import base_parser, check_data, load_config
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
             parser.error(f'--tta: {args.config} defines no tta_model and tta_pipeline')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(cfg.tta_model, module=cfg.model)
+    check_data(cfg, ('test_dataloader',))
     Runner.from_cfg(cfg).test()
 
 

@@ -4,7 +4,7 @@
 """
 from mmengine.runner import Runner
 
-from adala_mm.utils.cli import base_parser, load_config
+from adala_mm.utils.cli import base_parser, check_data, load_config
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
+    check_data(cfg, ('train_dataloader', 'val_dataloader'))
     Runner.from_cfg(cfg).train()
 
 

@@ -1,3 +1,4 @@
+from adala_mm.engine.label_check import LabelCheckHook
 from adala_mm.engine.val_before_train import ValBeforeTrainHook
 
-__all__ = ['ValBeforeTrainHook']
+__all__ = ['LabelCheckHook', 'ValBeforeTrainHook']

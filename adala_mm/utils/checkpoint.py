@@ -36,7 +36,7 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint at {path}')
+        raise FileNotFoundError(f'no checkpoint at {path}: check the path, or run the stage that writes it first')
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file

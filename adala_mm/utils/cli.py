@@ -56,6 +56,27 @@ def relocate(node: Any, root: str) -> Any:
     return node
 
 
+def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
+    """Raises FileNotFoundError, naming loader, path and fix, if a data set of the config is not where it should be.
+
+    Data sets of adala_mm draw themselves and are left to themselves.
+    """
+    for loader in loaders:
+        dataset = (cfg.get(loader) or {}).get('dataset', {})
+        while 'dataset' in dataset:  # wrappers such as RepeatDataset
+            dataset = dataset['dataset']
+        if str(dataset.get('type')).startswith('adala_mm.'):
+            continue
+        root = Path(dataset.get('data_root') or '')
+        prefix = dataset.get('data_prefix') or ''
+        parts = [*(prefix.values() if isinstance(prefix, dict) else [prefix]), dataset.get('ann_file') or '']
+        for path in (root, *(root / part for part in parts if part)):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f'{loader}: there is no {path}. Put the data set there (configs/adala/README.md shows the '
+                    f'layouts), or name its place with --data-root DIR or --cfg-options {loader}.dataset.data_root=DIR')
+
+
 def use_cpu_backend(cfg: Config) -> None:
     """Switches a distributed run to gloo where there is no GPU: NCCL has nothing to run on."""
     import torch

@@ -30,10 +30,13 @@ def _missing(name: str) -> Callable:
 
 
 class _StandIn(ModuleType):
-    """``mmcv._ext`` without compiled code: the two deformable-attention functions, and named errors for the rest."""
+    """``mmcv._ext`` without compiled code: deformable attention in PyTorch, and named errors for the rest."""
 
     ms_deform_attn_forward = staticmethod(ms_deform_attn_forward)
     ms_deform_attn_backward = staticmethod(ms_deform_attn_backward)
+    # mmcv's collect_env, which every Runner logs, asks these two.
+    get_compiler_version = staticmethod(lambda: 'n/a')
+    get_compiling_cuda_version = staticmethod(lambda: 'n/a')
 
     def __getattr__(self, name: str) -> Callable:
         if name.startswith('__'):
@@ -55,20 +58,35 @@ def provide_mmcv_ops() -> bool:
     stand_in = _StandIn('mmcv._ext')
     stand_in.__spec__ = ModuleSpec('mmcv._ext', loader=None)
     sys.modules['mmcv._ext'] = stand_in
-    _repair_mask2former()
+    _repair_importers()
     return True
 
 
-def _repair_mask2former() -> None:
-    """Rebuilds mmseg's Mask2FormerHead if mmseg was imported before the stand-in was there.
+def _repair_importers() -> None:
+    """Gives mmseg and mmdet the ops they missed, if they were imported before the stand-in was there.
 
     MMSegInferencer and mmseg's own scripts import ``mmseg.models`` first and meet adala_mm only when they build the
-    backbone; the decode head is built after it.
+    backbone; the decode head is built after it. mmdet puts a stub in place of each op that it cannot import, and
+    mmseg an empty base class under its Mask2FormerHead.
     """
-    name = 'mmseg.models.decode_heads.mask2former_head'
-    module = sys.modules.get(name)
-    if module is None:
+    importers = [m for name, m in list(sys.modules.items()) if name.startswith(('mmdet.', 'mmseg.'))]
+    if not importers:
         return
-    from mmseg.registry import MODELS
-    MODELS._module_dict.pop('Mask2FormerHead', None)
-    importlib.reload(module)
+    ops = importlib.import_module('mmcv.ops')
+    for module in importers:
+        for name, value in list(vars(module).items()):
+            if hasattr(ops, name) and _is_stub(value, module):
+                setattr(module, name, getattr(ops, name))
+    head = sys.modules.get('mmseg.models.decode_heads.mask2former_head')
+    if head is not None:
+        from mmseg.registry import MODELS
+        MODELS._module_dict.pop('Mask2FormerHead', None)
+        importlib.reload(head)
+
+
+def _is_stub(value: object, module: ModuleType) -> bool:
+    """Whether ``value`` is mmdet's placeholder for an op: defined on the spot, and good for one error message only."""
+    if getattr(value, '__module__', None) != module.__name__:
+        return False
+    function = value.__init__ if isinstance(value, type) else value
+    return 'requires mmcv to be compiled' in str(getattr(getattr(function, '__code__', None), 'co_consts', ''))

@@ -17,4 +17,5 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    labels=dict(type='adala_mm.LabelCheckHook'),
     visualization=dict(type='mmseg.SegVisualizationHook'))

@@ -6,7 +6,7 @@ with read_base():
     from .._base_.backbones.demo import *
     from .._base_.datasets.beacons import *
     from .._base_.schedules.demo import *
-    from .._base_.models.mask2former import *
+    from .._base_.models.mask2former_small import *
 
 stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_250.pth')
 model.update(backbone=dict(backbone, attention=linear, out_indices=[-1] * 4, init_cfg=stage2_init))
@@ -14,18 +14,8 @@ model['data_preprocessor'] = dict(
     type='SegDataPreProcessor', size=(80, 80), seg_pad_val=255, test_cfg=dict(size_divisor=8), **image_norm)
 model['neck'].update(embed_dim=96)
 model['decode_head'].update(
-    num_classes=6, in_channels=[96] * 4, strides=[2, 4, 8, 16], feat_channels=64, out_channels=64, num_queries=20)
+    num_classes=6, in_channels=[96] * 4, strides=[2, 4, 8, 16], num_queries=20)
 model['decode_head']['loss_cls'].update(class_weight=[1.0] * 6 + [0.1])
-model['decode_head']['train_cfg'].update(num_points=1024)
-for position in (model['decode_head'], model['decode_head']['pixel_decoder']):
-    position['positional_encoding'].update(num_feats=32)
-pixel, query = model['decode_head']['pixel_decoder']['encoder'], model['decode_head']['transformer_decoder']
-pixel.update(num_layers=2)
-query.update(num_layers=3)
-for part in (*pixel['layer_cfg'].values(), *query['layer_cfg'].values()):
-    part.update(embed_dims=64)
-    if 'feedforward_channels' in part:
-        part.update(feedforward_channels=128)
 train_dataloader.update(batch_size=16)
 optim_wrapper['optimizer'].update(lr=2e-3)
 optim_wrapper.update(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))

@@ -43,6 +43,7 @@ class AttentionAlignment(Alignment):
         if target not in TARGETS:
             raise ValueError(f'unknown target {target!r}; choose one of {", ".join(TARGETS)}')
         self.target = target
+        self.softmax_config = dict(backbone, attention=dict(type='adala_mm.SoftmaxAttention'))
         if all(block.attn.is_softmax for block in self.backbone.blocks):
             raise ValueError('every block of the backbone has softmax attention: there is nothing to align')
         self.backbone.requires_grad_(False)
@@ -58,12 +59,13 @@ class AttentionAlignment(Alignment):
         return build_attention(dict(type='adala_mm.SoftmaxAttention'), dim, attn.num_heads,
                                qkv_bias=attn.qkv.bias is not None)
 
-    def init_weights(self) -> None:
-        super().init_weights()
-        # Before any resumed student is loaded, the projections are still those of the pretrained checkpoint.
-        for block, twin in zip(self.backbone.blocks, self.frozen['attentions'], strict=True):
-            twin.qkv.load_state_dict(block.attn.qkv.state_dict())
-            twin.proj.load_state_dict(block.attn.proj.state_dict())
+    def load_teacher(self) -> None:
+        # From the checkpoint and not from the student's projections, which a resumed run has trained already.
+        self.require_pretrained('backbone', self.backbone)
+        pretrained = MODELS.build(dict(self.softmax_config))
+        pretrained.init_weights()
+        for twin, block in zip(self.frozen['attentions'], pretrained.blocks, strict=True):
+            twin.load_state_dict(block.attn.state_dict())
 
     def train(self, mode: bool = True) -> AttentionAlignment:
         """Only the attentions that learn follow ``mode``; the stream stays the teacher's (no drop path)."""

@@ -28,14 +28,21 @@ class Alignment(BaseModel):
         data_preprocessor: normalisation of the images, MMEngine's ``ImgDataPreprocessor`` or another one.
 
     Raises:
-        ValueError: in ``init_weights``, if a network has no pretrained weights to start from.
+        ValueError: for a ``head`` with other keys or an ``out_type`` that the backbone has not, and in
+            ``init_weights``, if a network has no pretrained weights to start from.
     """
 
     def __init__(self, backbone: dict, head: dict | None = None, data_preprocessor: dict | None = None) -> None:
         super().__init__(data_preprocessor)
         self.backbone = MODELS.build(backbone)
         self.frozen: dict[str, nn.Module] = {}
-        self.head = head
+        self.teacher_ready = False
+        self.head = None
+        if head is not None:
+            self.head = dict(dict(out_type='cls_token'), **head)
+            kinds = ('cls_token', 'avg_featmap') if self.backbone.class_token else ('avg_featmap',)
+            if set(self.head) != {'checkpoint', 'out_type'} or self.head['out_type'] not in kinds:
+                raise ValueError(f'head must be dict(checkpoint=<file>, out_type=<{" or ".join(kinds)}>), got {head}')
 
     def freeze(self, name: str, module: nn.Module) -> None:
         """Holds ``module`` as a frozen part of the teacher."""
@@ -48,14 +55,27 @@ class Alignment(BaseModel):
 
     def init_weights(self) -> None:
         self.require_pretrained('backbone', self.backbone)
+        self.prepare_teacher()
         super().init_weights()
+
+    def prepare_teacher(self) -> None:
+        """Loads the teacher from its own checkpoint, once; testing a student's checkpoint needs it as training does."""
+        if self.teacher_ready:
+            return
+        self.load_teacher()
         if self.head is not None:
             state = read_state_dict(self.head['checkpoint'])
             if 'head.weight' not in state:
                 raise ValueError(f'{self.head["checkpoint"]} has no classification head (head.weight, head.bias)')
-            classifier = nn.Linear(*reversed(state['head.weight'].shape))
-            classifier.load_state_dict({'weight': state['head.weight'], 'bias': state['head.bias']})
-            self.freeze('head', classifier.to(next(self.parameters()).device))
+            weight, bias = state['head.weight'], state.get('head.bias')
+            classifier = nn.Linear(*reversed(weight.shape), bias=bias is not None)
+            classifier.load_state_dict({'weight': weight} | ({} if bias is None else {'bias': bias}))
+            self.freeze('head', classifier.to(next(self.parameters())))
+        self.teacher_ready = True
+
+    def load_teacher(self) -> None:
+        """Loads what the stage keeps in `frozen`."""
+        raise NotImplementedError
 
     @staticmethod
     def require_pretrained(role: str, network: nn.Module) -> None:
@@ -74,6 +94,8 @@ class Alignment(BaseModel):
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
         """Images (B, 3, H, W) to final tokens (``tensor``), losses (``loss``) or one score per image (``predict``)."""
+        if mode in ('loss', 'predict'):
+            self.prepare_teacher()
         if mode == 'loss':
             return self.loss(inputs)
         features = self.backbone.forward_features(inputs)
@@ -97,6 +119,6 @@ class Alignment(BaseModel):
                                                                    strict=True)]
 
     def _top_class(self, tokens: Tensor) -> Tensor:
-        kind = self.head.get('out_type', 'cls_token')
-        pooled = tokens[:, 0] if kind == 'cls_token' else tokens[:, self.backbone.num_prefix:].mean(dim=1)
+        on_class_token = self.head['out_type'] == 'cls_token'
+        pooled = tokens[:, 0] if on_class_token else tokens[:, self.backbone.num_prefix:].mean(dim=1)
         return self.frozen['head'](pooled).argmax(dim=-1)

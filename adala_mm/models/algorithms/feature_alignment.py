@@ -28,7 +28,7 @@ class FeatureAlignment(Alignment):
     Logs ``rel_error = ||student - teacher|| / ||teacher||`` of the batch.
 
     Raises:
-        ValueError: for an unknown ``trainable``, or if student and teacher differ in width or prefix tokens.
+        ValueError: for an unknown ``trainable``, or if student and teacher differ in width, patch or prefix tokens.
     """
 
     def __init__(self, backbone: dict, teacher: dict, loss_scale: float = 1.0, trainable: str = 'all',
@@ -38,7 +38,7 @@ class FeatureAlignment(Alignment):
             raise ValueError(f'unknown trainable {trainable!r}; choose one of {", ".join(TRAINABLE)}')
         self.loss_scale = loss_scale
         self.freeze('teacher', MODELS.build(teacher))
-        for fact in ('embed_dim', 'num_prefix', 'patch_size'):
+        for fact in ('embed_dim', 'class_token', 'num_prefix', 'patch_size'):
             ours, theirs = getattr(self.backbone, fact), getattr(self.frozen['teacher'], fact)
             if ours != theirs:
                 raise ValueError(f'student and teacher differ in {fact} ({ours} and {theirs}): their final features '
@@ -48,10 +48,9 @@ class FeatureAlignment(Alignment):
             for block in self.backbone.blocks:
                 block.attn.qkv.requires_grad_(True)
 
-    def init_weights(self) -> None:
+    def load_teacher(self) -> None:
         self.require_pretrained('teacher', self.frozen['teacher'])
         self.frozen['teacher'].init_weights()
-        super().init_weights()
 
     def loss(self, images: Tensor) -> dict[str, Tensor]:
         teacher = self.teacher_features(images)

@@ -1,0 +1,31 @@
+# `make test` and `make demo` do all their own set-up in .venv; a second call reuses it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Several small processes beat one with many threads; more than one thread each would only make them fight.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test lint tables clean
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY)
+	$(THREADS) $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+tables: $(READY)
+	$(BIN)/python tools/make_tables.py
+
+$(READY): setup.py $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "adala_mm needs Python >= 3.10; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (a few minutes, once) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[onedl,tests]'
+	@touch $(READY)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

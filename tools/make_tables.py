@@ -1,0 +1,105 @@
+"""Writes the tables of README.md and docs/results.md from the records in docs/results/.
+
+    python tools/make_tables.py [--check]
+
+A table stands between <!-- table: NAME --> and <!-- end -->; everything else in the files is left alone.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ['README.md', 'docs/results.md']
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def demo() -> str:
+    data = json.loads((ROOT / 'docs/results/demo.json').read_text())
+    rows = [[r['name'], f'{r["softmax_blocks"]} / {r["linear_blocks"]}', f'{r["as_is"]:.2f}',
+             f'{r["as_is_kept"]:.1f} %', f'{r["tuned"]:.2f}', f'{r["tuned_kept"]:.1f} %'] for r in data['rows']]
+    m = data['machine']
+    return markdown(['backbone', 'softmax / linear blocks', 'mIoU as is', 'of teacher', 'mIoU after stage 3',
+                     'of teacher'], rows) + (
+        f'\n\nOne run each, seed 0, {data["seconds"]} s in all on {m["cores"]} cores ({m["cpu"]}), Python '
+        f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
+
+
+def real_alignment() -> str:
+    runs = json.loads((ROOT / 'docs/results/real.json').read_text())
+    one, two = runs['stage1_deitt_caltech'], runs['stage2_deitt_caltech']
+
+    def row(name: str, blocks: str, scores: dict, run: dict | None) -> list[str]:
+        return [name, blocks, f'{scores["align/top1_agreement"]:.1f}', f'{scores["align/rel_error"]:.3f}',
+                f'{scores["align/cosine"]:.3f}', where(run)]
+
+    return markdown(['DeiT-tiny', 'softmax / linear blocks', 'top-1 agreement (%)', 'relative feature error', 'cosine',
+                     'run'], [
+        ['softmax teacher', '12 / 0', '100', '0', '1', ''],
+        row('swap', '0 / 12', one['scores'][0], None),
+        row('stage 1', '0 / 12', one['scores'][-1], one),
+        *[row(f'stage 1 + 2, iteration {s["step"]}', '0 / 12', s, two) for s in two['scores'][1:]],
+    ]) + footnote(two)
+
+
+def real_camvid() -> str:
+    runs = json.loads((ROOT / 'docs/results/real.json').read_text())
+    rows = [[name, blocks, f'{runs[run]["scores"][-1]["mIoU"]:.2f}', f'{runs[run]["scores"][-1]["aAcc"]:.2f}',
+             where(runs[run])] for name, blocks, run in (
+                 ('softmax DeiT-tiny', '12 / 0', 'mask2former_deitt_softmax_camvid'),
+                 ('linear DeiT-tiny, stage 1 + 2', '0 / 12', 'mask2former_deitt_camvid'))]
+    return markdown(['backbone', 'softmax / linear blocks', 'mIoU', 'pixel accuracy', 'run'], rows) + footnote(
+        runs['mask2former_deitt_camvid'])
+
+
+def where(run: dict | None) -> str:
+    return '' if run is None else f'`{run["config"]}`, {run["iterations"]} it., {run["sha256"][:8]}'
+
+
+def footnote(run: dict) -> str:
+    m = run['machine']
+    return (f'\n\nOne run each, seed {run["seed"]}; {m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch '
+            f'{m["torch"]}, commit {m["commit"]}. Hash: first digits of the checkpoint\'s SHA-256.')
+
+
+def configs() -> str:
+    def names(pattern: str) -> str:
+        return '<br>'.join(f'[`{p.stem}`](configs/{p.parent.name}/{p.name})'
+                           for p in sorted((ROOT / 'configs/adala').glob(pattern)) if '_softmax_' not in p.stem)
+    return markdown(['what', 'configs'], [
+        ['stage 1, COCO', names('stage1_*.py')], ['stage 2, ImageNet-22K', names('stage2_*.py')],
+        ['stage 3, ADE20K', names('mask2former_*_ade20k.py')],
+        ['stage 3, Cityscapes at 512 and 1024', names('mask2former_*_cityscapes.py')],
+        ['stage 3, ImageNet-1K', names('linear_*_in1k.py')]])
+
+
+TABLES = dict(demo=demo, real_alignment=real_alignment, real_camvid=real_camvid, configs=configs)
+
+
+def fill(text: str) -> str:
+    """``text`` with every marked table written anew."""
+    return re.sub(r'(<!-- table: (\w+) -->\n).*?(\n?<!-- end -->)',
+                  lambda m: m[1] + TABLES[m[2]]() + '\n<!-- end -->', text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='change nothing; fail if a table is out of date')
+    args = parser.parse_args()
+    for page in PAGES:
+        old = (ROOT / page).read_text()
+        new = fill(old)
+        if args.check and new != old:
+            sys.exit(f'{page}: tables differ from docs/results; run: python tools/make_tables.py')
+        (ROOT / page).write_text(new)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,45 @@
+"""Records finished runs for the tables of the docs: first and last scores, duration, checkpoint hash, machine.
+
+    python tools/record_runs.py work_dirs/stage1_deitt_caltech --out docs/results/real.json
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from adala_mm.utils.records import machine, read_scalars
+
+LOGGED_BESIDE_SCORES = {'step', 'iter', 'time', 'data_time', 'epoch'}
+
+
+def record(run: Path) -> dict:
+    """What a table needs to know about one work dir."""
+    rows = read_scalars(run)
+    scores = [{k: v for k, v in row.items() if k not in LOGGED_BESIDE_SCORES} | dict(step=row['step']) for row in rows
+              if 'loss' not in row]
+    trained = [row for row in rows if 'loss' in row]
+    newest = (run / 'last_checkpoint').read_text().strip()
+    config = next(run.glob('*.py'))
+    return dict(config=config.stem, seed=int(re.search(r'seed=(\d+)', config.read_text())[1]),
+                iterations=trained[-1]['step'], seconds_per_iteration=sum(r['time'] for r in trained) / len(trained),
+                scores=scores, checkpoint=Path(newest).name,
+                sha256=hashlib.sha256((run / Path(newest).name).read_bytes()).hexdigest()[:16])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('runs', nargs='+', type=Path, help='work dirs of finished runs')
+    parser.add_argument('--out', type=Path, required=True, help='JSON file; runs recorded in it before are kept')
+    args = parser.parse_args()
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for run in args.runs:
+        known[run.name] = record(run) | dict(machine=machine())
+        print(run.name, known[run.name]['scores'][-1])
+    args.out.write_text(json.dumps(known, indent=1, sort_keys=True) + '\n')
+
+
+if __name__ == '__main__':
+    main()
