@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Attention as TimmAttention
 
-from adala_mm.models.attentions import SoftmaxAttention, build_attention
+from adala_mm.models.attentions import Attention, SoftmaxAttention, build_attention
 from adala_mm.registry import ATTENTIONS
 
 ATTENTIONS.import_from_location()
@@ -132,3 +132,19 @@ def test_unknown_type_without_a_close_one(cfg):
     with pytest.raises(ValueError, match='Registered: .*adala_mm.SoftmaxAttention') as info:
         build_attention(cfg, DIM, HEADS)
     assert 'Did you mean' not in str(info.value)
+
+
+class OwnAttention(Attention):
+    def mix(self, q, k, v, hw, num_prefix):
+        return v
+
+
+@pytest.mark.parametrize('kind', [OwnAttention, f'{__name__}.OwnAttention'])
+def test_own_attention_needs_no_registration(kind):
+    assert type(build_attention({'type': kind}, 32, 4)) is OwnAttention
+
+
+@pytest.mark.parametrize('kind', ['torch.nn.Linear', 'no_such_module.Layer', f'{__name__}.NoSuchLayer', None])
+def test_what_is_no_attention_raises(kind):
+    with pytest.raises(ValueError, match='unknown attention type.*adala_mm.LinearAttention'):
+        build_attention({'type': kind}, 32, 4)

@@ -1,7 +1,9 @@
 """What every attention of a plain ViT shares: the projections, and the place for its mixing rule."""
 from __future__ import annotations
 
+import contextlib
 import difflib
+import pkgutil
 
 from torch import Tensor, nn
 
@@ -59,19 +61,32 @@ class Attention(nn.Module):
 
 
 def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True) -> Attention:
-    """Builds one attention layer from ``dict(type='adala_mm.<Name>', <own arguments>)``.
+    """Builds one attention layer from ``dict(type=..., <own arguments>)``.
+
+    ``type`` is a registered name (``adala_mm.LinearAttention``), the path of any importable subclass
+    (``my_module.MyAttention``), or the class itself.
 
     Raises:
         ValueError: for an unknown type; the message lists the registered ones.
     """
     options = dict(cfg)
-    kind = options.pop('type', None)
+    layer = _find(options.pop('type', None))
+    return layer(dim, num_heads, qkv_bias=qkv_bias, **options)
+
+
+def _find(kind: str | type | None) -> type[Attention]:
     ATTENTIONS.import_from_location()
     known = ATTENTIONS.module_dict
     name = str(kind).removeprefix('adala_mm.')
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f' Did you mean adala_mm.{close[0]}?' if close else ''
-        raise ValueError(f'unknown attention type {kind!r}.{hint} Registered: '
-                         f'{", ".join(f"adala_mm.{n}" for n in sorted(known))}')
-    return known[name](dim, num_heads, qkv_bias=qkv_bias, **options)
+    if name in known:
+        return known[name]
+    if isinstance(kind, str) and '.' in kind:
+        with contextlib.suppress(ImportError, AttributeError):
+            kind = pkgutil.resolve_name(kind)
+    if isinstance(kind, type) and issubclass(kind, Attention):
+        return kind
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f' Did you mean adala_mm.{close[0]}?' if close else ''
+    raise ValueError(f'unknown attention type {kind!r}.{hint} Registered: '
+                     f'{", ".join(f"adala_mm.{n}" for n in sorted(known))}; or give the path of an importable '
+                     'subclass of adala_mm.models.attentions.Attention, such as my_module.MyAttention')
