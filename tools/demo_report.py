@@ -20,7 +20,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmseg.structures import SegDataSample
 from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -74,18 +76,16 @@ def segmentor(out: Path, run: str, tuned: bool) -> torch.nn.Module:
     return model.eval()
 
 
-def prepare(model: torch.nn.Module, images: list[np.ndarray]) -> torch.Tensor:
-    """RGB images to a normalised batch, by way of the BGR that the model's preprocessor expects."""
-    bgr = [torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1) for image in images]
-    return model.data_preprocessor(dict(inputs=bgr))['inputs']
+def batch(images: list[np.ndarray]) -> dict:
+    """RGB images as mmseg's data loaders deliver them: BGR tensors and empty data samples."""
+    size = images[0].shape[:2]
+    return dict(inputs=[torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1) for image in images],
+                data_samples=[SegDataSample(metainfo=dict(img_shape=size, ori_shape=size)) for _ in images])
 
 
 @torch.no_grad()
 def labels(model: torch.nn.Module, images: list[np.ndarray]) -> list[np.ndarray]:
-    inputs = prepare(model, images)
-    size = tuple(inputs.shape[2:])
-    metas = [dict(img_shape=size, ori_shape=size, pad_shape=size)] * len(images)
-    return list(model.encode_decode(inputs, metas).argmax(dim=1).numpy().astype(np.uint8))
+    return [sample.pred_sem_seg.data[0].numpy().astype(np.uint8) for sample in model.test_step(batch(images))]
 
 
 def grid(path: Path, columns: list[tuple[str, list[np.ndarray]]], title: str) -> None:
@@ -97,7 +97,7 @@ def grid(path: Path, columns: list[tuple[str, list[np.ndarray]]], title: str) ->
             axes[i, j].imshow(picture, interpolation='nearest')
             axes[i, j].set_axis_off()
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 1 - 0.1 / figure.get_figheight()))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -107,7 +107,7 @@ def draw_features(path: Path, out: Path, images: list[np.ndarray]) -> None:
     features = []
     for run, *_ in ROWS:
         model = segmentor(out, run, tuned=False)
-        features.append(model.backbone(prepare(model, images))[-1])
+        features.append(model.backbone(model.data_preprocessor(batch(images))['inputs'])[-1])
     colours = shared_pca(features)
     grid(path, [('image', images)] + [(name, list(c)) for (_, name, *_), c in zip(ROWS, colours, strict=True)],
          'First three principal components of the patch features, components shared')
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=0.0, help='how long the runs took, for the report')
     args = parser.parse_args()
     out, began = args.out, time.time()
+    MMLogger.get_instance('demo_report', log_level='ERROR')  # building models is not the news here
     stems = ['0000', '0007', '0012', '0023']
     images = [np.asarray(Image.open(args.data_root / 'beacons/images/val' / f'{s}.png')) for s in stems]
     truth = [np.asarray(Image.open(args.data_root / 'beacons/labels/val' / f'{s}.png')) for s in stems]

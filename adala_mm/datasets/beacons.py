@@ -115,7 +115,10 @@ def write_scenes(root: str | Path) -> None:
             Image.fromarray(image).save(part / 'images' / split / f'{i:04d}.png')
             Image.fromarray(label).save(part / 'labels' / split / f'{i:04d}.png')
     (part / 'recipe.json').write_text(json.dumps(RECIPE))
-    part.rename(root)
+    try:
+        part.rename(root)
+    except OSError:  # another process was faster; what it wrote is checked before use
+        shutil.rmtree(part)
 
 
 def check_scenes(root: str | Path) -> None:

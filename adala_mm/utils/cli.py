@@ -41,7 +41,7 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
-    use_cpu_backend(cfg)
+    join_cpu_processes(cfg)
     return cfg
 
 
@@ -77,8 +77,11 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
                     f'layouts), or name its place with --data-root DIR or --cfg-options {loader}.dataset.data_root=DIR')
 
 
-def use_cpu_backend(cfg: Config) -> None:
-    """Switches a distributed run to gloo where there is no GPU: NCCL has nothing to run on."""
+def join_cpu_processes(cfg: Config) -> None:
+    """Connects the processes of a run without GPUs by gloo; MMEngine itself would ask CUDA for a device."""
     import torch
-    if not torch.cuda.is_available():
-        cfg.setdefault('env_cfg', {}).setdefault('dist_cfg', {})['backend'] = 'gloo'
+    if cfg.launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+                                 find_unused_parameters=cfg.get('find_unused_parameters', False))

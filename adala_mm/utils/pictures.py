@@ -35,7 +35,7 @@ def shared_pca(maps: list[Tensor]) -> list[np.ndarray]:
     return [colours(feature) for feature in maps]
 
 
-def overlay(image: np.ndarray, label: np.ndarray, palette: list[list[int]], opacity: float = 0.65) -> np.ndarray:
+def overlay(image: np.ndarray, label: np.ndarray, palette: list[list[int]], opacity: float = 0.8) -> np.ndarray:
     """Image (H, W, 3) uint8 with labels (H, W) painted over it; labels without a colour (255) stay unpainted."""
     colours = np.asarray(palette, dtype=float)
     known = label < len(colours)

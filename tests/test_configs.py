@@ -1,0 +1,443 @@
+"""Every config file loads, builds as written, states the paper's schedule, and starts where its predecessor ended."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
+from mmseg.structures import SegDataSample
+
+from adala_mm.datasets import BeaconsDataset
+
+PATHS = sorted(path for path in ROOT.glob('configs/**/*.py') if '_base_' not in path.relative_to(ROOT).parts)
+FOLDERS = {path.stem: path.parent.name for path in PATHS}
+NAMES = list(FOLDERS)
+ADALA = [name for name, folder in FOLDERS.items() if folder == 'adala']
+TWINS = [name for name in NAMES if '_softmax_' in name]
+# The one checkpoint that is neither a stage's nor timm's by name; its config says which timm model it is.
+DEIT = 'data/weights/deit_tiny_patch16_224.safetensors'
+GRAMMAR = re.compile(r'(?P<stage>stage1|stage2|mask2former|linear|teacher)'
+                     r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
+                     r'(?P<changes>(_(softmax|1024|swap|nostage1|stage1only|stage2only))*)'
+                     r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
+# ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
+TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
+          'mask2former': dict(epochs=20, batch=8, lr=1e-4), 'linear': dict(epochs=10, batch=8, lr=1e-4)}
+TABLE5_STAGE2 = {'dinov2l': dict(epochs=30, scale=5), 'dinov2b': dict(epochs=30, scale=5),
+                 'siglipl': dict(epochs=10, scale=1), 'clipl': dict(epochs=15, scale=4000),
+                 'in1kl': dict(epochs=20, scale=1)}
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+every_config = pytest.mark.parametrize('name', NAMES)
+every_recipe = pytest.mark.parametrize('name', ADALA)
+
+
+def path_of(name: str) -> Path:
+    return ROOT / 'configs' / FOLDERS[name] / f'{name}.py'
+
+
+@functools.cache
+def parsed(name: str) -> Config:
+    return Config.fromfile(path_of(name))
+
+
+def config(name: str) -> Config:
+    """A copy that a test may change."""
+    return copy.deepcopy(parsed(name))
+
+
+def parts(name: str) -> dict[str, str]:
+    return GRAMMAR.fullmatch(name).groupdict()
+
+
+@contextlib.contextmanager
+def scope_of(cfg: Config) -> Iterator[None]:
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        yield
+
+
+@functools.cache
+def model_of(name: str) -> torch.nn.Module:
+    """The model at full size, in no time and memory: parameters have shapes only. For all tests; leave it as it is."""
+    cfg = config(name)
+    with scope_of(cfg), torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    # Three log lines for each of up to 640 parameters take longer than the construction that they describe.
+    monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
+
+
+def test_the_list_is_complete():
+    assert len(NAMES) == len(PATHS) >= 60  # as many names as files: no name stands in two folders
+    assert 'mask2former_dinov2l_ade20k' in ADALA
+    for stage, dataset in [('stage1', 'coco'), ('stage2', 'in22k'), ('linear', 'in1k'), ('mask2former', 'ade20k'),
+                           ('mask2former', 'cityscapes'), ('mask2former', '1024_cityscapes')]:
+        for vfm in TABLE5_STAGE2:
+            assert f'{stage}_{vfm}_{dataset}' in ADALA
+            assert stage.startswith('stage') or f'{stage}_{vfm}_softmax_{dataset}' in ADALA
+
+
+@every_config
+def test_name_and_length(name):
+    assert GRAMMAR.fullmatch(name), 'a config is named {head or stage}_{vfm}[_{attention or change}...]_{dataset}.py'
+    text = path_of(name).read_text()
+    assert text.startswith('# ')  # what the run is for
+    # A recipe is assembled from _base_; one that changes another recipe states that change and nothing else.
+    shortest = 10 if '_base_.default_runtime' in text else 5
+    assert shortest <= len(text.splitlines()) <= 40
+
+
+# Formatting takes 0.3 s a file, and the configs of the other models differ from these in numbers only.
+@pytest.mark.parametrize('name', [name for name in NAMES if name not in ADALA or parts(name)['vfm'] == 'dinov2l'])
+def test_dump_and_reload(name, tmp_path):
+    cfg = config(name)
+    cfg.dump(tmp_path / 'dumped.py')
+    assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
+
+
+def test_configs_do_not_leak_into_each_other():
+    # They edit the dicts of shared base files: after all the others have been read, each must still read the same.
+    before = {name: parsed(name).to_dict() for name in NAMES}
+    for name in reversed(NAMES):
+        assert Config.fromfile(path_of(name)).to_dict() == before[name], name
+
+
+@every_config
+def test_model_and_optimizer_build(name):
+    cfg, model, facts = config(name), model_of(name), parts(name)
+    attentions = {type(block.attn).__name__ for block in model.backbone.blocks}
+    softmax = facts['stage'] == 'teacher' or '_softmax' in facts['changes']
+    assert attentions == {'SoftmaxAttention' if softmax else 'LinearAttention'}
+
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    base = cfg.optim_wrapper.optimizer
+    fine_tuned = facts['stage'] in ('mask2former', 'linear')
+    groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert trained and {id(p) for p in trained.values()} <= set(groups)
+    for key, parameter in trained.items():
+        ratio = 0.1 if fine_tuned and key.startswith('backbone.') else 1.0
+        assert groups[id(parameter)]['lr'] == pytest.approx(ratio * base.lr), key
+    if facts['stage'] == 'stage1':
+        assert all(re.fullmatch(r'backbone\.blocks\.\d+\.attn\.qkv\.(weight|bias)', key) for key in trained)
+    # Weight decay: on everything, but in the flagship's head not on norms and queries (Mask2Former's own recipe).
+    spared = set()
+    if facts['stage'] == 'mask2former' and name in ADALA:
+        spared = {key for key in trained if re.search(r'query_embed|query_feat|level_embed', key)}
+        spared |= {f'{prefix}.{key}' for prefix, module in model.named_modules()
+                   if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))
+                   for key, _ in module.named_parameters() if not prefix.startswith('backbone')}
+        assert len(spared) > 50
+    for key, parameter in trained.items():
+        assert groups[id(parameter)]['weight_decay'] == (0 if key in spared else base.weight_decay), key
+
+
+@every_config
+def test_features_fit_the_head(name, monkeypatch):
+    cfg, model, facts = config(name), model_of(name), parts(name)
+    # torch.autocast does not know the meta device, on which shapes are all there is.
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: contextlib.nullcontext())
+    # One block has the shapes of all.
+    monkeypatch.setattr(model.backbone, 'blocks', model.backbone.blocks[:1])
+    monkeypatch.setattr(model.backbone, 'out_indices', [0] * len(model.backbone.out_indices))
+    side = cfg.get('crop_size', [cfg.model.backbone.img_size])[0]
+    images = torch.empty(1, 3, side, side, device='meta')
+    if facts['stage'] in ('stage1', 'stage2'):
+        vit = cfg.model.backbone
+        tokens = vit.get('class_token', True) + (side // vit.patch_size) ** 2
+        assert model(images, mode='tensor').shape == (1, tokens, vit.embed_dim)
+    elif facts['dataset'] == 'in1k':
+        assert model(images, mode='tensor').shape == (1, 1000)
+    elif facts['stage'] == 'mask2former':
+        head = cfg.model.decode_head
+        features = model.extract_feat(images)
+        assert [f.shape[1] for f in features] == head.in_channels
+        assert [f.shape[2] * s for f, s in zip(features, head.strides, strict=True)] == [side] * 4
+        assert head.loss_cls.class_weight == [1.0] * head.num_classes + [0.1]  # "no object" comes last
+    else:
+        assert model(images, mode='tensor').shape[1] == cfg.model.decode_head.num_classes
+
+
+@every_config
+def test_datasets_pipelines_and_metrics_build(name):
+    cfg = config(name)
+    loaders = [cfg[loader] for loader in LOADERS if cfg.get(loader)]
+    assert loaders
+    head = cfg.model.get('decode_head') or cfg.model.get('head') or {}
+    with scope_of(cfg):
+        for loader in loaders:
+            options = loader.dataset.to_dict()
+            assert len(Compose(copy.deepcopy(options['pipeline'])).transforms) == len(options['pipeline']) >= 2
+            if options['type'] == 'adala_mm.BeaconsDataset':  # building it would draw it
+                classes = BeaconsDataset.METAINFO['classes']
+            else:
+                dataset = DATASETS.build(dict(options, lazy_init=True))
+                assert dataset.data_root == options['data_root']
+                classes = dataset.metainfo.get('classes')
+            if 'num_classes' in head:
+                assert len(classes) == head.num_classes
+        for evaluator in ('val_evaluator', 'test_evaluator'):
+            if cfg.get(evaluator):
+                METRICS.build(cfg[evaluator].to_dict())
+
+
+def test_every_pipeline_yields_what_the_model_takes(tmp_path):
+    """Each distinct pipeline, run once on a JPEG with 9 labels."""
+    photo, labels = np.random.default_rng(0).integers(0, 256, (2, 96, 128, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / 'photo.jpg'), photo)
+    cv2.imwrite(str(tmp_path / 'labels.png'), labels[..., 0] % 9)
+    sample = dict(img_path=str(tmp_path / 'photo.jpg'), gt_label=3, seg_map_path=str(tmp_path / 'labels.png'),
+                  label_map=None)
+    done = set()
+    for name in NAMES:
+        cfg = config(name)
+        for loader in (cfg[loader] for loader in LOADERS if cfg.get(loader)):
+            steps = loader.dataset.pipeline
+            key = (cfg.default_scope, repr(steps))
+            if key in done:
+                continue
+            done.add(key)
+            reduce_zero = any(step.get('reduce_zero_label') for step in steps)
+            with scope_of(cfg):
+                out = Compose(copy.deepcopy(steps))(dict(sample, reduce_zero_label=reduce_zero, seg_fields=[]))
+            sides = tuple(out['inputs'].shape[1:])
+            assert out['inputs'].dtype == torch.uint8 and len(out['inputs']) == 3, name
+            if loader is cfg.train_dataloader:
+                size = cfg.get('crop_size') or [cfg.model.backbone.img_size] * 2
+                # Demo scenes and small photographs of the test are cropped by no more than there is.
+                assert sides == (96, 128) if 'beacons' in name else all(
+                    0 < a <= b for a, b in zip(sides, size, strict=True)), name
+            truth = out['data_samples']
+            if 'gt_sem_seg' in truth:
+                found = set(truth.gt_sem_seg.data.unique().tolist())
+                # Scores are computed at the size of the label file.
+                assert tuple(truth.gt_sem_seg.shape) == (sides if loader is cfg.train_dataloader else (96, 128)), name
+                assert found <= ({*range(8), 255} if reduce_zero else {*range(9)}), name
+            assert truth.img_path == sample['img_path'], name  # what error messages and pictures name
+    assert len(done) >= 10
+
+
+@every_recipe
+def test_table_5(name):
+    cfg = config(name)
+    facts = parts(name)
+    stage, vfm = facts['stage'], facts['vfm']
+    row = TABLE5[stage] | (TABLE5_STAGE2[vfm] if stage == 'stage2' else {})
+    assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=row['epochs'])
+    assert cfg.train_dataloader.batch_size == row['batch']
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8 * row['batch'])
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=row['lr'], weight_decay=0.05)
+    if stage == 'stage1':
+        assert cfg.get('param_scheduler') is None
+    else:
+        assert cfg.param_scheduler == dict(type='PolyLR', power=0.9, end=row['epochs'], by_epoch=True,
+                                           convert_to_iter_based=True)
+    if stage == 'stage2':
+        assert cfg.model.loss_scale == row['scale']
+        assert model_of(name).loss_scale == row['scale']
+    datasets = dict(coco='data/coco', in22k='data/imagenet22k', in1k='data/imagenet', cityscapes='data/cityscapes',
+                    ade20k='data/ade/ADEChallengeData2016')
+    for loader in LOADERS:
+        if cfg.get(loader):
+            assert cfg[loader].dataset.data_root == datasets[facts['dataset']]
+    side = 1024 if '1024' in facts['changes'] else 512
+    assert cfg.model.backbone.img_size == side
+    assert cfg.get('crop_size', (side, side)) == (side, side)
+
+
+@pytest.mark.parametrize('name', TWINS)
+def test_softmax_twin_differs_only_in_attention_and_weights(name):
+    twin, linear = config(name), config(name.replace('_softmax', ''))
+    assert twin.model.backbone.attention == dict(type='adala_mm.SoftmaxAttention')
+    assert linear.model.backbone.attention == dict(type='adala_mm.LinearAttention')
+    # The demo's teacher is trained by the demo itself; all others come from the pretrained model.
+    pretrained = twin.get('pretrained') or twin.teacher_init
+    assert twin.model.backbone.init_cfg == pretrained != linear.model.backbone.init_cfg
+    for cfg in (twin, linear):
+        # The base's `backbone` may be the very dict that stands in `model`; `work_dirs` differ by file name anyway.
+        for holder in (cfg.model.backbone, cfg.backbone):
+            holder.pop('attention')
+            holder.pop('init_cfg', None)
+    assert twin.to_dict() == linear.to_dict()
+
+
+@functools.cache
+def demo_runs() -> dict:
+    """Runs of tools/demo.py by name."""
+    return {run.name: run for run in runpy.run_path(str(ROOT / 'tools/demo.py'))['RUNS']}
+
+
+def checkpoints(node) -> Iterator[str]:
+    """Every checkpoint that a model config names."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == 'checkpoint':
+                yield value
+            else:
+                yield from checkpoints(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from checkpoints(value)
+
+
+def last_checkpoint(name: str) -> str:
+    """File that a finished run of the config leaves in its default work dir."""
+    loop = parsed(name).train_cfg
+    if loop.type == 'EpochBasedTrainLoop':
+        return f'work_dirs/{name}/epoch_{loop.max_epochs}.pth'
+    return f'work_dirs/{name}/iter_{loop.max_iters}.pth'
+
+
+@every_config
+def test_checkpoint_of_the_last_step_is_saved(name):
+    cfg = config(name)
+    hook = cfg.default_hooks.checkpoint
+    by_epoch = cfg.train_cfg.type == 'EpochBasedTrainLoop'
+    length = cfg.train_cfg.max_epochs if by_epoch else cfg.train_cfg.max_iters
+    assert hook.get('by_epoch', True) == by_epoch == cfg.log_processor.by_epoch
+    assert length % hook.interval == 0
+    for scheduler in [cfg.param_scheduler] if isinstance(cfg.get('param_scheduler'), dict) else \
+            cfg.get('param_scheduler') or []:
+        assert scheduler.by_epoch == by_epoch and scheduler.end <= length
+        assert scheduler.type != 'PolyLR' or scheduler.end == length
+
+
+# name of a config -> the configs whose results it starts from, for all that do not follow the general rule below
+PREVIOUS = {
+    'linear_demo_beacons': {'stage2_demo_beacons', 'teacher_demo_beacons'},
+    'linear_demo_softmax_beacons': {'teacher_demo_beacons'},
+    'linear_demo_swap_beacons': {'teacher_demo_beacons'},
+    'linear_demo_stage1only_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
+    'linear_demo_stage2only_beacons': {'stage2_demo_nostage1_beacons', 'teacher_demo_beacons'},
+    'mask2former_demo_beacons': {'stage2_demo_beacons'},
+    'stage1_demo_beacons': {'teacher_demo_beacons'},
+    'stage2_demo_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
+    'stage2_demo_nostage1_beacons': {'teacher_demo_beacons'},
+    'teacher_demo_beacons': set(),
+    'stage2_deitt_caltech': {'stage1_deitt_caltech'},
+    'mask2former_deitt_camvid': {'stage2_deitt_caltech'},
+}
+
+
+def previous(name: str) -> set[str]:
+    facts = parts(name)
+    if name in PREVIOUS:
+        return PREVIOUS[name]
+    if facts['stage'] == 'stage1' or 'softmax' in facts['changes']:
+        return set()
+    return {f'stage1_{facts["vfm"]}_coco' if facts['stage'] == 'stage2' else f'stage2_{facts["vfm"]}_in22k'}
+
+
+@every_config
+def test_starts_from_what_the_previous_stage_writes(name):
+    cfg = config(name)
+    named = set(checkpoints(cfg.model.to_dict()))
+    stages = {path for path in named if path.startswith('work_dirs/')}
+    assert previous(name) <= set(NAMES)
+    if FOLDERS[name] == 'demo':
+        runs = {run.config: run for run in demo_runs().values()}
+        wanted = {last_checkpoint(stage).replace(f'work_dirs/{stage}/', f'work_dirs/demo/{runs[stage].name}/')
+                  for stage in previous(name)}
+        # tools/demo.py waits for the run that a run starts from; what that one needed is there as well.
+        reachable, todo = set(), list(runs[name].needs)
+        while todo:
+            reachable.add(todo.pop())
+            todo += [need for run in reachable for need in demo_runs()[run].needs if need not in reachable]
+        assert {demo_runs()[run].config for run in reachable} >= previous(name)
+    else:
+        wanted = {last_checkpoint(stage) for stage in previous(name)}
+    assert stages == wanted
+    vfm = cfg.get('pretrained', {}).get('checkpoint')
+    assert named - stages <= {vfm} and (vfm is None or vfm.startswith('timm://') or vfm == DEIT)
+    # Strict loading needs the same ViT on both sides.
+    for stage in previous(name):
+        ours, theirs = cfg.model.backbone.to_dict(), config(stage).model.backbone.to_dict()
+        for key in ('attention', 'init_cfg', 'img_size', 'out_indices', 'out_type'):
+            ours.pop(key, None), theirs.pop(key, None)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name.startswith('stage2_')])
+def test_stage_2_has_the_teacher_of_stage_1(name):
+    cfg = config(name)
+    teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
+    assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
+    assert student.pop('attention') == dict(type='adala_mm.LinearAttention')
+    stage1 = config(re.sub(r'^stage2_(\w+?)(_nostage1)?_(in22k|caltech|beacons)$',
+                           lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
+    assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
+    student.pop('init_cfg')
+    assert teacher == student
+    assert cfg.model.data_preprocessor == stage1.model.data_preprocessor
+
+
+def normalisation(cfg: Config) -> tuple[list[float], list[float]]:
+    """Mean and std, in RGB from 0 to 255, that the pretrained model was trained with."""
+    if cfg.get('pretrained') is None:  # the demo's own
+        return [110.0] * 3, [55.0] * 3
+    checkpoint = cfg.pretrained.checkpoint
+    name = 'deit_tiny_patch16_224.fb_in1k' if checkpoint == DEIT else checkpoint.removeprefix('timm://')
+    facts = timm.get_pretrained_cfg(name)
+    assert facts is not None, name
+    return [255 * m for m in facts.mean], [255 * s for s in facts.std]
+
+
+@every_config
+def test_images_are_normalised_as_in_pretraining(name):
+    cfg = config(name)
+    mean, std = normalisation(cfg)
+    assert cfg.model.data_preprocessor.mean == pytest.approx(mean, abs=1e-3)
+    assert cfg.model.data_preprocessor.std == pytest.approx(std, abs=1e-3)
+    # And in RGB, while files are read as BGR: 1, 2 and 3 deviations above the mean of R, G and B come out as such.
+    with scope_of(cfg):
+        preprocessor = MODELS.build(dict(cfg.model.data_preprocessor))
+    colour = torch.tensor([m + i * s for i, m, s in zip((1, 2, 3), mean, std, strict=True)]).flip(0)
+    data = dict(inputs=[colour[:, None, None].expand(3, 96, 96)])
+    if cfg.model.type == 'EncoderDecoder':  # pads, and wants to note it down
+        data.update(data_samples=[SegDataSample()])
+    out = preprocessor(data)['inputs']
+    torch.testing.assert_close(out, torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1).expand_as(out), atol=1e-3, rtol=0)
+
+
+@every_recipe
+def test_patch_16(name):
+    cfg = config(name)
+    vits = [cfg.model.backbone] + ([cfg.model.teacher] if 'teacher' in cfg.model else [])
+    assert [vit.patch_size for vit in vits] == [16] * len(vits)
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name.startswith('stage1_') and 'demo' not in name])
+def test_backbone_is_the_pretrained_model(name):
+    cfg = config(name)
+    checkpoint = cfg.pretrained.checkpoint
+    with torch.device('meta'):
+        ours = MODELS.build(dict(cfg.model.backbone, type='adala_mm.AdaLAViT'))
+        theirs = timm.create_model('deit_tiny_patch16_224' if checkpoint == DEIT else
+                                   checkpoint.removeprefix('timm://'))
+    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    heads = re.compile(r'(head|fc_norm|attn_pool)\.')
+    assert set(ours_state) == {key for key in theirs_state if not heads.match(key)}
+    resized = {'pos_embed', 'patch_embed.proj.weight'}
+    assert all(ours_state[key].shape == theirs_state[key].shape for key in set(ours_state) - resized)
+    block, twin = ours.blocks[0], theirs.blocks[0]
+    assert block.attn.num_heads == twin.attn.num_heads
+    x = torch.linspace(-4, 4, 50)
+    torch.testing.assert_close(block.mlp.act(x), twin.mlp.act(x))
+    assert block.norm1.eps == twin.norm1.eps == ours.norm.eps
+    assert ours.num_prefix == theirs.num_prefix_tokens

@@ -1,0 +1,149 @@
+"""The check of labels stops a run before a wrong label reaches the loss, and says which file holds it."""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, tiny_vit
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmpretrain.structures import DataSample
+from mmseg.structures import SegDataSample
+
+from adala_mm.engine import LabelCheckHook
+
+CLASSES = 5
+SEGMENTOR = {
+    'type': 'mmseg.EncoderDecoder', 'backbone': tiny_vit(), 'train_cfg': {}, 'test_cfg': {'mode': 'whole'},
+    'decode_head': {'type': 'mmseg.FCNHead', 'in_channels': 32, 'channels': 32, 'num_convs': 0, 'concat_input': False,
+                    'num_classes': CLASSES, 'loss_decode': {'type': 'mmseg.CrossEntropyLoss', 'avg_non_ignore': True}}}
+CLASSIFIER = {
+    'type': 'mmpretrain.ImageClassifier', 'backbone': tiny_vit(out_type='cls_token'),
+    'head': {'type': 'mmpretrain.LinearClsHead', 'in_channels': 32, 'num_classes': CLASSES}}
+
+
+def build(config: dict):
+    with DefaultScope.overwrite_default_scope(config['type'].split('.')[0]):
+        return MMENGINE_MODELS.build(copy.deepcopy(config))
+
+
+@pytest.fixture(scope='module')
+def segmentor():
+    return build(SEGMENTOR)
+
+
+@pytest.fixture(scope='module')
+def classifier():
+    return build(CLASSIFIER)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def scene(*values: int, path: str = 'labels/a.png') -> SegDataSample:
+    """A label map of zeros that holds ``values`` too."""
+    label = torch.zeros(1, 8, 8, dtype=torch.long)
+    label.view(-1)[3:3 + len(values)] = torch.tensor(values)
+    return SegDataSample(gt_sem_seg=PixelData(data=label), metainfo={'img_path': path})
+
+
+def photograph(*labels: int, path: str = 'images/a.jpg') -> DataSample:
+    return DataSample(metainfo={'img_path': path}).set_gt_label(torch.tensor(labels))
+
+
+def check(model, *samples, **batch) -> None:
+    hook = MMENGINE_HOOKS.build({'type': 'adala_mm.LabelCheckHook'})
+    assert isinstance(hook, LabelCheckHook)
+    batch = {'inputs': torch.zeros(max(len(samples), 1), 3, 8, 8), 'data_samples': list(samples), **batch}
+    hook.before_train_iter(SimpleNamespace(model=model), batch_idx=0, data_batch=batch)
+
+
+@pytest.mark.parametrize('values', [(), (0, 1, 2, 3, 4), (4, 255), (255,) * 61])
+def test_segmentation_labels_of_the_head_pass(segmentor, values):
+    check(segmentor, scene(*values), scene())
+
+
+@pytest.mark.parametrize('wrong', [CLASSES, CLASSES + 1, 254, 256, -1])
+def test_segmentation_label_outside_the_head_names_its_file(segmentor, wrong):
+    with pytest.raises(ValueError) as info:
+        check(segmentor, scene(1, 255, path='fine.png'), scene(2, 255, wrong, path='wrong.png'))
+    message = str(info.value)
+    assert 'wrong.png' in message and 'fine.png' not in message
+    assert f'label {wrong},' in message and f'num_classes={CLASSES}' in message and 'reduce_zero_label' in message
+
+
+def test_ignored_label_is_the_head_s(segmentor, monkeypatch):
+    monkeypatch.setattr(segmentor.decode_head, 'ignore_index', 100)
+    check(segmentor, scene(100))
+    with pytest.raises(ValueError, match='label 255'):
+        check(segmentor, scene(255))
+
+
+def test_uint8_labels(segmentor):
+    sample = scene(4, 255)
+    sample.gt_sem_seg.data = sample.gt_sem_seg.data.byte()
+    check(segmentor, sample)
+    sample.gt_sem_seg.data[0, 0, 0] = 77
+    with pytest.raises(ValueError, match='label 77'):
+        check(segmentor, sample)
+
+
+def test_classification_labels_of_the_head_pass(classifier):
+    check(classifier, photograph(0), photograph(CLASSES - 1))
+
+
+@pytest.mark.parametrize('labels', [(CLASSES,), (-1,), (255,), (1, 999)])
+def test_classification_label_outside_the_head_names_its_file(classifier, labels):
+    # 255 is nothing special here: ImageNet has a class of that number.
+    with pytest.raises(ValueError) as info:
+        check(classifier, photograph(0, path='fine.jpg'), photograph(*labels, path='wrong.jpg'))
+    message = str(info.value)
+    assert 'wrong.jpg' in message and 'fine.jpg' not in message and 'annotation file' in message
+    assert f'label {labels[-1]},' in message and f'num_classes={CLASSES}' in message
+
+
+def test_images_without_labels_pass(segmentor, classifier):
+    for model in (segmentor, classifier):
+        check(model, SegDataSample(), DataSample())
+        with pytest.raises(ValueError):  # ... and do not hide what follows them
+            check(model, SegDataSample(), DataSample(), photograph(99))
+
+
+def test_models_without_a_head_pass(pretrained):
+    # Alignment reads no labels, so whatever the data set says is right.
+    check(MMENGINE_MODELS.build({'type': 'adala_mm.AttentionAlignment', 'backbone': tiny_vit(
+        attention={'type': 'adala_mm.LinearAttention'}, init_cfg=pretrained)}), photograph(99))
+
+
+@pytest.mark.parametrize('batch', [None, {}, {'inputs': torch.zeros(1, 3, 8, 8)}])
+def test_batches_without_samples_pass(segmentor, batch):
+    LabelCheckHook().before_train_iter(SimpleNamespace(model=segmentor), batch_idx=0, data_batch=batch)
+
+
+def test_sample_without_a_path_is_still_an_error(segmentor):
+    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.full((1, 2, 2), 9)))
+    with pytest.raises(ValueError, match='label 9'):
+        check(segmentor, sample)
+
+
+@pytest.mark.parametrize('model', ['segmentor', 'classifier'])
+def test_looks_into_a_wrapped_model(process_group, request, model):
+    wrapped = MMDistributedDataParallel(request.getfixturevalue(model))
+    assert is_model_wrapper(wrapped)
+    good, bad = (photograph(0), photograph(9)) if model == 'classifier' else (scene(0), scene(9))
+    check(wrapped, good)
+    with pytest.raises(ValueError, match='label 9'):
+        check(wrapped, bad)
+
+
+def test_it_is_a_default_hook():
+    hooks = Config.fromfile(ROOT / 'configs/_base_/default_runtime.py').default_hooks
+    assert {'type': 'adala_mm.LabelCheckHook'} in hooks.values()

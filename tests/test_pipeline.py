@@ -1,0 +1,431 @@
+"""The stages end to end on a dozen generated images: in process, by command line, and under mmseg's own scripts."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.visualization import Visualizer
+from safetensors.torch import save_file
+
+from adala_mm.registry import MODELS
+from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.cli import base_parser, check_data, load_config
+
+NUMBER = itertools.count()
+FLAGSHIP = 'mask2former_dinov2l_ade20k'
+
+
+# Data sets in the layouts of the real ones
+
+def write(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), array)
+    return path
+
+
+def photo(path: Path, height: int = 80, width: int = 100) -> Path:
+    """A colourful picture that no other call makes."""
+    rng = np.random.default_rng(next(NUMBER))
+    small = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return write(path, cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def labels(path: Path, values: range | list, height: int = 80, width: int = 100) -> Path:
+    """A label map of 5 x 6 rectangles with every one of the first 30 ``values``."""
+    small = np.resize(np.array(list(values)[:30], dtype=np.uint8), (5, 6))
+    return write(path, cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST))
+
+
+def ade20k(root: Path, train: int = 4, val: int = 2) -> Path:
+    folder = root / 'ade/ADEChallengeData2016'
+    for split, count in (('training', train), ('validation', val)):
+        for i in range(count):
+            name, size = f'ADE_{split[:-3]}_{i:08d}', (80, 100 + 20 * i)
+            photo(folder / 'images' / split / f'{name}.jpg', *size)
+            labels(folder / 'annotations' / split / f'{name}.png', range(20 * i, 151), *size)
+    return root
+
+
+def cityscapes(root: Path) -> Path:
+    for split, city, count in (('train', 'aachen', 2), ('train', 'ulm', 2), ('val', 'munster', 1)):
+        for i in range(count):
+            name = f'{city}_{i:06d}_000019'
+            photo(root / 'cityscapes/leftImg8bit' / split / city / f'{name}_leftImg8bit.png', 64, 128)
+            labels(root / 'cityscapes/gtFine' / split / city / f'{name}_gtFine_labelTrainIds.png', [*range(19), 255],
+                   64, 128)
+    return root
+
+
+def coco(root: Path) -> Path:
+    for i in range(4):
+        photo(root / 'coco/train2017' / f'{i:012d}.jpg', 80 + 8 * i)
+    return root
+
+
+def imagenet22k(root: Path) -> Path:
+    for i, wnid in enumerate(('n00004475', 'n00005787')):
+        photo(root / 'imagenet22k' / wnid / f'{wnid}_{i}.JPEG')
+    return root
+
+
+def imagenet(root: Path, classes: int = 1000) -> Path:
+    """As many folders as classes, which is how mmpretrain counts them; their pictures are links to one."""
+    for split in ('train', 'val'):
+        first = photo(root / 'imagenet' / split / 'n00000000/n00000000_0.JPEG')
+        for i in range(1, classes):
+            folder = root / 'imagenet' / split / f'n{i:08d}'
+            folder.mkdir()
+            os.link(first, folder / f'n{i:08d}_0.JPEG')
+    return root
+
+
+# Overrides that make the recipes small: ViTs of depth 2 and width 32, crops of 64 pixels, batches of 2
+
+def vit(role: str) -> dict:
+    shape = dict(img_size=64, embed_dim=32, depth=2, num_heads=4)
+    return {f'model.{role}.{key}': value for key, value in shape.items()}
+
+
+def loading(*loaders: str) -> dict:
+    return {f'{loader}_dataloader.{key}': value for loader in loaders
+            for key, value in dict(batch_size=2, num_workers=0, persistent_workers=False).items()}
+
+
+def evaluating(**options) -> dict:
+    """Options of the validation set for both loaders that read it."""
+    return {f'{loader}_dataloader.{key}': value for loader in ('val', 'test')
+            for key, value in {'batch_size': 1, **options}.items()}
+
+
+def mask2former() -> dict:
+    head = 'model.decode_head.'
+    pixel, query = f'{head}pixel_decoder.', f'{head}transformer_decoder.'
+    widths = [f'{pixel}encoder.layer_cfg.self_attn_cfg', f'{pixel}encoder.layer_cfg.ffn_cfg',
+              f'{query}layer_cfg.self_attn_cfg', f'{query}layer_cfg.cross_attn_cfg', f'{query}layer_cfg.ffn_cfg']
+    return {
+        **vit('backbone'), 'model.backbone.out_indices': [1] * 4, 'model.neck.embed_dim': 32,
+        f'{head}in_channels': [32] * 4, f'{head}feat_channels': 32, f'{head}out_channels': 32, f'{head}num_queries': 10,
+        f'{head}positional_encoding.num_feats': 16, f'{pixel}positional_encoding.num_feats': 16,
+        f'{pixel}encoder.num_layers': 1, f'{query}num_layers': 1, f'{head}train_cfg.num_points': 128,
+        f'{pixel}encoder.layer_cfg.ffn_cfg.feedforward_channels': 64,
+        f'{query}layer_cfg.ffn_cfg.feedforward_channels': 64,
+        **{f'{width}.embed_dims': 32 for width in widths},
+        'model.data_preprocessor.size': (64, 64),
+        **loading('train', 'val', 'test'),
+        'train_dataloader.dataset.pipeline.2.scales': [64, 96],
+        'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
+        **evaluating(**{'dataset.pipeline.1.scale': (256, 64)}),
+    }
+
+
+def stage1() -> dict:
+    return {**vit('backbone'), **loading('train'), 'train_dataloader.dataset.pipeline.1.scale': 64}
+
+
+def stage2() -> dict:
+    return {**stage1(), **vit('teacher')}
+
+
+def linear_in1k() -> dict:
+    return {**vit('backbone'), 'model.head.in_channels': 32, **loading('train', 'val', 'test'),
+            'train_dataloader.dataset.pipeline.1.scale': 64, 'train_dataloader.dataset.indices': [0, 333, 666, 999],
+            **evaluating(**{'dataset.pipeline.1.scale': 64, 'dataset.pipeline.2.crop_size': 64,
+                            'dataset.indices': [5, 998]})}
+
+
+def epochs(count: int) -> dict:
+    return {'train_cfg.max_epochs': count, 'param_scheduler.end': count}
+
+
+def arguments(options: dict) -> list[str]:
+    """``options`` as words after --cfg-options."""
+    return [f'{key}={value}'.replace(' ', '') for key, value in options.items()]
+
+
+# Running
+
+def runner(name: str, root: Path, options: dict, *hooks: Hook, work_dir: str | None = None,
+           resume: bool = False) -> Runner:
+    """What tools/train.py runs for this command line, but with ``hooks``."""
+    words = [str(ROOT / f'configs/adala/{name}.py'), '--data-root', str(root), '--cfg-options', *arguments(options)]
+    cfg = load_config(base_parser('').parse_args(words + (['--work-dir', work_dir] if work_dir else [])))
+    cfg.resume = resume
+    # Runs of one process within one second would share log files.
+    cfg.experiment_name = cfg.visualizer.name = f'{name}_{next(NUMBER)}'
+    check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    run = Runner.from_cfg(cfg)
+    for hook in hooks:
+        run.register_hook(hook)
+    return run
+
+
+class Recorder(Hook):
+    """What the model was when its first training step began, where that was, and all learning rates and losses."""
+
+    def __init__(self) -> None:
+        self.rates, self.losses = [], []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if not self.rates:
+            self.start = runner.iter
+            self.state = {key: value.clone() for key, value in runner.model.state_dict().items()}
+            self.optimizer = copy.deepcopy(runner.optim_wrapper.state_dict())
+        self.rates.append(runner.optim_wrapper.param_groups[0]['lr'])
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(outputs['loss'].item())
+
+
+class Kill(Hook):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.epoch == self.epoch:  # counted from 0; the epoch has a second iteration
+            raise KeyboardInterrupt
+
+
+class SeedByEpoch(Hook):
+    """Augmentation draws from the process's random state, which no checkpoint holds: fix it where epochs begin."""
+
+    def before_train_epoch(self, runner):
+        random.seed(runner.epoch)
+        np.random.seed(runner.epoch)
+        torch.manual_seed(runner.epoch)
+
+
+def backbone(state: dict) -> dict:
+    found = {key: value for key, value in state.items() if key.startswith('backbone.')}
+    assert len(found) > 20
+    return found
+
+
+def assert_equal(got, wanted) -> None:
+    """Bitwise, through nested dicts and lists."""
+    if isinstance(wanted, torch.Tensor):
+        assert torch.equal(got, wanted)
+    elif isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_equal(got[key], value)
+    elif isinstance(wanted, (list, tuple)):
+        assert len(got) == len(wanted)
+        for pair in zip(got, wanted, strict=True):
+            assert_equal(*pair)
+    else:
+        assert got == wanted
+
+
+def poly(base: float, steps: int) -> list[float]:
+    """Learning rates of a polynomial schedule over all ``steps``; MMEngine's is zero in the last one."""
+    return [base * (1 - k / (steps - 1)) ** 0.9 for k in range(steps)]
+
+
+def distance(got: dict, wanted: dict) -> float:
+    """Relative distance of all parameters together."""
+    error = sum((got[key] - value).square().sum() for key, value in wanted.items())
+    return float((error / sum(value.square().sum() for value in wanted.values())).sqrt())
+
+
+@contextlib.contextmanager
+def apart(folder: Path) -> Iterator[None]:
+    """In ``folder``; what runs leave in the process (scope, loggers, loading scheme) is put back afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for manager in (DefaultScope, MMLogger, MessageHub, Visualizer):
+            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
+        patch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
+        # Asks compilers for their versions, for the log.
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        patch.chdir(folder)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+def pretrained_file(path: Path, timm_name: str = 'vit_large_patch14_dinov2.lvd142m', **options) -> Path:
+    """A model of timm's with the recipe's keys, but narrow, at its own patch size and on a 3 x 3 grid."""
+    patch = 16 if 'patch16' in timm_name else 14
+    model = timm.create_model(timm_name, img_size=3 * patch, embed_dim=32, depth=2, num_heads=4, num_classes=0,
+                              **options)
+    generator = torch.Generator().manual_seed(3)
+    state = {key: 0.2 * torch.randn(value.shape, generator=generator) + ('norm' in key and key.endswith('weight'))
+             for key, value in model.state_dict().items()}
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope='module', autouse=True)
+def place(tmp_path_factory) -> Iterator[Path]:
+    """Where all runs of this file happen, with the pretrained model in the place of timm's."""
+    place = tmp_path_factory.mktemp('pipeline')
+    weights = pretrained_file(place / 'model.safetensors')
+    with apart(place), pytest.MonkeyPatch.context() as patch:
+        patch.setattr('huggingface_hub.hf_hub_download', lambda repository, name: str(weights))
+        yield place
+
+
+# The chain: no path of a checkpoint is overridden, so every stage finds what the one before has left
+
+@pytest.fixture(scope='module')
+def after_stage1(place) -> Path:
+    """Stage 1, killed in its third epoch and resumed."""
+    run = runner('stage1_dinov2l_coco', coco(place / 'data'), stage1(), SeedByEpoch(), Kill(2))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert sorted(path.name for path in Path(run.work_dir).glob('*.pth')) == ['epoch_1.pth', 'epoch_2.pth']
+    record = Recorder()
+    runner('stage1_dinov2l_coco', place / 'data', stage1(), SeedByEpoch(), record, resume=True).train()
+    saved = load_checkpoint('work_dirs/stage1_dinov2l_coco/epoch_2.pth')
+    assert record.start == 4 and len(record.losses) == 4  # 2 of 4 epochs, of 2 iterations each, were left
+    assert_equal(record.state, saved['state_dict'])
+    assert_equal(record.optimizer['state'], saved['optimizer']['state'])
+    assert record.rates == [1e-2] * 4
+    return place / 'work_dirs/stage1_dinov2l_coco/epoch_4.pth'
+
+
+@pytest.fixture(scope='module')
+def after_stage2(place, after_stage1) -> Path:
+    record = Recorder()
+    run = runner('stage2_dinov2l_in22k', imagenet22k(place / 'data'), stage2(), record)
+    run.train()
+    assert_equal(record.state, load_checkpoint(after_stage1)['state_dict'])
+    assert record.rates == pytest.approx(poly(1e-3, 30))
+    # The teacher is the pretrained softmax model, not the student.
+    teacher = MODELS.build(dict(run.cfg.model.teacher))
+    teacher.init_weights()
+    images = torch.randn(1, 3, 64, 64)
+    assert_equal(run.model.teacher_features(images), teacher.forward_features(images).detach())
+    # 30 epochs of one iteration on two images: noisy, but far enough.
+    assert np.mean(record.losses[-5:]) < 0.9 * np.mean(record.losses[:5])
+    return place / 'work_dirs/stage2_dinov2l_in22k/epoch_30.pth'
+
+
+def test_resumed_stage_1_equals_an_uninterrupted_one(place, after_stage1):
+    record = Recorder()
+    runner('stage1_dinov2l_coco', place / 'data', stage1(), SeedByEpoch(), record, work_dir='uninterrupted').train()
+    got, wanted = load_checkpoint(after_stage1), load_checkpoint('uninterrupted/epoch_4.pth')
+    assert_equal(got['state_dict'], wanted['state_dict'])
+    assert_equal(got['optimizer'], wanted['optimizer'])
+    assert (got['meta']['epoch'], got['meta']['iter']) == (4, 8) == (wanted['meta']['epoch'], wanted['meta']['iter'])
+    changed = {key for key, value in record.state.items() if not torch.equal(value, wanted['state_dict'][key])}
+    assert changed == {f'backbone.blocks.{i}.attn.qkv.{kind}' for i in range(2) for kind in ('weight', 'bias')}
+
+
+@pytest.mark.parametrize(('name', 'options', 'data'), [
+    (FLAGSHIP, mask2former(), ade20k),
+    ('linear_dinov2l_in1k', linear_in1k(), imagenet),
+], ids=['mask2former', 'linear'])
+def test_stage_3_starts_from_stage_2(name, options, data, place, after_stage2):
+    record = Recorder()
+    run = runner(name, data(place / name), options | epochs(3), record)
+    metrics = run.train() and run.val()
+    start = backbone(load_checkpoint(after_stage2)['state_dict'])
+    assert_equal(backbone(record.state), start)
+    assert record.rates == pytest.approx(poly(1e-5, 6)) and np.isfinite(record.losses).all()
+    # The backbone learns, and is still the aligned one at the end.
+    end = load_checkpoint(Path(run.work_dir) / 'epoch_3.pth')
+    assert 0 < distance(backbone(end['state_dict']), start) < 0.01
+    assert 0 <= metrics['mIoU' if name == FLAGSHIP else 'accuracy/top1'] <= 100
+    assert len(end['meta']['dataset_meta']['classes']) == (150 if name == FLAGSHIP else 1000)
+    # A second run with resume=True goes on from there, with its weights and Adam's moments.
+    again = Recorder()
+    runner(name, place / name, options | epochs(4), again, resume=True).train()
+    assert again.start == 6 and len(again.losses) == 2
+    assert_equal(again.state, end['state_dict'])
+    assert_equal(again.optimizer['state'], end['optimizer']['state'])
+
+
+@pytest.mark.parametrize('vfm', ['clipl', 'siglipl', 'in1kl', 'dinov2b'])
+def test_both_stages_of_the_other_models(vfm, place, monkeypatch):
+    data = coco(imagenet22k(place / vfm))
+    first = runner(f'stage1_{vfm}_coco', data, stage1() | {'train_cfg.max_epochs': 1})
+    weights = pretrained_file(place / f'{vfm}.safetensors', first.cfg.pretrained.checkpoint.removeprefix('timm://'))
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda repository, name: str(weights))
+    first.train()
+    record = Recorder()
+    checkpoint = place / f'work_dirs/stage1_{vfm}_coco/epoch_1.pth'
+    runner(f'stage2_{vfm}_in22k', data, stage2() | epochs(1) | {'model.backbone.init_cfg.checkpoint': checkpoint},
+           record).train()
+    assert_equal(record.state, load_checkpoint(checkpoint)['state_dict'])
+    assert np.isfinite(record.losses).all() and len(record.losses) == 1
+
+
+def test_cityscapes_layout(place):
+    record = Recorder()
+    options = mask2former() | epochs(1) | {'model.backbone.init_cfg': None} | evaluating(
+        **{'dataset.pipeline.1.scale': (128, 64)})
+    run = runner('mask2former_dinov2l_cityscapes', cityscapes(place / 'data'), options, record)
+    run.train()
+    assert len(run.train_dataloader.dataset) == 4 and len(record.losses) == 2
+    assert 0 <= run.test()['mIoU'] <= 100
+    assert len(run.test_dataloader.dataset) == 1
+
+
+# The command line
+
+def python(*words: str | Path, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, '-W', 'ignore', *map(str, words)], capture_output=True, text=True,
+                          check=False, cwd=cwd, timeout=400,
+                          env=dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg'))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def scores(work_dir: Path) -> dict:
+    """What the newest test run in the work dir has written."""
+    return json.loads(max(work_dir.glob('*/*.json')).read_text())
+
+
+@pytest.fixture(scope='module')
+def trained(place) -> Path:
+    """Work dir of the flagship, trained for one epoch by command line."""
+    ade20k(place / 'cli_data', val=2)
+    options = arguments(mask2former() | epochs(1) | {'model.backbone.init_cfg': None})
+    out = python(ROOT / 'tools/train.py', ROOT / f'configs/adala/{FLAGSHIP}.py', '--work-dir', 'flagship',
+                 '--data-root', 'cli_data', '--cfg-options', *options, cwd=place)
+    assert 'Epoch(train)' in out and 'mIoU' in out
+    return place / 'flagship'
+
+
+def test_command_line(trained, place):
+    options = ['--data-root', 'cli_data', '--cfg-options', *arguments(
+        mask2former() | epochs(2) | {'model.backbone.init_cfg': None})]
+    out = python(ROOT / 'tools/train.py', ROOT / f'configs/adala/{FLAGSHIP}.py', '--work-dir', 'flagship', '--resume',
+                 *options, cwd=place)
+    assert 'resumed epoch: 1, iter: 2' in out
+    assert load_checkpoint(trained / 'epoch_2.pth')['meta']['iter'] == 4
+    out = python(ROOT / 'tools/test.py', ROOT / f'configs/adala/{FLAGSHIP}.py', 'flagship/epoch_1.pth', '--work-dir',
+                 'tested', '--show-dir', 'pictures', '--out', 'predictions', *options, cwd=place)
+    assert 'mIoU' in out
+    names = {f'ADE_validat_{i:08d}' for i in range(2)}
+    pictures = list((place / 'pictures').rglob('*.png'))
+    assert {next(name for name in names if name in path.name) for path in pictures} == names
+    predictions = {path.stem: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in
+                   (place / 'predictions').glob('*.png')}
+    assert set(predictions) == names
+    assert {array.shape for array in predictions.values()} == {(80, 100), (80, 120)}
+    assert all(array.min() >= 1 and array.max() <= 150 for array in predictions.values())
+
+
+MMSEG_TOOLS = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/tools'

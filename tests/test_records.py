@@ -1,0 +1,310 @@
+"""What runs leave behind is read correctly, and the tables of the docs say what the records say."""
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from adala_mm.utils import records
+from adala_mm.utils.records import curve, machine, read_scalars
+
+MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
+RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json')]
+PAGES = [ROOT / name for name in ('README.md', 'docs/results.md')]
+
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'tools/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_log(run, *rows: dict, stamp='20260101_000000') -> None:
+    path = run / stamp / 'vis_data/scalars.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def trained(step: int, loss: float, time=0.5) -> dict:
+    return {'lr': 0.1, 'data_time': 0.01, 'loss': loss, 'time': time, 'iter': step, 'step': step}
+
+
+def scored(step: int, **scores: float) -> dict:
+    return {**scores, 'data_time': 0.01, 'time': 0.2, 'step': step}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Work dir of a finished run: validation, three log lines, validation."""
+    run = tmp_path / 'some_run'
+    write_log(run, scored(0, mIoU=5.0), trained(10, 0.9, 0.5), trained(20, 0.5, 0.7), trained(30, 0.25, 0.9),
+              scored(30, mIoU=60.0))
+    (run / 'mask2former_x.py').write_text("model = dict(type='X')\nrandomness = dict(deterministic=True, seed=17)\n")
+    (run / 'iter_30.pth').write_bytes(b'weights')
+    (run / 'iter_20.pth').write_bytes(b'older weights')
+    (run / 'last_checkpoint').write_text(f'/another/machine/{run.name}/iter_30.pth\n')
+    return run
+
+
+def test_scalars_come_in_order(run):
+    rows = read_scalars(run)
+    assert [row['step'] for row in rows] == [0, 10, 20, 30, 30]
+    assert rows[1] == trained(10, 0.9) and read_scalars(str(run)) == rows
+
+
+def test_the_newest_log_counts(run):
+    write_log(run, trained(40, 0.1), stamp='20251231_235959')
+    assert len(read_scalars(run)) == 5
+    write_log(run, trained(40, 0.1), stamp='20260101_000001')
+    assert read_scalars(run) == [trained(40, 0.1)]
+
+
+def test_no_log_is_an_error_that_names_the_folder(tmp_path):
+    (tmp_path / 'run/20260101_000000/vis_data').mkdir(parents=True)
+    for run in (tmp_path / 'run', tmp_path / 'absent'):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(run))):
+            read_scalars(run)
+
+
+def test_curve(run):
+    assert curve(run, 'loss') == ([10, 20, 30], [0.9, 0.5, 0.25])
+    assert curve(run, 'mIoU') == ([0, 30], [5.0, 60.0])
+    assert curve(run, 'never logged') == ([], [])
+
+
+def test_logs_of_mmengine_are_read(tmp_path):
+    # The real writer, not our idea of its format.
+    from mmengine.visualization import LocalVisBackend
+    backend = LocalVisBackend(str(tmp_path / 'run/20260101_000000/vis_data'))
+    backend.add_scalars({'loss': 0.5, 'time': 0.1}, step=10)
+    backend.add_scalars({'mIoU': 40.0}, step=10)
+    assert curve(tmp_path / 'run', 'loss') == ([10], [0.5]) and curve(tmp_path / 'run', 'mIoU') == ([10], [40.0])
+
+
+def test_machine():
+    facts = machine()
+    assert set(facts) == set(MACHINE)
+    assert facts['torch'] == torch.__version__ and facts['cores'] == os.cpu_count()
+    assert facts['python'].split('.')[:2] == [str(part) for part in sys.version_info[:2]]
+    json.dumps(facts)
+
+
+def test_machine_knows_the_commit_of_the_code(tmp_path, monkeypatch):
+    if not (shutil.which('git') and (ROOT / '.git').exists()):
+        pytest.skip('no git, or not a checkout')
+    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True)
+    monkeypatch.chdir(tmp_path)  # the code's commit, not that of the folder one happens to stand in
+    assert machine()['commit'] == git.stdout.strip()
+
+
+def test_machine_outside_of_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, '__file__', str(tmp_path / 'records.py'))
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    assert machine()['commit'] == 'unknown'
+
+
+def test_machine_without_git(tmp_path, monkeypatch):
+    # A report at the end of a run must not fail because a container has no git.
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert machine()['commit'] == 'unknown'
+
+
+def test_record(run):
+    record = tool('record_runs').record(run)
+    assert record.pop('seconds_per_iteration') == pytest.approx(0.7)
+    assert record == {
+        'config': 'mask2former_x', 'seed': 17, 'iterations': 30, 'checkpoint': 'iter_30.pth',
+        'scores': [{'mIoU': 5.0, 'step': 0}, {'mIoU': 60.0, 'step': 30}],
+        'sha256': hashlib.sha256(b'weights').hexdigest()[:16]}
+
+
+def test_record_of_a_dumped_config(run):
+    from mmengine.config import Config
+    (run / 'mask2former_x.py').unlink()
+    Config.fromfile(ROOT / 'configs/real/stage1_deitt_caltech.py').dump(str(run / 'stage1_deitt_caltech.py'))
+    record = tool('record_runs').record(run)
+    assert (record['config'], record['seed']) == ('stage1_deitt_caltech', 0)
+
+
+def test_recorder_keeps_what_it_knows(run, tmp_path, monkeypatch):
+    recorder, out = tool('record_runs'), tmp_path / 'real.json'
+    monkeypatch.setattr(recorder, 'machine', lambda: MACHINE)
+    out.write_text(json.dumps({'earlier_run': {'seed': 3}, 'some_run': {'seed': 4}}))
+    monkeypatch.setattr(sys, 'argv', ['record_runs.py', str(run), '--out', str(out)])
+    recorder.main()
+    known = json.loads(out.read_text())
+    assert known == {'earlier_run': {'seed': 3}, 'some_run': recorder.record(run) | {'machine': MACHINE}}
+    first = out.read_text()
+    recorder.main()
+    assert out.read_text() == first
+
+
+def alignment(step: int, agreement: float, error: float) -> dict:
+    return {'align/top1_agreement': agreement, 'align/rel_error': error, 'align/cosine': 1 - error / 2, 'step': step}
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """tools/make_tables.py in a repository of made-up records."""
+    root = tmp_path / 'repository'
+    (root / 'docs/results').mkdir(parents=True)
+    (root / 'configs/adala').mkdir(parents=True)
+    for name in ('stage1_a_coco', 'stage2_a_in22k', 'mask2former_a_ade20k', 'mask2former_a_softmax_ade20k',
+                 'mask2former_a_cityscapes', 'linear_a_in1k'):
+        (root / f'configs/adala/{name}.py').touch()
+    demo_rows = [{'name': 'softmax teacher', 'softmax_blocks': 6, 'linear_blocks': 0, 'as_is': 80.0, 'tuned': 81.0,
+                  'as_is_kept': 100.0, 'tuned_kept': 101.26},
+                 {'name': 'swap only', 'softmax_blocks': 0, 'linear_blocks': 6, 'as_is': 20.123, 'tuned': 60.456,
+                  'as_is_kept': 25.154, 'tuned_kept': 75.57}]
+    (root / 'docs/results/demo.json').write_text(json.dumps(
+        {'rows': demo_rows, 'seconds': 432, 'machine': MACHINE}))
+    scores = {'stage1_deitt_caltech': [alignment(0, 1.77, 1.22), alignment(200, 15.0, 0.9)],
+              'stage2_deitt_caltech': [alignment(0, 15.0, 0.9), alignment(300, 33.3, 0.7), alignment(600, 44.4, 0.6)],
+              'mask2former_deitt_camvid': [{'mIoU': 41.5, 'aAcc': 82.25, 'step': 400}],
+              'mask2former_deitt_softmax_camvid': [{'mIoU': 50.5, 'aAcc': 88.75, 'step': 400}]}
+    runs = {name: {'config': name, 'seed': 0, 'iterations': 400, 'sha256': '0123456789abcdef', 'scores': rows,
+                   'checkpoint': 'iter_400.pth', 'machine': MACHINE} for name, rows in scores.items()}
+    (root / 'docs/results/real.json').write_text(json.dumps(runs))
+    (root / 'README.md').write_text(marked('demo', 'configs'))
+    (root / 'docs/results.md').write_text(marked('real_alignment', 'real_camvid'))
+    module = tool('make_tables')
+    monkeypatch.setattr(module, 'ROOT', root)
+    return module
+
+
+def marked(*names: str, between='') -> str:
+    return ('# A page\n\nProse before, | with | bars |.\n\n'
+            + ''.join(f'<!-- table: {name} -->\n{between}<!-- end -->\n\nProse after {name}.\n' for name in names))
+
+
+def make_tables(module, monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, 'argv', ['make_tables.py', *options])
+    module.main()
+
+
+def pages(module) -> dict[str, str]:
+    return {page: (module.ROOT / page).read_text() for page in module.PAGES}
+
+
+@pytest.mark.parametrize('between', ['', 'old\n', '| a |\n|---|\n| 1 |\n\nA footnote.\n'])
+def test_fill_replaces_marked_tables_alone(tables, between):
+    filled = tables.fill(marked('demo', 'real_camvid', between=between))
+    for name in ('demo', 'real_camvid'):
+        assert f'<!-- table: {name} -->\n{tables.TABLES[name]()}\n<!-- end -->\n\nProse after {name}.\n' in filled
+    assert filled.startswith('# A page\n\nProse before, | with | bars |.\n\n<!-- table: demo -->\n| backbone')
+    assert not between or between not in filled
+    outside = re.sub(r'(?s)<!-- table.*?<!-- end -->', '', filled)
+    assert outside == re.sub(r'(?s)<!-- table.*?<!-- end -->', '', marked('demo', 'real_camvid'))
+
+
+def test_fill_is_idempotent(tables):
+    once = tables.fill(marked('demo', 'configs', 'real_alignment', 'real_camvid', between='x\n'))
+    assert tables.fill(once) == once
+    assert tables.fill('no table here\n') == 'no table here\n'
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()
+            if line.startswith('|')]
+
+
+@pytest.mark.parametrize('name', ['demo', 'real_alignment', 'real_camvid', 'configs'])
+def test_tables_are_markdown(tables, name):
+    header, rule, *rows = rows_of(tables.TABLES[name]())
+    assert set(rule) == {'---'} and rows
+    assert {len(row) for row in rows} == {len(rule)} == {len(header)}
+
+
+def test_demo_table_says_what_the_record_says(tables):
+    text = tables.demo()
+    assert rows_of(text)[2:] == [['softmax teacher', '6 / 0', '80.00', '100.0 %', '81.00', '101.3 %'],
+                                 ['swap only', '0 / 6', '20.12', '25.2 %', '60.46', '75.6 %']]
+    footnote = text.split('\n\n')[1]
+    assert all(str(fact) in footnote for fact in (432, *MACHINE.values()))
+
+
+def test_alignment_table_says_what_the_records_say(tables):
+    text = tables.real_alignment()
+    cells = [row[1:5] for row in rows_of(text)[2:]]
+    assert cells == [['12 / 0', '100', '0', '1'], ['0 / 12', '1.8', '1.220', '0.390'],
+                     ['0 / 12', '15.0', '0.900', '0.550'], ['0 / 12', '33.3', '0.700', '0.650'],
+                     ['0 / 12', '44.4', '0.600', '0.700']]
+    assert [row[0] for row in rows_of(text)[5:]] == ['stage 1 + 2, iteration 300', 'stage 1 + 2, iteration 600']
+    assert '`stage1_deitt_caltech`, 400 it., 01234567' in text and 'seed 0' in text and 'abc1234' in text
+
+
+def test_camvid_table_does_not_mix_up_the_twins(tables):
+    (_, _, softmax, linear) = rows_of(tables.real_camvid())
+    assert softmax[1:4] == ['12 / 0', '50.50', '88.75'] and 'mask2former_deitt_softmax_camvid' in softmax[4]
+    assert linear[1:4] == ['0 / 12', '41.50', '82.25'] and 'softmax' not in linear[4]
+
+
+def test_config_table_links_every_config_but_the_twins(tables):
+    text = tables.configs()
+    links = re.findall(r'\[`(\w+)`\]\((.+?)\)', text)
+    assert {name for name, _ in links} == {'stage1_a_coco', 'stage2_a_in22k', 'mask2former_a_ade20k',
+                                           'mask2former_a_cityscapes', 'linear_a_in1k'}
+    assert all((tables.ROOT / target).is_file() for _, target in links)
+
+
+def test_writing_then_checking(tables, monkeypatch):
+    make_tables(tables, monkeypatch)
+    written = pages(tables)
+    assert '80.00' in written['README.md'] and '44.4' in written['docs/results.md']
+    make_tables(tables, monkeypatch, '--check')
+    make_tables(tables, monkeypatch)
+    assert pages(tables) == written
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/results.md'])
+def test_check_fails_on_an_outdated_table(tables, monkeypatch, page):
+    make_tables(tables, monkeypatch)
+    path = tables.ROOT / page
+    path.write_text(re.sub(r'\d\d\.\d\d?', '99.99', path.read_text(), count=1))
+    before = pages(tables)
+    with pytest.raises(SystemExit) as info:
+        make_tables(tables, monkeypatch, '--check')
+    assert page in str(info.value.code) and 'make_tables.py' in str(info.value.code)  # a text exits with status 1
+    assert pages(tables) == before
+
+
+def test_check_fails_on_a_new_record(tables, monkeypatch):
+    make_tables(tables, monkeypatch)
+    path = tables.ROOT / 'docs/results/real.json'
+    path.write_text(path.read_text().replace('82.25', '83.25'))
+    with pytest.raises(SystemExit, match='docs/results.md'):
+        make_tables(tables, monkeypatch, '--check')
+
+
+def test_check_touches_nothing(tables, monkeypatch):
+    make_tables(tables, monkeypatch)
+    for page in tables.PAGES:
+        os.utime(tables.ROOT / page, ns=(10**18, 10**18))
+    make_tables(tables, monkeypatch, '--check')
+    assert {(tables.ROOT / page).stat().st_mtime_ns for page in tables.PAGES} == {10**18}
+
+
+def test_tables_of_this_repository_are_up_to_date():
+    absent = [str(path.relative_to(ROOT)) for path in (*PAGES, *RECORDS) if not path.exists()]
+    if absent:
+        pytest.skip(f'not there (yet): {", ".join(absent)}')
+    done = subprocess.run([sys.executable, 'tools/make_tables.py', '--check'], cwd=ROOT, capture_output=True,
+                          text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pages_ask_for_tables_that_exist():
+    module, asked = tool('make_tables'), set()
+    for page in PAGES:
+        found = re.findall(r'<!-- table: (\w+) -->', page.read_text())
+        assert page.read_text().count('<!-- end -->') == len(found), page
+        asked |= set(found)
+    assert asked == set(module.TABLES)
