@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS as MMENGINE_DATASETS  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import METRICS as MMENGINE_METRICS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
 
 from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
@@ -20,6 +21,8 @@ provide_mmcv_ops()
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm', locations=['adala_mm.models'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='adala_mm', locations=['adala_mm.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim_wrapper_constructor', parent=MMENGINE_CONSTRUCTORS, scope='adala_mm',
+                                      locations=['adala_mm.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='adala_mm', locations=['adala_mm.evaluation'])
 # A tree of its own: a list of what may stand in `attention=dict(type=...)`, and nothing else.
 ATTENTIONS = Registry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])

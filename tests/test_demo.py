@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 from PIL import Image
 
@@ -323,17 +324,16 @@ def test_missing_picture_is_an_error(report, tmp_path):
 
 def test_images_are_prepared_as_in_training(report, tmp_path):
     # The report reads RGB; the configs' pipeline reads BGR and turns it round.
-    from mmengine.dataset import Compose
     image, label = draw_scene(np.random.default_rng(0))
     for kind, array in (('image', image), ('label', label)):
         Image.fromarray(array).save(tmp_path / f'{kind}.png')
     cfg = Config.fromfile(CONFIGS / 'teacher_demo_beacons.py')
-    model = MODELS.build(cfg.model)
+    preprocess = MODELS.build(cfg.model).data_preprocessor
     item = Compose(cfg.test_pipeline)({
         'img_path': str(tmp_path / 'image.png'), 'seg_map_path': str(tmp_path / 'label.png'), 'seg_fields': [],
         'reduce_zero_label': False, 'label_map': None})
-    trained = model.data_preprocessor({'inputs': [item['inputs']], 'data_samples': [item['data_samples']]})['inputs']
-    got = report.prepare(model, [image, image])
+    trained = preprocess({key: [value] for key, value in item.items()})['inputs']
+    got = preprocess(report.batch([image, image]))['inputs']
     assert got.shape == (2, 3, 80, 80)
     torch.testing.assert_close(got[:1], trained)
     assert not torch.allclose(got[:1], trained.flip(1))

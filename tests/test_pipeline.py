@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
@@ -338,22 +340,23 @@ def test_resumed_stage_1_equals_an_uninterrupted_one(place, after_stage1):
 ], ids=['mask2former', 'linear'])
 def test_stage_3_starts_from_stage_2(name, options, data, place, after_stage2):
     record = Recorder()
-    run = runner(name, data(place / name), options | epochs(3), record)
-    metrics = run.train() and run.val()
+    run = runner(name, data(place / name), options | epochs(2), record)
+    run.train()
     start = backbone(load_checkpoint(after_stage2)['state_dict'])
     assert_equal(backbone(record.state), start)
-    assert record.rates == pytest.approx(poly(1e-5, 6)) and np.isfinite(record.losses).all()
+    assert record.rates == pytest.approx(poly(1e-5, 4)) and np.isfinite(record.losses).all()
     # The backbone learns, and is still the aligned one at the end.
-    end = load_checkpoint(Path(run.work_dir) / 'epoch_3.pth')
+    end = load_checkpoint(Path(run.work_dir) / 'epoch_2.pth')
     assert 0 < distance(backbone(end['state_dict']), start) < 0.01
-    assert 0 <= metrics['mIoU' if name == FLAGSHIP else 'accuracy/top1'] <= 100
     assert len(end['meta']['dataset_meta']['classes']) == (150 if name == FLAGSHIP else 1000)
     # A second run with resume=True goes on from there, with its weights and Adam's moments.
     again = Recorder()
-    runner(name, place / name, options | epochs(4), again, resume=True).train()
-    assert again.start == 6 and len(again.losses) == 2
+    run = runner(name, place / name, options | epochs(3), again, resume=True)
+    run.train()
+    assert again.start == 4 and len(again.losses) == 2
     assert_equal(again.state, end['state_dict'])
     assert_equal(again.optimizer['state'], end['optimizer']['state'])
+    assert 0 <= run.test()['mIoU' if name == FLAGSHIP else 'accuracy/top1'] <= 100
 
 
 @pytest.mark.parametrize('vfm', ['clipl', 'siglipl', 'in1kl', 'dinov2b'])
@@ -405,6 +408,8 @@ def trained(place) -> Path:
     out = python(ROOT / 'tools/train.py', ROOT / f'configs/adala/{FLAGSHIP}.py', '--work-dir', 'flagship',
                  '--data-root', 'cli_data', '--cfg-options', *options, cwd=place)
     assert 'Epoch(train)' in out and 'mIoU' in out
+    # The dumped config holds all overrides; a resumed run writes over it.
+    shutil.copy(place / f'flagship/{FLAGSHIP}.py', place / 'dumped.py')
     return place / 'flagship'
 
 
@@ -428,4 +433,49 @@ def test_command_line(trained, place):
     assert all(array.min() >= 1 and array.max() <= 150 for array in predictions.values())
 
 
-MMSEG_TOOLS = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/tools'
+# Runs scripts as they lie in the installed mmseg, one after the other: argument lists on the command line, as JSON.
+RUN_SCRIPTS = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    runpy.run_path(words[0], run_name='__main__')
+"""
+# mmseg's own entry to inference; it has never heard of adala_mm until it meets the backbone's type.
+INFER = """
+import sys
+import cv2, numpy
+from mmseg.apis import MMSegInferencer
+assert 'mmseg.models' in sys.modules and 'adala_mm' not in sys.modules
+inferencer = MMSegInferencer('dumped.py', 'flagship/epoch_1.pth', device='cpu')
+assert 'adala_mm' in sys.modules
+result = inferencer(cv2.imread(sys.argv[1]), show=False)
+numpy.save('inferred.npy', result['predictions'])
+import runpy
+sys.argv = [sys.argv[2], 'dumped.py', '--graph']
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_scripts_of_mmseg(trained, place):
+    tools = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/tools'
+    repeated = Config.fromfile('dumped.py')  # the benchmark wants 200 images
+    repeated.test_dataloader.dataset = dict(type='RepeatDataset', times=100, dataset=repeated.test_dataloader.dataset)
+    repeated.dump('repeated.py')
+    python('-c', RUN_SCRIPTS, json.dumps([
+        [str(tools / 'test.py'), 'dumped.py', 'flagship/epoch_1.pth', '--work-dir', 'mmseg_tested', '--out', 'labels'],
+        [str(tools / 'analysis_tools/benchmark.py'), 'repeated.py', 'flagship/epoch_1.pth', '--work-dir', 'fps'],
+        [str(tools / 'analysis_tools/browse_dataset.py'), 'dumped.py', '--output-dir', 'browsed', '--not-show'],
+    ]), cwd=place)
+    trained_scores = json.loads(max(trained.glob('*/vis_data/scalars.json')).read_text().splitlines()[-1])
+    for key in ('mIoU', 'aAcc'):
+        assert scores(place / 'mmseg_tested')[key] == pytest.approx(trained_scores[key])
+    assert json.loads(next((place / 'fps').glob('fps_*.json')).read_text())['average_fps'] > 0
+    assert len(list((place / 'browsed').glob('ADE_train*.jpg'))) == 4
+
+    image = place / 'cli_data/ade/ADEChallengeData2016/images/validation/ADE_validat_00000001.jpg'
+    out = python('-c', INFER, image, tools / 'misc/print_config.py', cwd=place)
+    assert np.array_equal(np.load('inferred.npy') + 1,
+                          cv2.imread('labels/ADE_validat_00000001.png', cv2.IMREAD_UNCHANGED))
+    assert "type='adala_mm.AdaLAViT'" in out
+    assert '(attn): LinearAttention' in Path('example-graph.txt').read_text()
+    assert Config.fromfile('example.py').to_dict() == Config.fromfile('dumped.py').to_dict()

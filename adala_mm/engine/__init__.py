@@ -1,4 +1,5 @@
 from adala_mm.engine.label_check import LabelCheckHook
+from adala_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from adala_mm.engine.val_before_train import ValBeforeTrainHook
 
-__all__ = ['LabelCheckHook', 'ValBeforeTrainHook']
+__all__ = ['LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'ValBeforeTrainHook']
