@@ -10,7 +10,7 @@ def test_rates_rise_with_depth():
     wrapper = build_optim_wrapper(model, dict(
         optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05), paramwise_cfg=dict(layer_decay_rate=0.5),
         constructor='adala_mm.LayerDecayOptimWrapperConstructor'))
-    rates = {group['param_name']: group['lr'] for group in wrapper.param_groups}
+    rates = {group['param_name']: group['lr'] for group in wrapper.optimizer.param_groups}
     assert len(rates) == len(list(model.parameters()))
     assert rates['backbone.pos_embed'] == rates['backbone.patch_embed.proj.weight'] == 0.125
     assert rates['backbone.blocks.0.attn.qkv.weight'] == 0.25

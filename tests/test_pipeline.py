@@ -27,7 +27,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.visualization import Visualizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
@@ -36,8 +36,6 @@ from adala_mm.utils.cli import base_parser, check_data, load_config
 NUMBER = itertools.count()
 FLAGSHIP = 'mask2former_dinov2l_ade20k'
 
-
-# Data sets in the layouts of the real ones
 
 def write(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +99,7 @@ def imagenet(root: Path, classes: int = 1000) -> Path:
     return root
 
 
-# Overrides that make the recipes small: ViTs of depth 2 and width 32, crops of 64 pixels, batches of 2
-
+# The functions that follow override a recipe to be small: ViTs of depth 2 and width 32, crops of 64 pixels, batches of 2.
 def vit(role: str) -> dict:
     shape = dict(img_size=64, embed_dim=32, depth=2, num_heads=4)
     return {f'model.{role}.{key}': value for key, value in shape.items()}
@@ -163,8 +160,6 @@ def arguments(options: dict) -> list[str]:
     """``options`` as words after --cfg-options."""
     return [f'{key}={value}'.replace(' ', '') for key, value in options.items()]
 
-
-# Running
 
 def runner(name: str, root: Path, options: dict, *hooks: Hook, work_dir: str | None = None,
            resume: bool = False) -> Runner:
@@ -253,7 +248,7 @@ def distance(got: dict, wanted: dict) -> float:
 def apart(folder: Path) -> Iterator[None]:
     """In ``folder``; what runs leave in the process (scope, loggers, loading scheme) is put back afterwards."""
     with pytest.MonkeyPatch.context() as patch:
-        for manager in (DefaultScope, MMLogger, MessageHub, Visualizer):
+        for manager in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
             patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
         patch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
         # Asks compilers for their versions, for the log.
@@ -261,15 +256,16 @@ def apart(folder: Path) -> Iterator[None]:
         patch.chdir(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
-def pretrained_file(path: Path, timm_name: str = 'vit_large_patch14_dinov2.lvd142m', **options) -> Path:
+def pretrained_file(path: Path, timm_name: str = 'vit_large_patch14_dinov2.lvd142m') -> Path:
     """A model of timm's with the recipe's keys, but narrow, at its own patch size and on a 3 x 3 grid."""
     patch = 16 if 'patch16' in timm_name else 14
-    model = timm.create_model(timm_name, img_size=3 * patch, embed_dim=32, depth=2, num_heads=4, num_classes=0,
-                              **options)
+    model = timm.create_model(timm_name, img_size=3 * patch, embed_dim=32, depth=2, num_heads=4, num_classes=0)
     generator = torch.Generator().manual_seed(3)
     state = {key: 0.2 * torch.randn(value.shape, generator=generator) + ('norm' in key and key.endswith('weight'))
              for key, value in model.state_dict().items()}
@@ -287,8 +283,7 @@ def place(tmp_path_factory) -> Iterator[Path]:
         yield place
 
 
-# The chain: no path of a checkpoint is overridden, so every stage finds what the one before has left
-
+# No path of a checkpoint is overridden from here on: every stage finds what the one before has left.
 @pytest.fixture(scope='module')
 def after_stage1(place) -> Path:
     """Stage 1, killed in its third epoch and resumed."""
@@ -330,6 +325,10 @@ def test_resumed_stage_1_equals_an_uninterrupted_one(place, after_stage1):
     assert_equal(got['state_dict'], wanted['state_dict'])
     assert_equal(got['optimizer'], wanted['optimizer'])
     assert (got['meta']['epoch'], got['meta']['iter']) == (4, 8) == (wanted['meta']['epoch'], wanted['meta']['iter'])
+    pretrained = load_file('model.safetensors')
+    resampled = {'pos_embed', 'patch_embed.proj.weight'}
+    assert_equal({key: record.state[f'backbone.{key}'] for key in set(pretrained) - resampled},
+                 {key: pretrained[key] for key in set(pretrained) - resampled})
     changed = {key for key, value in record.state.items() if not torch.equal(value, wanted['state_dict'][key])}
     assert changed == {f'backbone.blocks.{i}.attn.qkv.{kind}' for i in range(2) for kind in ('weight', 'bias')}
 
@@ -385,14 +384,30 @@ def test_cityscapes_layout(place):
     assert len(run.test_dataloader.dataset) == 1
 
 
-# The command line
+def python(*commands: list[str | Path], cwd: Path) -> list[str]:
+    """Outputs of the commands, which run side by side: starting up takes most of their time."""
+    environment = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg')
+    logs = [cwd / f'console_{next(NUMBER)}.log' for _ in commands]
+    running = []
+    try:
+        for words, log in zip(commands, logs, strict=True):
+            with open(log, 'w') as file:
+                running.append(subprocess.Popen([sys.executable, '-W', 'ignore', *map(str, words)], cwd=cwd,
+                                                env=environment, stdout=file, stderr=subprocess.STDOUT))
+        codes = [process.wait(timeout=400) for process in running]
+    finally:
+        for process in running:
+            process.kill()  # nothing to kill unless something went wrong
+    outputs = [log.read_text() for log in logs]
+    assert not any(codes), '\n'.join(out[-3000:] for out in outputs)
+    return outputs
 
-def python(*words: str | Path, cwd: Path) -> str:
-    done = subprocess.run([sys.executable, '-W', 'ignore', *map(str, words)], capture_output=True, text=True,
-                          check=False, cwd=cwd, timeout=400,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg'))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+
+def command(tool: str, *words: str, **options) -> list[str | Path]:
+    """tools/<tool>.py on the flagship, made small and with random weights."""
+    options = mask2former() | {'model.backbone.init_cfg': None} | options
+    return [ROOT / f'tools/{tool}.py', ROOT / f'configs/adala/{FLAGSHIP}.py', *words, '--data-root', 'cli_data',
+            '--cfg-options', *arguments(options)]
 
 
 def scores(work_dir: Path) -> dict:
@@ -400,13 +415,16 @@ def scores(work_dir: Path) -> dict:
     return json.loads(max(work_dir.glob('*/*.json')).read_text())
 
 
+def first_score(work_dir: Path) -> dict:
+    """What the first run in the work dir has written after its last epoch."""
+    return json.loads(min(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()[-1])
+
+
 @pytest.fixture(scope='module')
 def trained(place) -> Path:
     """Work dir of the flagship, trained for one epoch by command line."""
-    ade20k(place / 'cli_data', val=2)
-    options = arguments(mask2former() | epochs(1) | {'model.backbone.init_cfg': None})
-    out = python(ROOT / 'tools/train.py', ROOT / f'configs/adala/{FLAGSHIP}.py', '--work-dir', 'flagship',
-                 '--data-root', 'cli_data', '--cfg-options', *options, cwd=place)
+    ade20k(place / 'cli_data')
+    out, = python(command('train', '--work-dir', 'flagship', **epochs(1)), cwd=place)
     assert 'Epoch(train)' in out and 'mIoU' in out
     # The dumped config holds all overrides; a resumed run writes over it.
     shutil.copy(place / f'flagship/{FLAGSHIP}.py', place / 'dumped.py')
@@ -414,20 +432,18 @@ def trained(place) -> Path:
 
 
 def test_command_line(trained, place):
-    options = ['--data-root', 'cli_data', '--cfg-options', *arguments(
-        mask2former() | epochs(2) | {'model.backbone.init_cfg': None})]
-    out = python(ROOT / 'tools/train.py', ROOT / f'configs/adala/{FLAGSHIP}.py', '--work-dir', 'flagship', '--resume',
-                 *options, cwd=place)
-    assert 'resumed epoch: 1, iter: 2' in out
+    resumed, tested = python(
+        command('train', '--work-dir', 'flagship', '--resume', **epochs(2)),
+        command('test', 'flagship/epoch_1.pth', '--work-dir', 'tested', '--show-dir', 'pictures', '--out', 'labelled'),
+        cwd=place)
+    assert 'resumed epoch: 1, iter: 2' in resumed
     assert load_checkpoint(trained / 'epoch_2.pth')['meta']['iter'] == 4
-    out = python(ROOT / 'tools/test.py', ROOT / f'configs/adala/{FLAGSHIP}.py', 'flagship/epoch_1.pth', '--work-dir',
-                 'tested', '--show-dir', 'pictures', '--out', 'predictions', *options, cwd=place)
-    assert 'mIoU' in out
+    assert 'mIoU' in tested and scores(place / 'tested')['mIoU'] == pytest.approx(first_score(trained)['mIoU'])
     names = {f'ADE_validat_{i:08d}' for i in range(2)}
     pictures = list((place / 'pictures').rglob('*.png'))
     assert {next(name for name in names if name in path.name) for path in pictures} == names
     predictions = {path.stem: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in
-                   (place / 'predictions').glob('*.png')}
+                   (place / 'labelled').glob('*.png')}
     assert set(predictions) == names
     assert {array.shape for array in predictions.values()} == {(80, 100), (80, 120)}
     assert all(array.min() >= 1 and array.max() <= 150 for array in predictions.values())
@@ -461,19 +477,18 @@ def test_scripts_of_mmseg(trained, place):
     repeated = Config.fromfile('dumped.py')  # the benchmark wants 200 images
     repeated.test_dataloader.dataset = dict(type='RepeatDataset', times=100, dataset=repeated.test_dataloader.dataset)
     repeated.dump('repeated.py')
-    python('-c', RUN_SCRIPTS, json.dumps([
+    image = place / 'cli_data/ade/ADEChallengeData2016/images/validation/ADE_validat_00000001.jpg'
+    scripts = json.dumps([
         [str(tools / 'test.py'), 'dumped.py', 'flagship/epoch_1.pth', '--work-dir', 'mmseg_tested', '--out', 'labels'],
         [str(tools / 'analysis_tools/benchmark.py'), 'repeated.py', 'flagship/epoch_1.pth', '--work-dir', 'fps'],
         [str(tools / 'analysis_tools/browse_dataset.py'), 'dumped.py', '--output-dir', 'browsed', '--not-show'],
-    ]), cwd=place)
-    trained_scores = json.loads(max(trained.glob('*/vis_data/scalars.json')).read_text().splitlines()[-1])
+    ])
+    _, out = python(['-c', RUN_SCRIPTS, scripts], ['-c', INFER, image, tools / 'misc/print_config.py'], cwd=place)
     for key in ('mIoU', 'aAcc'):
-        assert scores(place / 'mmseg_tested')[key] == pytest.approx(trained_scores[key])
+        assert scores(place / 'mmseg_tested')[key] == pytest.approx(first_score(trained)[key])
     assert json.loads(next((place / 'fps').glob('fps_*.json')).read_text())['average_fps'] > 0
     assert len(list((place / 'browsed').glob('ADE_train*.jpg'))) == 4
 
-    image = place / 'cli_data/ade/ADEChallengeData2016/images/validation/ADE_validat_00000001.jpg'
-    out = python('-c', INFER, image, tools / 'misc/print_config.py', cwd=place)
     assert np.array_equal(np.load('inferred.npy') + 1,
                           cv2.imread('labels/ADE_validat_00000001.png', cv2.IMREAD_UNCHANGED))
     assert "type='adala_mm.AdaLAViT'" in out

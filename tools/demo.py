@@ -43,15 +43,15 @@ class Run:
 # In the order of the longest way to the end. Costs: seconds on two cores of a 2024 server CPU.
 RUNS = [
     Run('teacher', 'teacher_demo_beacons', cost=110, threads=2),
-    Run('stage1', 'stage1_demo_beacons', ('teacher',), cost=40),
-    Run('stage2_only', 'stage2_demo_nostage1_beacons', ('teacher',), cost=110),
-    Run('stage2', 'stage2_demo_beacons', ('stage1',), cost=110),
-    Run('swap', 'linear_demo_swap_beacons', ('teacher',), cost=40),
-    Run('stage1_only', 'linear_demo_stage1only_beacons', ('stage1',), cost=40),
-    Run('stage2_only_tuned', 'linear_demo_stage2only_beacons', ('stage2_only',), cost=40),
-    Run('both', 'linear_demo_beacons', ('stage2',), cost=40),
-    Run('mask2former', 'mask2former_demo_beacons', ('stage2',), cost=60),
-    Run('softmax', 'linear_demo_softmax_beacons', ('teacher',), cost=40),
+    Run('stage1', 'stage1_demo_beacons', ('teacher',), cost=25),
+    Run('stage2_only', 'stage2_demo_nostage1_beacons', ('teacher',), cost=28),
+    Run('stage2', 'stage2_demo_beacons', ('stage1',), cost=28),
+    Run('swap', 'linear_demo_swap_beacons', ('teacher',), cost=22),
+    Run('stage1_only', 'linear_demo_stage1only_beacons', ('stage1',), cost=22),
+    Run('stage2_only_tuned', 'linear_demo_stage2only_beacons', ('stage2_only',), cost=22),
+    Run('both', 'linear_demo_beacons', ('stage2',), cost=22),
+    Run('mask2former', 'mask2former_demo_beacons', ('stage2',), cost=75),
+    Run('softmax', 'linear_demo_softmax_beacons', ('teacher',), cost=22),
 ]
 
 

@@ -5,12 +5,12 @@ with read_base():
     from .teacher_demo_beacons import *
     from .._base_.schedules.demo import custom_hooks
 
-stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_250.pth')
-teacher_init = dict(type='Pretrained', checkpoint='work_dirs/demo/teacher/iter_400.pth')
+stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_50.pth')
+teacher_init = dict(type='Pretrained', checkpoint='work_dirs/demo/teacher/iter_500.pth')
 model['backbone'].update(attention=linear, init_cfg=stage2_init)
 model['decode_head'].update(init_cfg=dict(teacher_init, prefix='decode_head.'))
 optim_wrapper['optimizer'].update(lr=1e-3)
 optim_wrapper.update(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
-train_cfg.update(max_iters=100, val_interval=100)
-param_scheduler[-1].update(end=100)
-default_hooks['checkpoint'].update(interval=100)
+train_cfg.update(max_iters=50, val_interval=50)
+param_scheduler[-1].update(end=50)
+default_hooks['checkpoint'].update(interval=50)

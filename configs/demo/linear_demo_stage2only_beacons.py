@@ -4,4 +4,4 @@ from mmengine.config import read_base
 with read_base():
     from .linear_demo_beacons import *
 
-model['backbone'].update(init_cfg=dict(teacher_init, checkpoint='work_dirs/demo/stage2_only/iter_250.pth'))
+model['backbone'].update(init_cfg=dict(teacher_init, checkpoint='work_dirs/demo/stage2_only/iter_50.pth'))

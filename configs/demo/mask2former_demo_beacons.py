@@ -8,7 +8,7 @@ with read_base():
     from .._base_.schedules.demo import *
     from .._base_.models.mask2former_small import *
 
-stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_250.pth')
+stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_50.pth')
 model.update(backbone=dict(backbone, attention=linear, out_indices=[-1] * 4, init_cfg=stage2_init))
 model['data_preprocessor'] = dict(
     type='SegDataPreProcessor', size=(80, 80), seg_pad_val=255, test_cfg=dict(size_divisor=8), **image_norm)

@@ -7,12 +7,12 @@ with read_base():
     from .._base_.datasets.beacons_images import *
     from .._base_.schedules.demo import *
 
-teacher_init = dict(type='Pretrained', checkpoint='work_dirs/demo/teacher/iter_400.pth')
+teacher_init = dict(type='Pretrained', checkpoint='work_dirs/demo/teacher/iter_500.pth')
 model = dict(
     type='adala_mm.AttentionAlignment',
     backbone=dict(backbone, attention=linear, init_cfg=teacher_init),
     data_preprocessor=dict(type='ImgDataPreprocessor', **image_norm))
 optim_wrapper['optimizer'].update(lr=3e-3)
-train_cfg.update(max_iters=150, val_interval=150)
-param_scheduler[-1].update(end=150)
-default_hooks.update(checkpoint=dict(checkpoint_hook, interval=150), logger=logger_hook)
+train_cfg.update(max_iters=80, val_interval=80)
+param_scheduler[-1].update(end=80)
+default_hooks.update(checkpoint=dict(checkpoint_hook, interval=80), logger=logger_hook)

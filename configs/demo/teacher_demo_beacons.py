@@ -17,6 +17,6 @@ model = dict(
     test_cfg=dict(mode='whole'))
 optim_wrapper['optimizer'].update(lr=1.5e-3)
 custom_hooks = []
-train_cfg.update(max_iters=400, val_interval=400)
-param_scheduler[-1].update(end=400)
-default_hooks.update(checkpoint=dict(checkpoint_hook, interval=400), logger=logger_hook)
+train_cfg.update(max_iters=500, val_interval=500)
+param_scheduler[-1].update(end=500)
+default_hooks.update(checkpoint=dict(checkpoint_hook, interval=500), logger=logger_hook)

@@ -16,6 +16,6 @@ model['decode_head']['loss_cls'].update(class_weight=[1.0] * num_classes + [0.1]
 optim_wrapper['optimizer'].update(lr=1e-3)
 optim_wrapper.update(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
 custom_hooks = []
-train_cfg.update(max_iters=400, val_interval=400)
-param_scheduler[-1].update(end=400)
-default_hooks.update(checkpoint=dict(checkpoint_hook, interval=400), logger=logger_hook)
+train_cfg.update(max_iters=250, val_interval=250)
+param_scheduler[-1].update(end=250)
+default_hooks.update(checkpoint=dict(checkpoint_hook, interval=250), logger=logger_hook)
