@@ -99,7 +99,7 @@ def imagenet(root: Path, classes: int = 1000) -> Path:
     return root
 
 
-# The functions that follow override a recipe to be small: ViTs of depth 2 and width 32, crops of 64 pixels, batches of 2.
+# From here to `epochs`: overrides that make recipes small, ViTs of depth 2 and width 32, 64-pixel crops, batches of 2.
 def vit(role: str) -> dict:
     shape = dict(img_size=64, embed_dim=32, depth=2, num_heads=4)
     return {f'model.{role}.{key}': value for key, value in shape.items()}
@@ -251,8 +251,9 @@ def apart(folder: Path) -> Iterator[None]:
         for manager in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
             patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
         patch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
-        # Asks compilers for their versions, for the log.
+        # Most of a short run's time: compilers are asked for their versions and the config is laid out, for the log.
         patch.setattr('mmengine.runner.runner.collect_env', dict)
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
         patch.chdir(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
