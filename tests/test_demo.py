@@ -148,6 +148,7 @@ def stage(demo, tmp_path, monkeypatch):
 def test_all_runs_in_order_then_the_report(stage, tmp_path, capsys):
     (tmp_path / 'work_dirs/demo/stage1').mkdir(parents=True)  # of an earlier demo
     (tmp_path / 'work_dirs/demo/stage1/iter_150.pth').touch()
+    stage.commands.update(stage1='sleep 0.3')  # long enough for others to overtake it
     stage.main()
     started = [event for event in stage.events if event[0] == 'start']
     assert sorted(name for _, name, _ in started) == sorted(by_name(stage))

@@ -57,11 +57,11 @@ def test_equal_features_of_two_images_have_equal_colours():
 
 
 def test_channels_are_the_principal_components_in_order():
-    # Four known directions of falling strength, hidden in ten channels by a rotation.
+    # Four known directions of falling strength, hidden in ten channels by a rotation, and far from the origin.
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(2 * 20 * 20, 4, generator=generator)
     basis = torch.linalg.qr(torch.randn(10, 10, generator=generator))[0][:4]
-    maps = ((hidden * torch.tensor([8.0, 4.0, 2.0, 1.0])) @ basis).reshape(2, 20, 20, 10).permute(0, 3, 1, 2)
+    maps = ((hidden * torch.tensor([8.0, 4.0, 2.0, 1.0])) @ basis + 20).reshape(2, 20, 20, 10).permute(0, 3, 1, 2)
     (picture,) = shared_pca([maps])
     inside = ((picture > 0) & (picture < 1)).all(axis=-1).flatten()
     correlation = np.corrcoef(picture.reshape(-1, 3)[inside].T, hidden.numpy()[inside].T)[:3, 3:]

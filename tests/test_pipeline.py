@@ -284,6 +284,18 @@ def place(tmp_path_factory) -> Iterator[Path]:
         yield place
 
 
+def assert_teacher(model, weights: str | Path) -> None:
+    """The teacher of the trained ``model`` is the pretrained softmax ViT, and not the student."""
+    shape = dict(img_size=64, embed_dim=32, depth=2, num_heads=4, norm_eps=1e-6, layer_scale=1e-5)
+    wanted = MODELS.build(dict(shape, type='adala_mm.AdaLAViT', attention=dict(type='adala_mm.SoftmaxAttention'),
+                               init_cfg=dict(type='Pretrained', checkpoint=str(weights))))
+    wanted.init_weights()
+    images = torch.randn(1, 3, 64, 64)
+    features = wanted.forward_features(images).detach()
+    torch.testing.assert_close(model.teacher_features(images), features)
+    assert distance({'': model.backbone.forward_features(images).detach()}, {'': features}) > 0.01
+
+
 # No path of a checkpoint is overridden from here on: every stage finds what the one before has left.
 @pytest.fixture(scope='module')
 def after_stage1(place) -> Path:
@@ -293,7 +305,9 @@ def after_stage1(place) -> Path:
         run.train()
     assert sorted(path.name for path in Path(run.work_dir).glob('*.pth')) == ['epoch_1.pth', 'epoch_2.pth']
     record = Recorder()
-    runner('stage1_dinov2l_coco', place / 'data', stage1(), SeedByEpoch(), record, resume=True).train()
+    run = runner('stage1_dinov2l_coco', place / 'data', stage1(), SeedByEpoch(), record, resume=True)
+    run.train()
+    assert_teacher(run.model, 'model.safetensors')
     saved = load_checkpoint('work_dirs/stage1_dinov2l_coco/epoch_2.pth')
     assert record.start == 4 and len(record.losses) == 4  # 2 of 4 epochs, of 2 iterations each, were left
     assert_equal(record.state, saved['state_dict'])
@@ -309,11 +323,7 @@ def after_stage2(place, after_stage1) -> Path:
     run.train()
     assert_equal(record.state, load_checkpoint(after_stage1)['state_dict'])
     assert record.rates == pytest.approx(poly(1e-3, 30))
-    # The teacher is the pretrained softmax model, not the student.
-    teacher = MODELS.build(dict(run.cfg.model.teacher))
-    teacher.init_weights()
-    images = torch.randn(1, 3, 64, 64)
-    assert_equal(run.model.teacher_features(images), teacher.forward_features(images).detach())
+    assert_teacher(run.model, 'model.safetensors')
     # 30 epochs of one iteration on two images: noisy, but far enough.
     assert np.mean(record.losses[-5:]) < 0.9 * np.mean(record.losses[:5])
     return place / 'work_dirs/stage2_dinov2l_in22k/epoch_30.pth'
@@ -378,7 +388,7 @@ def test_cityscapes_layout(place):
     record = Recorder()
     options = mask2former() | epochs(1) | {'model.backbone.init_cfg': None} | evaluating(
         **{'dataset.pipeline.1.scale': (128, 64)})
-    run = runner('mask2former_dinov2l_cityscapes', cityscapes(place / 'data'), options, record)
+    run = runner('mask2former_dinov2l_cityscapes', cityscapes(place / 'streets'), options, record)
     run.train()
     assert len(run.train_dataloader.dataset) == 4 and len(record.losses) == 2
     assert 0 <= run.test()['mIoU'] <= 100

@@ -119,7 +119,6 @@ def test_machine_without_git(tmp_path, monkeypatch):
 
 def test_record(run):
     record = tool('record_runs').record(run)
-    assert record.pop('seconds_per_iteration') == pytest.approx(0.7)
     assert record == {
         'config': 'mask2former_x', 'seed': 17, 'iterations': 30, 'checkpoint': 'iter_30.pth',
         'scores': [{'mIoU': 5.0, 'step': 0}, {'mIoU': 60.0, 'step': 30}],

@@ -66,7 +66,7 @@ def where(run: dict | None) -> str:
 def footnote(run: dict) -> str:
     m = run['machine']
     return (f'\n\nOne run each, seed {run["seed"]}; {m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch '
-            f'{m["torch"]}, commit {m["commit"]}. Hash: first digits of the checkpoint\'s SHA-256.')
+            f'{m["torch"]}, recorded at commit {m["commit"]}. Hash: first digits of the checkpoint\'s SHA-256.')
 
 
 def configs() -> str:

@@ -1,4 +1,4 @@
-"""Records finished runs for the tables of the docs: first and last scores, duration, checkpoint hash, machine.
+"""Records finished runs for the tables of the docs: scores, checkpoint hash, machine.
 
     python tools/record_runs.py work_dirs/stage1_deitt_caltech --out docs/results/real.json
 """
@@ -20,11 +20,10 @@ def record(run: Path) -> dict:
     rows = read_scalars(run)
     scores = [{k: v for k, v in row.items() if k not in LOGGED_BESIDE_SCORES} | dict(step=row['step']) for row in rows
               if 'loss' not in row]
-    trained = [row for row in rows if 'loss' in row]
     newest = (run / 'last_checkpoint').read_text().strip()
     config = next(run.glob('*.py'))
     return dict(config=config.stem, seed=int(re.search(r'seed=(\d+)', config.read_text())[1]),
-                iterations=trained[-1]['step'], seconds_per_iteration=sum(r['time'] for r in trained) / len(trained),
+                iterations=max(row['step'] for row in rows if 'loss' in row),
                 scores=scores, checkpoint=Path(newest).name,
                 sha256=hashlib.sha256((run / Path(newest).name).read_bytes()).hexdigest()[:16])
 
