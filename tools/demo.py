@@ -137,7 +137,7 @@ def main() -> None:
         time.sleep(0.5)
     print(f'\n[{clock(time.time() - began)}] all runs done; drawing the report')
     subprocess.run([sys.executable, str(ROOT / 'tools/demo_report.py'), str(out), '--data-root', data_root,
-                    '--seconds', str(time.time() - began)], check=True)
+                    '--seconds', str(time.time() - began)], check=True, cwd=out.parents[1])
 
 
 if __name__ == '__main__':

@@ -98,7 +98,8 @@ def main() -> None:
         new = fill(old)
         if args.check and new != old:
             sys.exit(f'{page}: tables differ from docs/results; run: python tools/make_tables.py')
-        (ROOT / page).write_text(new)
+        if new != old:
+            (ROOT / page).write_text(new)
 
 
 if __name__ == '__main__':

@@ -127,7 +127,7 @@ def check_scenes(root: str | Path) -> None:
     fix = f'Remove the folder {root} and run again: it will be drawn anew.'
     try:
         recipe = json.loads((root / 'recipe.json').read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # absent, unreadable, or not JSON
         raise ValueError(f'{root} exists but is not a complete embedded data set (no readable recipe.json). '
                          f'{fix}') from None
     if recipe != RECIPE:

@@ -32,7 +32,10 @@ def machine() -> dict[str, str | int]:
     """What a recorded figure depends on beside the code: processor, versions, commit."""
     model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
                   if line.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else ''
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip() or 'unknown'
+    try:
+        commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ''
     return dict(cpu=model, cores=os.cpu_count(), python=platform.python_version(), torch=torch.__version__,
-                commit=commit)
+                commit=commit or 'unknown')
