@@ -148,3 +148,10 @@ def test_own_attention_needs_no_registration(kind):
 def test_what_is_no_attention_raises(kind):
     with pytest.raises(ValueError, match='unknown attention type.*adala_mm.LinearAttention'):
         build_attention({'type': kind}, 32, 4)
+
+
+def test_error_inside_an_own_module_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / 'own_broken.py').write_text('import no_such_library')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match='no_such_library'):
+        build_attention({'type': 'own_broken.Layer'}, 32, 4)

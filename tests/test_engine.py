@@ -59,11 +59,11 @@ def photograph(*labels: int, path: str = 'images/a.jpg') -> DataSample:
     return DataSample(metainfo={'img_path': path}).set_gt_label(torch.tensor(labels))
 
 
-def check(model, *samples, **batch) -> None:
+def check(model, *samples, moment='before_train_iter', **batch) -> None:
     hook = MMENGINE_HOOKS.build({'type': 'adala_mm.LabelCheckHook'})
     assert isinstance(hook, LabelCheckHook)
     batch = {'inputs': torch.zeros(max(len(samples), 1), 3, 8, 8), 'data_samples': list(samples), **batch}
-    hook.before_train_iter(SimpleNamespace(model=model), batch_idx=0, data_batch=batch)
+    getattr(hook, moment)(SimpleNamespace(model=model), batch_idx=0, data_batch=batch)
 
 
 @pytest.mark.parametrize('values', [(), (0, 1, 2, 3, 4), (4, 255), (255,) * 61])
@@ -147,3 +147,9 @@ def test_looks_into_a_wrapped_model(process_group, request, model):
 def test_it_is_a_default_hook():
     hooks = Config.fromfile(ROOT / 'configs/_base_/default_runtime.py').default_hooks
     assert {'type': 'adala_mm.LabelCheckHook'} in hooks.values()
+
+
+@pytest.mark.parametrize('moment', ['before_train_iter', 'before_val_iter', 'before_test_iter'])
+def test_validation_and_test_are_checked_too(segmentor, moment):
+    with pytest.raises(ValueError, match='labels/a.png has the label 5'):
+        check(segmentor, scene(CLASSES), moment=moment)

@@ -117,7 +117,7 @@ def test_missing_data(name, config, absent, loader, place):
         shutil.rmtree(path)
     with pytest.raises(FileNotFoundError) as info:
         tool(name, config, root, {}, *(['any.pth'] if name == 'test' else []))
-    assert_names(info, f'{loader}: there is no {path}.', '--data-root DIR',
+    assert_names(info, f'{loader}: {path} does not exist.', '--data-root DIR',
                  f'--cfg-options {loader}.dataset.data_root=DIR', 'configs/adala/README.md')
     assert (ROOT / 'configs/adala/README.md').is_file()
 
@@ -227,3 +227,18 @@ def test_unreadable_image(config, file, place):
     path.write_bytes(b'<html>404 Not Found</html>')
     with pytest.raises(AssertionError, match=re.escape(f'failed to load image: {path}')):
         tool('train', config, place / 'spoilt')
+
+
+def test_empty_data_folder(place):
+    ade20k(place)
+    for file in (place / 'ade/ADEChallengeData2016/images/validation').iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match='images/validation is empty.*--data-root DIR'):
+        tool('train', FLAGSHIP, place, {})
+
+
+def test_imagenet_without_its_split(place):
+    imagenet(place)
+    shutil.rmtree(place / 'imagenet/val')
+    with pytest.raises(FileNotFoundError, match='val_dataloader: .*imagenet/val does not exist'):
+        tool('train', LINEAR, place, {})

@@ -205,3 +205,8 @@ def test_ms_deform_attn_backward_equals_autograd():
         ms_deform_attn_backward(value, shapes, torch.tensor([0, 15, 27]), locations, weights, upstream, *got,
                                 im2col_step=64)
     torch.testing.assert_close(got, wanted)
+
+
+def test_meta_tensors_pass():
+    q = torch.empty(1, 2, 5, 4, device='meta')
+    assert linear_attention(q, q, q).shape == q.shape

@@ -10,16 +10,21 @@ from adala_mm.utils.cli import base_parser, check_data, load_config
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--show-dir', help='paint predictions into this folder (segmentation)')
-    parser.add_argument('--out', help='write predictions here instead of scoring only (segmentation)')
+    parser.add_argument('--show-dir', help='paint predictions into this folder')
+    parser.add_argument('--out', help='also write the predicted label maps here (segmentation only)')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation, if the config defines it')
     args = parser.parse_args()
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
     if args.show_dir:
-        cfg.default_hooks.visualization.draw = True
-        cfg.visualizer.save_dir = args.show_dir
+        if cfg.default_scope == 'mmpretrain':
+            cfg.default_hooks.visualization.update(enable=True, out_dir=args.show_dir)
+        else:
+            cfg.default_hooks.visualization.draw = True
+            cfg.visualizer.save_dir = args.show_dir
     if args.out:
+        if cfg.default_scope != 'mmseg':
+            parser.error(f'--out writes label maps, and {args.config} is no segmentation config')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:

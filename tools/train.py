@@ -11,7 +11,7 @@ def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue from the newest checkpoint in the work dir, or from the one given')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (bfloat16)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision in bfloat16 (needs a GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help="scale the learning rate to this run's total batch size")
     args = parser.parse_args()

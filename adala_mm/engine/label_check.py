@@ -11,13 +11,14 @@ from adala_mm.registry import HOOKS
 class LabelCheckHook(Hook):
     """Names the file when a label is no class of the model's head, before it becomes a device-side assertion.
 
-    Looks at every training batch on the CPU, where it costs about a millisecond; images without labels pass.
+    Looks at every batch of training, validation and test on the CPU, before the model does; images without labels
+    pass. A wrong label in validation would otherwise just lower the score.
 
     Raises:
         ValueError: naming file, label and number of classes.
     """
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, mode: str = 'train') -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         head = getattr(model, 'decode_head', None) or getattr(model, 'head', None)
         classes = getattr(head, 'num_classes', None)

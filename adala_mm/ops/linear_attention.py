@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.nn import functional as F
 
 Features = tuple[Tensor, Tensor]
@@ -58,7 +60,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f'unknown feature_map {feature_map!r}; choose one of {", ".join(FEATURE_MAPS)}')
     dtype = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False) if is_autocast_available(q.device.type) else nullcontext():
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         q, k = FEATURE_MAPS[feature_map](q, k)

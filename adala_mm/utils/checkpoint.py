@@ -61,7 +61,13 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     """
     if path.startswith('timm://'):
         from huggingface_hub import hf_hub_download
-        path = hf_hub_download(f'timm/{path.removeprefix("timm://")}', 'model.safetensors')
+        name = path.removeprefix('timm://')
+        try:
+            path = hf_hub_download(f'timm/{name}', 'model.safetensors')
+        except (OSError, ValueError) as error:
+            raise ValueError(f'cannot download {path}: no connection, or no such model. Fetch model.safetensors of '
+                             f'https://huggingface.co/timm/{name} yourself and name that file as init_cfg.checkpoint '
+                             f'({type(error).__name__})') from error
     state = load_checkpoint(path)
     for wrapper in ('state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

@@ -57,7 +57,7 @@ def relocate(node: Any, root: str) -> Any:
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Raises FileNotFoundError, naming loader, path and fix, if a data set of the config is not where it should be.
+    """Raises FileNotFoundError, naming loader, path and fix, if a data set is not there or one of its folders is empty.
 
     Data sets of adala_mm draw themselves and are left to themselves.
     """
@@ -65,16 +65,19 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
         dataset = (cfg.get(loader) or {}).get('dataset', {})
         while 'dataset' in dataset:  # wrappers such as RepeatDataset
             dataset = dataset['dataset']
-        if str(dataset.get('type')).startswith('adala_mm.'):
+        if not dataset.get('data_root') or str(dataset.get('type')).startswith('adala_mm.'):
             continue
-        root = Path(dataset.get('data_root') or '')
+        root = Path(dataset['data_root'])
         prefix = dataset.get('data_prefix') or ''
         parts = [*(prefix.values() if isinstance(prefix, dict) else [prefix]), dataset.get('ann_file') or '']
+        if str(dataset.get('type')).endswith('ImageNet'):
+            parts.append(dataset.get('split') or '')
         for path in (root, *(root / part for part in parts if part)):
-            if not path.exists():
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                state = 'is empty' if path.exists() else 'does not exist'
                 raise FileNotFoundError(
-                    f'{loader}: there is no {path}. Put the data set there (configs/adala/README.md shows the '
-                    f'layouts), or name its place with --data-root DIR or --cfg-options {loader}.dataset.data_root=DIR')
+                    f'{loader}: {path} {state}. Put the data set there (configs/adala/README.md shows the layouts), or '
+                    f'name its place with --data-root DIR or --cfg-options {loader}.dataset.data_root=DIR')
 
 
 def join_cpu_processes(cfg: Config) -> None:

@@ -1,7 +1,6 @@
 """What every attention of a plain ViT shares: the projections, and the place for its mixing rule."""
 from __future__ import annotations
 
-import contextlib
 import difflib
 import pkgutil
 
@@ -81,8 +80,13 @@ def _find(kind: str | type | None) -> type[Attention]:
     if name in known:
         return known[name]
     if isinstance(kind, str) and '.' in kind:
-        with contextlib.suppress(ImportError, AttributeError):
+        try:
             kind = pkgutil.resolve_name(kind)
+        except AttributeError:
+            pass
+        except ModuleNotFoundError as error:
+            if not f'{kind}.'.startswith(f'{error.name}.'):
+                raise  # the module is there, and what it imports is not
     if isinstance(kind, type) and issubclass(kind, Attention):
         return kind
     close = difflib.get_close_matches(name, known, n=1)

@@ -1,5 +1,5 @@
 # Table 5: AdamW, lr 1e-4 (backbone x 0.1) falling polynomially (0.9), weight decay 0.05, 20 epochs, 8 GPUs x 8.
-# Gradient clipping and no decay on norms and queries are Mask2Former's own recipe.
+# Gradient clipping and no decay on the head's norms and queries are mmseg's Mask2Former recipe.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
