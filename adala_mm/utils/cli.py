@@ -72,7 +72,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
         parts = [*(prefix.values() if isinstance(prefix, dict) else [prefix]), dataset.get('ann_file') or '']
         if str(dataset.get('type')).endswith('ImageNet'):
             parts.append(dataset.get('split') or '')
-        for path in (root, *(root / part for part in parts if part)):
+        inside = [root / part for part in parts if part]
+        for path in ([root] if not root.exists() else inside or [root]):
             if not path.exists() or (path.is_dir() and not any(path.iterdir())):
                 state = 'is empty' if path.exists() else 'does not exist'
                 raise FileNotFoundError(
