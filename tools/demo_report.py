@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import html
+import io
 import json
 import re
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -69,8 +72,9 @@ def run_config(out: Path, run: str) -> Config:
 
 def segmentor(out: Path, run: str, tuned: bool) -> torch.nn.Module:
     """Model of a run as it started (``tuned=False``) or as it ended."""
-    model = MODELS.build(run_config(out, run).model)
-    model.init_weights()
+    with contextlib.redirect_stdout(io.StringIO()):  # MMEngine prints each file that it loads
+        model = MODELS.build(run_config(out, run).model)
+        model.init_weights()
     if tuned:
         model.load_state_dict(load_checkpoint(next((out / run).glob('iter_*.pth')))['state_dict'])
     return model.eval()
@@ -224,8 +228,9 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=0.0, help='how long the runs took, for the report')
     args = parser.parse_args()
     out, began = args.out, time.time()
+    warnings.filterwarnings('ignore')
     MMLogger.get_instance('demo_report', log_level='ERROR')  # building models is not the news here
-    stems = ['0000', '0007', '0012', '0023']
+    stems = ['0000', '0008', '0012', '0020']  # two scenes with a warm beacon, two with a cool one
     images = [np.asarray(Image.open(args.data_root / 'beacons/images/val' / f'{s}.png')) for s in stems]
     truth = [np.asarray(Image.open(args.data_root / 'beacons/labels/val' / f'{s}.png')) for s in stems]
     draw_features(out / 'features.png', out, images)

@@ -45,7 +45,8 @@ def real_alignment() -> str:
         ['softmax teacher', '12 / 0', '100', '0', '1', ''],
         row('swap', '0 / 12', one['scores'][0], None),
         row('stage 1', '0 / 12', one['scores'][-1], one),
-        *[row(f'stage 1 + 2, iteration {s["step"]}', '0 / 12', s, two) for s in two['scores'][1:]],
+        *[row(f'stage 1 + 2, iteration {s["step"]}', '0 / 12', s, two if s is two['scores'][-1] else None)
+          for s in two['scores'][1:]],
     ]) + footnote(two)
 
 
