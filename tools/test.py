@@ -4,7 +4,7 @@
 """
 from mmengine.runner import Runner
 
-from adala_mm.utils.cli import base_parser, check_data, load_config
+from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
         cfg.model = dict(cfg.tta_model, module=cfg.model)
     check_data(cfg, ('test_dataloader',))
     Runner.from_cfg(cfg).test()
+    leave_processes()
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 """
 from mmengine.runner import Runner
 
-from adala_mm.utils.cli import base_parser, check_data, load_config
+from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
         cfg.auto_scale_lr.enable = True
     check_data(cfg, ('train_dataloader', 'val_dataloader'))
     Runner.from_cfg(cfg).train()
+    leave_processes()
 
 
 if __name__ == '__main__':

@@ -89,3 +89,11 @@ def join_cpu_processes(cfg: Config) -> None:
     torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
                                  find_unused_parameters=cfg.get('find_unused_parameters', False))
+
+
+def leave_processes() -> None:
+    """Ends a distributed run in step: a process that just exits makes the others' open connections abort."""
+    import torch
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
