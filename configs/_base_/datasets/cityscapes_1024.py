@@ -1,42 +1,13 @@
 # Cityscapes, 19 classes, 1024 x 1024 crops of full-size images (2048 x 1024).
-num_classes = 19
+from mmengine.config import read_base
+
+with read_base():
+    from .cityscapes import *
+
 crop_size = (1024, 1024)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(
-        type='RandomChoiceResize', scales=[int(1024 * x * 0.1) for x in range(5, 21)],
-        resize_type='ResizeShortestEdge', max_size=4096),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
-train_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='CityscapesDataset', data_root='data/cityscapes',
-        data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
-        pipeline=train_pipeline))
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CityscapesDataset', data_root='data/cityscapes',
-        data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
-        pipeline=test_pipeline))
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-val_cfg = dict(type='ValLoop')
-test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, dict(type='TestLoop')
+train_pipeline[2].update(scales=[int(1024 * x * 0.1) for x in range(5, 21)], max_size=4096)
+train_pipeline[3].update(crop_size=crop_size)
+test_pipeline[1].update(scale=(2048, 1024))
+train_dataloader['dataset'].update(pipeline=train_pipeline)
+val_dataloader['dataset'].update(pipeline=test_pipeline)
+test_dataloader = val_dataloader
