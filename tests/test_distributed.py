@@ -166,6 +166,8 @@ def test_two_processes_equal_one(place, pretrained, stage):
     apart = torch.cat([(weights[0][key] - weights[1][key]).flatten() for key in weights[0]])
     assert moved.norm() > 0.05 and apart.norm() < 1e-4 * moved.norm()
 
+    assert curve(two, 'loss')[1] == pytest.approx(curve(one, 'loss')[1], rel=1e-4)  # as a person reads it in the log
+
     for key in ('align/rel_error', 'align/cosine'):  # over all five images, none counted twice
         assert curve(two, key)[0] == [0, STEPS]
         assert curve(two, key)[1] == pytest.approx(curve(one, key)[1], rel=1e-5)

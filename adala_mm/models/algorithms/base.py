@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from mmengine.dist import all_reduce_dict
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -104,6 +105,13 @@ class Alignment(BaseModel):
         if mode == 'predict':
             return self.compare(features, self.teacher_features(inputs))
         raise ValueError(f'unknown mode {mode!r}; choose one of loss, predict, tensor')
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As MMEngine's, but what is logged is the mean over all processes, not the share of the first."""
+        loss, log = super().parse_losses(losses)
+        log = {key: value.detach().clone() for key, value in log.items()}
+        all_reduce_dict(log, op='mean')
+        return loss, log
 
     def compare(self, student: Tensor, teacher: Tensor) -> list[dict[str, float]]:
         """Scores of each image, for `AlignmentMetric`: squared error and norm of the tokens, mean cosine, agreement."""
