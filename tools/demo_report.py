@@ -35,6 +35,7 @@ from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.pictures import overlay, shared_pca
 from adala_mm.utils.records import curve, machine
+from adala_mm.utils.tables import ablation_table
 
 # run of the fine-tuning, its name in the table, number of softmax and of linear blocks
 ROWS = [('softmax', 'softmax teacher', 6, 0), ('swap', 'swap only', 0, 6), ('stage1_only', 'stage 1 only', 0, 6),
@@ -57,11 +58,7 @@ def results(out: Path, seconds: float) -> dict:
 
 
 def table(data: dict) -> str:
-    lines = ['| backbone | softmax / linear blocks | mIoU as is | of teacher | mIoU after stage 3 | of teacher |',
-             '|---|---|---|---|---|---|']
-    lines += [f'| {r["name"]} | {r["softmax_blocks"]} / {r["linear_blocks"]} | {r["as_is"]:.2f} | '
-              f'{r["as_is_kept"]:.1f} % | {r["tuned"]:.2f} | {r["tuned_kept"]:.1f} % |' for r in data['rows']]
-    return '\n'.join(lines)
+    return ablation_table(data['rows'])
 
 
 def run_config(out: Path, run: str) -> Config:

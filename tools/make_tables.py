@@ -12,22 +12,16 @@ import re
 import sys
 from pathlib import Path
 
+from adala_mm.utils.tables import ablation_table, markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ['README.md', 'docs/results.md']
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-
-
 def demo() -> str:
     data = json.loads((ROOT / 'docs/results/demo.json').read_text())
-    rows = [[r['name'], f'{r["softmax_blocks"]} / {r["linear_blocks"]}', f'{r["as_is"]:.2f}',
-             f'{r["as_is_kept"]:.1f} %', f'{r["tuned"]:.2f}', f'{r["tuned_kept"]:.1f} %'] for r in data['rows']]
     m = data['machine']
-    return markdown(['backbone', 'softmax / linear blocks', 'mIoU as is', 'of teacher', 'mIoU after stage 3',
-                     'of teacher'], rows) + (
+    return ablation_table(data['rows']) + (
         f'\n\nOne run each, seed 0, {data["seconds"]} s in all on {m["cores"]} cores ({m["cpu"]}), Python '
         f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
@@ -40,8 +34,8 @@ def real_alignment() -> str:
         return [name, blocks, f'{scores["align/top1_agreement"]:.1f}', f'{scores["align/rel_error"]:.3f}',
                 f'{scores["align/cosine"]:.3f}', where(run)]
 
-    return markdown(['DeiT-tiny', 'softmax / linear blocks', 'top-1 agreement (%)', 'relative feature error', 'cosine',
-                     'run'], [
+    header = ['DeiT-tiny', 'softmax / linear blocks', 'top-1 agreement (%)', 'relative feature error', 'cosine', 'run']
+    return markdown_table(header, [
         ['softmax teacher', '12 / 0', '100', '0', '1', ''],
         row('swap', '0 / 12', one['scores'][0], None),
         row('stage 1', '0 / 12', one['scores'][-1], one),
@@ -56,7 +50,7 @@ def real_camvid() -> str:
              where(runs[run])] for name, blocks, run in (
                  ('softmax DeiT-tiny', '12 / 0', 'mask2former_deitt_softmax_camvid'),
                  ('linear DeiT-tiny, stage 1 + 2', '0 / 12', 'mask2former_deitt_camvid'))]
-    return markdown(['backbone', 'softmax / linear blocks', 'mIoU', 'pixel accuracy', 'run'], rows) + footnote(
+    return markdown_table(['backbone', 'softmax / linear blocks', 'mIoU', 'pixel accuracy', 'run'], rows) + footnote(
         runs['mask2former_deitt_camvid'])
 
 
@@ -74,7 +68,7 @@ def configs() -> str:
     def names(pattern: str) -> str:
         return '<br>'.join(f'[`{p.stem}`](configs/{p.parent.name}/{p.name})'
                            for p in sorted((ROOT / 'configs/adala').glob(pattern)) if '_softmax_' not in p.stem)
-    return markdown(['what', 'configs'], [
+    return markdown_table(['what', 'configs'], [
         ['stage 1, COCO', names('stage1_*.py')], ['stage 2, ImageNet-22K', names('stage2_*.py')],
         ['stage 3, ADE20K', names('mask2former_*_ade20k.py')],
         ['stage 3, Cityscapes at 512 and 1024', names('mask2former_*_cityscapes.py')],

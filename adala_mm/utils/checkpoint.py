@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
             return load_file(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
+    except Exception as error:  # torch and safetensors raise a dozen types for what is the same to the user
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if 'Unsupported' in line), lines[0])
         raise ValueError(f'cannot read the checkpoint {path}: it is truncated, not a checkpoint, or holds more than '

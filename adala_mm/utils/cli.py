@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 
 from adala_mm.utils.checkpoint import use_safe_loading
@@ -83,7 +84,6 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
 
 def join_cpu_processes(cfg: Config) -> None:
     """Connects the processes of a run without GPUs by gloo; MMEngine itself would ask CUDA for a device."""
-    import torch
     if cfg.launcher != 'pytorch' or torch.cuda.is_available():
         return
     torch.distributed.init_process_group('gloo')
@@ -93,7 +93,6 @@ def join_cpu_processes(cfg: Config) -> None:
 
 def leave_processes() -> None:
     """Ends a distributed run in step: a process that just exits makes the others' open connections abort."""
-    import torch
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

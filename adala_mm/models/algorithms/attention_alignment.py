@@ -62,7 +62,7 @@ class AttentionAlignment(Alignment):
     def load_teacher(self) -> None:
         # From the checkpoint and not from the student's projections, which a resumed run has trained already.
         self.require_pretrained('backbone', self.backbone)
-        pretrained = MODELS.build(dict(self.softmax_config))
+        pretrained = MODELS.build(self.softmax_config)
         pretrained.init_weights()
         for twin, block in zip(self.frozen['attentions'], pretrained.blocks, strict=True):
             twin.load_state_dict(block.attn.state_dict())

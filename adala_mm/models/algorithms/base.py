@@ -40,7 +40,7 @@ class Alignment(BaseModel):
         self.teacher_ready = False
         self.head = None
         if head is not None:
-            self.head = dict(dict(out_type='cls_token'), **head)
+            self.head = {'out_type': 'cls_token', **head}
             kinds = ('cls_token', 'avg_featmap') if self.backbone.class_token else ('avg_featmap',)
             if set(self.head) != {'checkpoint', 'out_type'} or self.head['out_type'] not in kinds:
                 raise ValueError(f'head must be dict(checkpoint=<file>, out_type=<{" or ".join(kinds)}>), got {head}')
