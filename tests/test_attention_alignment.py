@@ -213,3 +213,49 @@ def test_missing_pretrained_weights_raise():
 def test_unknown_mode_raises(pretrained):
     with pytest.raises(ValueError, match="'train'.*loss, predict, tensor"):
         stage1(pretrained)(torch.randn(1, 3, 32, 32), mode='train')
+
+
+def native_hedgehog(pretrained, **options):
+    return stage1(pretrained, attention=dict(type='adala_mm.HedgehogAttention'), trainable='feature_map', **options)
+
+
+def test_weights_target_is_the_cross_entropy_of_attention_matrices(pretrained, monkeypatch):
+    monkeypatch.setattr('adala_mm.models.algorithms.attention_alignment.QUERIES', 5)  # 17 tokens: an uneven last part
+    model, images = disturb(native_hedgehog(pretrained, target='weights')), torch.randn(2, 3, 32, 32)
+    out = model(images, mode='loss')
+    out['loss'].backward()
+
+    losses = []
+    for block, record in zip(model.backbone.blocks, watch_softmax_vit(pretrained, images), strict=True):
+        attn, softmax = block.attn.double(), softmax_vit(pretrained).blocks[len(losses)].attn.double()
+        q, k = ((part.unflatten(-1, (4, 8)).transpose(1, 2)) for part in softmax.qkv(record['h']).chunk(3, -1)[:2])
+        wanted = torch.softmax(q @ k.transpose(-2, -1) / 8 ** 0.5, dim=-1)
+        q, k = ((part.unflatten(-1, (4, 8)).transpose(1, 2)) for part in attn.qkv(record['h']).chunk(3, -1)[:2])
+        q, k = q @ attn.feature_map.q, k @ attn.feature_map.k
+        q, k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) for x in (q, k))
+        found = q @ k.transpose(-2, -1)
+        losses.append(-(wanted * (found / found.sum(-1, keepdim=True)).log()).sum(-1).mean())
+    torch.testing.assert_close(out['loss'].double(), torch.stack(losses).mean(), rtol=1e-4, atol=0)
+    grads = [block.attn.feature_map.k.grad.double() for block in model.backbone.blocks]
+    wanted = torch.autograd.grad(torch.stack(losses).mean(), [b.attn.feature_map.k for b in model.backbone.blocks])
+    for got, exact in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+def test_trainable_narrows_stage_1_down(pretrained):
+    for target in ('weights', 'heads', 'output'):
+        model = native_hedgehog(pretrained, target=target)
+        learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert learns == {f'backbone.blocks.{i}.attn.feature_map.{x}' for i in range(2) for x in 'qk'}
+        model.train()(torch.randn(2, 3, 32, 32), mode='loss')['loss'].backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_weights_target_needs_an_attention_that_shows_them(pretrained):
+    with pytest.raises(ValueError, match="target='weights'.*LinearAttention has no method weights"):
+        stage1(pretrained, target='weights')
+
+
+def test_trainable_that_leaves_nothing_raises(pretrained):
+    with pytest.raises(ValueError, match=r"trainable='mlp' leaves nothing to learn"):
+        stage1(pretrained, trainable='mlp')

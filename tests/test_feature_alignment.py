@@ -79,22 +79,22 @@ def test_teacher_is_not_the_student(pretrained, stage1_result):
     torch.testing.assert_close(model.teacher_features(images), wanted)
 
 
-@pytest.mark.parametrize('trainable', ['all', 'qkv'])
+@pytest.mark.parametrize('trainable', [None, r'attn\.qkv\.'])
 def test_trainable(pretrained, stage1_result, trainable):
-    model = stage2(stage1_result, pretrained, trainable=trainable).train()
+    model = stage2(stage1_result, pretrained, student_vit=dict(trainable=trainable)).train()
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     model.loss(torch.randn(2, 3, 32, 32))['loss'].backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     for name, parameter in model.backbone.named_parameters():
-        learns = trainable == 'all' or '.attn.qkv.' in name
+        learns = trainable is None or '.attn.qkv.' in name
         assert parameter.requires_grad == learns, name
         assert (parameter.grad is not None) == learns, name
         assert torch.equal(parameter, before[name]) != learns, name
 
 
-def test_unknown_trainable_raises(pretrained):
-    with pytest.raises(ValueError, match="'mlp'.*all, qkv"):
-        stage2(pretrained, pretrained, trainable='mlp')
+def test_trainable_that_matches_nothing_raises(pretrained):
+    with pytest.raises(ValueError, match=r"trainable='mpl' matches no parameter.*blocks\.0\.norm1\.weight"):
+        stage2(pretrained, pretrained, student_vit=dict(trainable='mpl'))
 
 
 @pytest.mark.parametrize(('fact', 'teacher_vit'), [

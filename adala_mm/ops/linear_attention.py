@@ -2,22 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.nn import functional as F
+
+from adala_mm.ops.precision import in_float32
 
 Features = tuple[Tensor, Tensor]
 
 
-def _elu1(x: Tensor) -> Tensor:
+def elu1(x: Tensor) -> Tensor:
+    """``elu(x) + 1``: x + 1 where x is positive, exp(x) elsewhere."""
     # The branch not taken is kept finite: exp of a large x would turn its zero gradient into 0 * inf = NaN.
     return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
 
-def _exp(q: Tensor, k: Tensor) -> Features:
+def shifted_exp(q: Tensor, k: Tensor) -> Features:
     """exp(q), exp(k) up to factors that cancel between numerator and denominator.
 
     A factor exp(-c_d) on feature d of all keys is undone by exp(c_d) on that feature of the queries, and a common
@@ -30,21 +31,37 @@ def _exp(q: Tensor, k: Tensor) -> Features:
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor], Features]] = {
-    'elu1': lambda q, k: (_elu1(q), _elu1(k)),
+    'elu1': lambda q, k: (elu1(q), elu1(k)),
     'relu': lambda q, k: (F.relu(q), F.relu(k)),
     'softplus': lambda q, k: (F.softplus(q), F.softplus(k)),
     'softmax': lambda q, k: (q.softmax(dim=-1), k.softmax(dim=-1)),
-    'exp': _exp,
+    'exp': shifted_exp,
 }
 
 
+def weighted_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_j (q_i·k_j) v_j`` and ``sum_j q_i·k_j`` for features q and k, in O(N F D).
+
+    What kernel attentions have in common; how they divide the one by the other is what they differ in.
+
+    Args:
+        q, k: features (B, H, N, F).
+        v: (B, H, N, D), as many as k.
+
+    Returns:
+        (B, H, N, D) and (B, H, N, 1), as many as q.
+    """
+    return q @ (k.transpose(-2, -1) @ v), q @ k.sum(dim=-2).unsqueeze(-1)
+
+
+@in_float32
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1', eps: float = 1e-6) -> Tensor:
     """Attention with kernel phi(q)·phi(k) in place of exp(q·k), evaluated in O(N D^2).
 
     ``out_i = phi(q_i) [sum_j phi(k_j)^T v_j] / (phi(q_i) · sum_j phi(k_j) + eps)``
 
-    The sums over tokens run in float32 even under autocast: in float16 the denominator overflows from about 1,000
-    tokens (float64 inputs stay float64). There is no D^-1/2: stage 1 absorbs it into the projections.
+    Computed in float32 even under autocast (float64 inputs stay float64). There is no D^-1/2: stage 1 absorbs it into
+    the projections.
 
     Args:
         q, k, v: shape (B, H, N, D); k and v may have another N than q.
@@ -59,11 +76,5 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
     """
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f'unknown feature_map {feature_map!r}; choose one of {", ".join(FEATURE_MAPS)}')
-    dtype = v.dtype
-    with torch.autocast(q.device.type, enabled=False) if is_autocast_available(q.device.type) else nullcontext():
-        wide = torch.promote_types(dtype, torch.float32)
-        q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        q, k = FEATURE_MAPS[feature_map](q, k)
-        state = k.transpose(-2, -1) @ v  # (B, H, D, D)
-        total = k.sum(dim=-2).unsqueeze(-1)  # (B, H, D, 1)
-        return (q @ state / (q @ total + eps)).to(dtype)  # (B, H, N, D)
+    total, weight = weighted_sums(*FEATURE_MAPS[feature_map](q, k), v)
+    return total / (weight + eps)

@@ -18,4 +18,5 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     labels=dict(type='adala_mm.LabelCheckHook'),
+    redraw=dict(type='adala_mm.RedrawFeaturesHook'),  # for attentions with random features
     visualization=dict(type='mmseg.SegVisualizationHook'))

@@ -4,12 +4,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.algorithms.base import Alignment, relative_error
-from adala_mm.models.attentions import build_attention
+from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.registry import MODELS
 
-TARGETS = ('output', 'heads')
+TARGETS = ('output', 'heads', 'weights')
+QUERIES = 256  # of which the weights on all keys are in memory at a time
+
+
+def weights_loss(attn: Attention, softmax: Attention, h: Tensor) -> Tensor:
+    """Soft cross-entropy between attention matrices, ``-sum_j A_ij log B_ij``, the mean over images, heads and queries.
+
+    What Hedgehog is distilled by (Zhang et al. 2024, section 4). A is softmax attention's. Both exist for a few
+    queries at a time only, in the backward pass too; the cost is quadratic in tokens all the same.
+
+    Args:
+        attn: attention with a method ``weights``.
+        softmax: its frozen twin.
+        h: their input (B, N, C).
+    """
+    q, k, _ = (x.float() for x in attn.project(h))
+    with torch.no_grad():
+        wanted_q, wanted_k, _ = (x.float() for x in softmax.project(h))
+
+    def part(q: Tensor, k: Tensor, wanted_q: Tensor) -> Tensor:
+        wanted = (wanted_q @ wanted_k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return -(wanted * attn.weights(q, k).clamp_min(1e-12).log()).sum()
+
+    total = sum(checkpoint(part, some, k, wanted, use_reentrant=False)
+                for some, wanted in zip(q.split(QUERIES, dim=2), wanted_q.split(QUERIES, dim=2), strict=True))
+    return total / q[..., 0].numel()
 
 
 @MODELS.register_module()
@@ -19,6 +45,7 @@ class AttentionAlignment(Alignment):
     ``loss = 1/L sum_l mean_{n,c} (linear_l(h_l) - softmax_l(h_l))^2`` with ``h_l = norm1_l(x_l)`` and x_l the stream
     of the *softmax* ViT: every block sees exactly what it saw in pretraining, so blocks learn independently. Only the
     query, key and value projections train, and what a variant adds to them; the rest is the frozen teacher itself.
+    The backbone's ``trainable`` narrows that down (``feature_map`` for the native recipes of Hedgehog and LoLCATS).
 
     One network serves as both: the backbone has its final linear attentions, and the softmax attentions they replace
     stand beside it, a third more block weights instead of a second ViT. Blocks that keep softmax attention (hybrids)
@@ -27,14 +54,15 @@ class AttentionAlignment(Alignment):
     Args:
         backbone: the linear ViT, with ``init_cfg`` naming the pretrained *softmax* checkpoint.
         target: ``output`` compares after the output projection (Y = softmax attention module's output, our reading of
-            eq. 3 and that of follow-up work), ``heads`` before it.
+            eq. 3 and that of follow-up work), ``heads`` before it, ``weights`` the attention matrices (`weights_loss`).
         head, data_preprocessor: see `Alignment`.
 
     Logs ``rel_error``, the mean over blocks of ``||linear - softmax|| / ||softmax||``, and ``rel_error_worst``, the
     largest of them.
 
     Raises:
-        ValueError: for an unknown ``target``, or a backbone all of whose blocks are softmax.
+        ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them, a backbone of
+            softmax blocks only, or a ``trainable`` that leaves nothing to learn.
     """
 
     def __init__(self, backbone: dict, target: str = 'output', head: dict | None = None,
@@ -43,14 +71,21 @@ class AttentionAlignment(Alignment):
         if target not in TARGETS:
             raise ValueError(f'unknown target {target!r}; choose one of {", ".join(TARGETS)}')
         self.target = target
-        self.softmax_config = dict(backbone, attention=dict(type='adala_mm.SoftmaxAttention'))
-        if all(block.attn.is_softmax for block in self.backbone.blocks):
+        self.softmax_config = dict(backbone, attention=dict(type='adala_mm.SoftmaxAttention'), trainable=None)
+        learners = {f'blocks.{i}.attn.': block.attn for i, block in enumerate(self.backbone.blocks)
+                    if not block.attn.is_softmax}
+        if not learners:
             raise ValueError('every block of the backbone has softmax attention: there is nothing to align')
-        self.backbone.requires_grad_(False)
-        for block in self.backbone.blocks:
-            if not block.attn.is_softmax:
-                block.attn.requires_grad_(True)
-                block.attn.proj.requires_grad_(False)
+        for attn in learners.values():
+            if target == 'weights' and not hasattr(attn, 'weights'):
+                raise ValueError(f"target='weights' compares attention matrices, and {type(attn).__name__} has no "
+                                 "method weights(q, k) that shows its own; use target='output' or 'heads'")
+        for name, parameter in self.backbone.named_parameters():
+            learns = name.startswith(tuple(learners)) and '.attn.proj.' not in name
+            parameter.requires_grad_(parameter.requires_grad and learns)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            raise ValueError(f'trainable={self.backbone.trainable!r} leaves nothing to learn: in stage 1 only '
+                             'attentions do, without their output projections')
         self.freeze('attentions', nn.ModuleList(self._softmax_twin(block.attn) for block in self.backbone.blocks))
 
     @staticmethod
@@ -89,8 +124,10 @@ class AttentionAlignment(Alignment):
             if block.attn.is_softmax:
                 continue
             wanted = attended if self.target == 'output' else heads
-            got = (block.attn if self.target == 'output' else block.attn.attend)(h, hw, vit.num_prefix)
-            losses.append(F.mse_loss(got.float(), wanted.float()))
+            with torch.set_grad_enabled(self.target != 'weights' and torch.is_grad_enabled()):
+                got = (block.attn if self.target == 'output' else block.attn.attend)(h, hw, vit.num_prefix)
+            losses.append(weights_loss(block.attn, softmax, h) if self.target == 'weights' else
+                          F.mse_loss(got.float(), wanted.float()))
             errors.append(relative_error(got, wanted))
         errors = torch.stack(errors)
         return {'loss': torch.stack(losses).mean(), 'rel_error': errors.mean(), 'rel_error_worst': errors.max()}

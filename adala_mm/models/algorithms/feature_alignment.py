@@ -8,8 +8,6 @@ from torch.nn import functional as F
 from adala_mm.models.algorithms.base import Alignment, relative_error
 from adala_mm.registry import MODELS
 
-TRAINABLE = ('all', 'qkv')
-
 
 @MODELS.register_module()
 class FeatureAlignment(Alignment):
@@ -22,20 +20,18 @@ class FeatureAlignment(Alignment):
         backbone: the student, with ``init_cfg`` naming a stage-1 checkpoint (or the pretrained one, to skip stage 1).
         teacher: the softmax ViT, with ``init_cfg`` naming the pretrained checkpoint.
         loss_scale: 5 for DINOv2, 1 for SigLIP, 4000 for CLIP, 1 for IN-1K (Table 5).
-        trainable: ``all``, or ``qkv`` for the ablation of A.7.
         head, data_preprocessor: see `Alignment`.
 
+    All of the student learns, unless its ``trainable`` says otherwise (``attn\\.qkv\\.`` for the ablation of A.7).
     Logs ``rel_error = ||student - teacher|| / ||teacher||`` of the batch.
 
     Raises:
-        ValueError: for an unknown ``trainable``, or if student and teacher differ in width, patch or prefix tokens.
+        ValueError: if student and teacher differ in width, patch or prefix tokens.
     """
 
-    def __init__(self, backbone: dict, teacher: dict, loss_scale: float = 1.0, trainable: str = 'all',
-                 head: dict | None = None, data_preprocessor: dict | None = None) -> None:
+    def __init__(self, backbone: dict, teacher: dict, loss_scale: float = 1.0, head: dict | None = None,
+                 data_preprocessor: dict | None = None) -> None:
         super().__init__(backbone, head, data_preprocessor)
-        if trainable not in TRAINABLE:
-            raise ValueError(f'unknown trainable {trainable!r}; choose one of {", ".join(TRAINABLE)}')
         self.loss_scale = loss_scale
         self.freeze('teacher', MODELS.build(teacher))
         for fact in ('embed_dim', 'class_token', 'num_prefix', 'patch_size'):
@@ -43,10 +39,6 @@ class FeatureAlignment(Alignment):
             if ours != theirs:
                 raise ValueError(f'student and teacher differ in {fact} ({ours} and {theirs}): their final features '
                                  'cannot be compared')
-        if trainable == 'qkv':
-            self.backbone.requires_grad_(False)
-            for block in self.backbone.blocks:
-                block.attn.qkv.requires_grad_(True)
 
     def load_teacher(self) -> None:
         self.require_pretrained('teacher', self.frozen['teacher'])

@@ -1,5 +1,27 @@
+from adala_mm.models.attentions.agent import AgentAttention
 from adala_mm.models.attentions.base import Attention, build_attention
+from adala_mm.models.attentions.castling import CastlingAttention
+from adala_mm.models.attentions.cosformer import CosformerAttention
+from adala_mm.models.attentions.fcvit import FCViTAttention
+from adala_mm.models.attentions.focused import FocusedAttention
+from adala_mm.models.attentions.hedgehog import HedgehogAttention
+from adala_mm.models.attentions.inline import InLineAttention, ViTALiTyAttention
 from adala_mm.models.attentions.linear import LinearAttention
+from adala_mm.models.attentions.linformer import LinformerAttention
+from adala_mm.models.attentions.lolcats import LoLCATSAttention
+from adala_mm.models.attentions.mlla import MLLAAttention
+from adala_mm.models.attentions.monarch import MonarchAttention
+from adala_mm.models.attentions.nystromformer import NystromformerAttention
+from adala_mm.models.attentions.performer import PerformerAttention
+from adala_mm.models.attentions.polaformer import PolaFormerAttention
+from adala_mm.models.attentions.rala import RALAAttention
+from adala_mm.models.attentions.rmt import RMTAttention
 from adala_mm.models.attentions.softmax import SoftmaxAttention
+from adala_mm.models.attentions.vicinity import VicinityAttention
+from adala_mm.models.attentions.vig import ViGAttention
 
-__all__ = ['Attention', 'LinearAttention', 'SoftmaxAttention', 'build_attention']
+__all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CosformerAttention', 'FCViTAttention',
+           'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'LinearAttention', 'LinformerAttention',
+           'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention', 'PerformerAttention',
+           'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention', 'ViGAttention',
+           'ViTALiTyAttention', 'VicinityAttention', 'build_attention']

@@ -13,7 +13,8 @@ class Attention(nn.Module):
     """Multi-head self-attention whose way of mixing tokens is left to the subclass.
 
     Keys are timm's (``qkv``, ``proj``), so the weights of a softmax ViT load into any subclass. A new variant
-    implements `mix`, keeps parameters of its own in submodules, and registers itself in ``ATTENTIONS``.
+    implements `mix` (or `attend`, if it looks at the input itself), keeps parameters of its own in submodules, and
+    registers itself in ``ATTENTIONS``. For the table of attentions it may say more in its class attributes.
 
     Args:
         dim: channels C.
@@ -24,7 +25,12 @@ class Attention(nn.Module):
         ValueError: if ``num_heads`` does not divide ``dim``.
     """
 
-    is_softmax = False  # whether stage 1 may skip the block because nothing has to be learnt
+    is_softmax = False  # whether this is the teacher's own attention, of which stage 1 has nothing to learn
+    needs: tuple[str, ...] = ()  # of 'grid' and 'num_prefix' of the ViT: what the constructor wants beside its options
+    formula = ''  # in one line
+    cost = ''  # multiply-adds per head; N tokens, D channels of a head, h x w patches
+    positional = False  # whether it matters where a token stands
+    reference = ''
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -47,30 +53,45 @@ class Attention(nn.Module):
         """
         raise NotImplementedError
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, N, C), each (B, H, N, D)."""
+        return split_heads(self.qkv(x), 3 * self.num_heads).chunk(3, dim=1)
+
     def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """Attention before the output projection, (B, N, C) to (B, N, C)."""
-        b, n, c = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
-        return self.mix(q, k, v, hw, num_prefix).transpose(1, 2).reshape(b, n, c)
+        return merge_heads(self.mix(*self.project(x), hw, num_prefix))
 
     def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """Attention with its output projection, (B, N, C) to (B, N, C)."""
         return self.proj(self.attend(x, hw, num_prefix))
 
 
-def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True) -> Attention:
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) to (B, H, N, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) to (B, N, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True,
+                    grid: tuple[int, int] | None = None, num_prefix: int = 0) -> Attention:
     """Builds one attention layer from ``dict(type=..., <own arguments>)``.
 
     ``type`` is a registered name (``adala_mm.LinearAttention``), the path of any importable subclass
-    (``my_module.MyAttention``), or the class itself.
+    (``my_module.MyAttention``), or the class itself. A layer with tables over tokens `needs` the ViT's ``grid`` and
+    ``num_prefix`` and gets them here, unless its config names others.
 
     Raises:
         ValueError: for an unknown type; the message lists the registered ones.
+        TypeError: for an option that the type does not have.
     """
     options = dict(cfg)
     layer = _find(options.pop('type', None))
-    return layer(dim, num_heads, qkv_bias=qkv_bias, **options)
+    layout = dict(grid=grid, num_prefix=num_prefix)
+    return layer(dim, num_heads, qkv_bias=qkv_bias, **{name: layout[name] for name in layer.needs} | options)
 
 
 def _find(kind: str | type | None) -> type[Attention]:

@@ -20,6 +20,10 @@ class LinearAttention(Attention):
         ValueError: for an unknown ``feature_map``.
     """
 
+    formula = 'φ(q)·Σφ(k)ᵀv / φ(q)·Σφ(k), φ = elu+1'
+    cost = '2ND²'
+    reference = 'Katharopoulos et al., ICML 2020'
+
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_map: str = 'elu1',
                  eps: float = 1e-6) -> None:
         super().__init__(dim, num_heads, qkv_bias)

@@ -12,6 +12,9 @@ class SoftmaxAttention(Attention):
     """``out_i = sum_j softmax_j(q_i·k_j / sqrt(D)) v_j`` (ViT-AdaLA eq. 1), by PyTorch's fused kernels; O(N^2 D)."""
 
     is_softmax = True
+    formula = 'softmax(q kᵀ/√D) v'
+    cost = '2N²D'
+    reference = 'Vaswani et al., NeurIPS 2017'
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)

@@ -1,6 +1,7 @@
 """A plain Vision Transformer with a free choice of attention per block, and timm's key names."""
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions import build_attention
-from adala_mm.models.backbones.weights import load_vit
+from adala_mm.models.backbones.weights import is_extra, load_vit
 from adala_mm.registry import MODELS
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
@@ -30,11 +31,11 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + LS1(attn(norm1(x)))``, then ``x + LS2(mlp(norm2(x)))``."""
 
-    def __init__(self, dim: int, num_heads: int, attention: dict, mlp_ratio: float, qkv_bias: bool, act: str,
-                 norm_eps: float, layer_scale: float | None, drop_path: float) -> None:
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, act: str, norm_eps: float,
+                 layer_scale: float | None, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = build_attention(attention, dim, num_heads, qkv_bias)
+        self.attn = attn
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act))
@@ -75,6 +76,8 @@ class AdaLAViT(BaseModule):
         out_indices: blocks to return, negative ones counted from the end; a block may be named more than once.
         out_type: ``featmap`` (B, C, h, w); ``cls_token`` (B, C); ``avg_featmap`` mean over patches (B, C); ``raw``
             all tokens (B, N, C), class and registers first.
+        trainable: regular expression; parameters whose names it does not find are frozen. ``attn\\.qkv\\.`` tunes only
+            the projections (ViT-AdaLA A.7), ``\\.lora\\.`` only LoRA's matrices. None trains everything.
         init_cfg: ``dict(type='Pretrained', checkpoint=<file or timm://name>)``.
 
     Every output has passed the final LayerNorm, so blocks are comparable in scale (DINOv2's own convention for dense
@@ -82,7 +85,8 @@ class AdaLAViT(BaseModule):
 
     Raises:
         ValueError: for an unknown attention, ``out_type`` or block index, a class token asked of a model without one,
-            a list of attentions of the wrong length, or an image that the patch does not divide.
+            a list of attentions of the wrong length, a ``trainable`` that matches nothing, or an image that the patch
+            does not divide.
     """
 
     def __init__(self, img_size: int | Sequence[int] = 224, patch_size: int = 16, in_channels: int = 3,
@@ -91,7 +95,7 @@ class AdaLAViT(BaseModule):
                  no_embed_class: bool = False, pre_norm: bool = False, act: str = 'gelu', norm_eps: float = 1e-6,
                  layer_scale: float | None = None, attention: dict | Sequence[dict] | None = None,
                  drop_path_rate: float = 0.0, with_cp: bool = False, out_indices: Sequence[int] = (-1,),
-                 out_type: str = 'featmap', init_cfg: dict | None = None) -> None:
+                 out_type: str = 'featmap', trainable: str | None = None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         attention = dict(type='adala_mm.LinearAttention') if attention is None else attention
         attentions = [attention] * depth if isinstance(attention, dict) else list(attention)
@@ -122,10 +126,24 @@ class AdaLAViT(BaseModule):
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, attentions[i], mlp_ratio, qkv_bias, act, norm_eps, layer_scale,
-                  drop_path=drop_path_rate * i / max(depth - 1, 1))
+            Block(embed_dim,
+                  build_attention(attentions[i], embed_dim, num_heads, qkv_bias, self.pos_grid, self.num_prefix),
+                  mlp_ratio, act, norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.trainable = trainable
+        if trainable is not None:
+            chosen = [bool(re.search(trainable, name)) for name, _ in self.named_parameters()]
+            if not any(chosen):
+                raise ValueError(f'trainable={trainable!r} matches no parameter of the ViT; names look like '
+                                 f'{next(name for name, _ in self.blocks.named_parameters(prefix="blocks"))}')
+            for parameter, learns in zip(self.parameters(), chosen, strict=True):
+                parameter.requires_grad_(learns)
+
+    @property
+    def num_softmax_blocks(self) -> int:
+        """How many blocks keep the softmax attention of the pretrained ViT."""
+        return sum(block.attn.is_softmax for block in self.blocks)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         p = self.patch_size
@@ -144,8 +162,9 @@ class AdaLAViT(BaseModule):
         self._is_init = True
 
     def _random_init(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            # What a variant adds to its attention has an initialisation of its own.
+            if isinstance(module, nn.Linear) and not is_extra(name):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

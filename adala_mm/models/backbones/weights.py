@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
+from adala_mm.models.attentions.parts import GridTable
 from adala_mm.utils.checkpoint import read_state_dict
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
 
     Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
     state dict without its head and pooling keys. The patch kernel is resampled to the model's patch size (FlexiViT's
-    pseudo-inverse, as in timm) and position embeddings to its grid (bicubic, antialiased). Parameters that only this
+    pseudo-inverse, as in timm), position embeddings to its grid (bicubic, antialiased), and so are the tables over the
+    grid that some attentions have. Parameters that only this
     attention variant has may be missing; nothing else may, and nothing may be left over.
 
     Raises:
@@ -44,7 +46,7 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
     notes = _resample(model, state, own)
 
     wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state and not _is_extra(key)]
+    missing = [key for key in wanted if key not in state and not is_extra(key)]
     unexpected = [key for key in state if key not in wanted]
     reshaped = [f'{key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}' for key in wanted
                 if key in state and wanted[key].shape != state[key].shape]
@@ -61,13 +63,13 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
               + (f'; new in this variant: {len(new)} tensors' if new else ''), logger='current')
 
 
-def _is_extra(key: str) -> bool:
-    """Whether the key belongs to a parameter that a variant adds to the plain attention."""
-    return re.match(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)', key) is not None
+def is_extra(key: str) -> bool:
+    """Whether a parameter or module is one that a variant adds to the plain attention."""
+    return re.match(r'blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
 def _resample(model: AdaLAViT, state: dict[str, Tensor], own: bool) -> list[str]:
-    """Fits patch kernel and position embeddings to the model, in place; says what was done.
+    """Fits patch kernel, position embeddings and attentions' tables to the model, in place; says what was done.
 
     A file does not record its position grid. A square number of positions is read as a square grid, except in a file
     of our own (``own``) with as many as the model has: those lie on the model's grid, square or not.
@@ -78,6 +80,14 @@ def _resample(model: AdaLAViT, state: dict[str, Tensor], own: bool) -> list[str]
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != size:
         state['patch_embed.proj.weight'] = resample_patch_embed(kernel, [size, size])
         notes.append(f'patch kernel {kernel.shape[-1]} -> {size}')
+    tables = 0
+    for name, table in model.named_modules():
+        stored = state.get(f'{name}.weight') if isinstance(table, GridTable) else None
+        if stored is not None and stored.ndim == 3 and stored.shape[1:] != table.weight.shape[1:]:
+            state[f'{name}.weight'] = table.fit(stored, table.weight.shape[1:])
+            tables += 1
+    if tables:
+        notes.append(f'{tables} tables over the grid -> {grid[0]}x{grid[1]}')
     position = state.get('pos_embed')
     prefix = 0 if model.no_embed_class else model.num_prefix
     if position is None:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adala_mm.models.attentions.base import Attention
+from adala_mm.ops import in_float32, shifted_exp, weighted_sums
+from adala_mm.registry import ATTENTIONS
+
+VARIANTS = ('softmax', 'joint', 'exp')
+
+
+class HedgehogMap(nn.Module):
+    """The trainable part of the feature maps: ``y = W_h x`` with a matrix per head, D to F."""
+
+    def __init__(self, num_heads: int, head_dim: int, feature_dim: int) -> None:
+        super().__init__()
+        eye = torch.eye(head_dim, feature_dim).repeat(num_heads, 1, 1)
+        self.q = nn.Parameter(eye.clone())  # (H, D, F)
+        self.k = nn.Parameter(eye.clone())
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q @ self.q.to(q.dtype), k @ self.k.to(k.dtype)
+
+
+@ATTENTIONS.register_module()
+class HedgehogAttention(Attention):
+    """Linear attention with learnt feature maps that mimic softmax (Zhang et al. 2024, arXiv 2402.04347).
+
+    ``out_i = phi_q(q_i) [sum_j phi_k(k_j)^T v_j] / (phi_q(q_i) · sum_j phi_k(k_j) + eps)``, ``y = W_h x``, and phi is
+
+    - ``softmax``: ``[softmax(y), softmax(-y)]``, two softmaxes over F features each (the form of LoLCATS' code);
+    - ``joint``: one softmax over all 2 F entries of ``[2 y, -2 y]``;
+    - ``exp``: ``[exp(y), exp(-y)]``, the paper's main text; shifted so that nothing overflows, which cancels.
+
+    These are three different attentions: a factor of one query cancels in the ratio, one of a single key does not. W
+    starts as the identity. Position-free, any number of tokens; class and register tokens are tokens like others. In
+    float32 throughout: eps is 0 in float16.
+
+    Args:
+        dim, num_heads, qkv_bias: as in `Attention`.
+        feature_dim: F, D if None; there are 2 F features.
+        variant: ``softmax``, ``joint`` or ``exp``.
+        eps: added to the denominator.
+
+    Raises:
+        ValueError: for an unknown ``variant``.
+    """
+
+    formula = 'φ(q)·Σφ(k)ᵀv / φ(q)·Σφ(k), φ(x) = [softmax(Wx), softmax(−Wx)], W learnt'
+    cost = '4NFD + 2NDF'
+    reference = 'Zhang et al., ICLR 2024'
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
+                 variant: str = 'softmax', eps: float = 1e-12) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        if variant not in VARIANTS:
+            raise ValueError(f'unknown variant {variant!r}; choose one of {", ".join(VARIANTS)}')
+        self.variant = variant
+        self.eps = eps
+        self.feature_map = HedgehogMap(num_heads, dim // num_heads, feature_dim or dim // num_heads)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """phi_q(q) and phi_k(k), each (B, H, N, 2 F)."""
+        maps = self.feature_map(q, k)
+        if self.variant == 'softmax':
+            return tuple(torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1) for y in maps)
+        if self.variant == 'joint':
+            return tuple(torch.cat([2 * y, -2 * y], dim=-1).softmax(-1) for y in maps)
+        return shifted_exp(*(torch.cat([y, -y], dim=-1) for y in maps))
+
+    @in_float32
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        total, weight = weighted_sums(*self.features(q, k), v)
+        return total / (weight + self.eps)
+
+    @in_float32
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention weights (B, H, Nq, N) of some queries; rows sum to 1. What Hedgehog's own distillation compares."""
+        q, k = self.features(q, k)
+        scores = q @ k.transpose(-2, -1)
+        return scores / (scores.sum(-1, keepdim=True) + self.eps)
+
+    def extra_repr(self) -> str:
+        return f'variant={self.variant}'

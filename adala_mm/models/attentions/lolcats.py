@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adala_mm.models.attentions.base import split_heads
+from adala_mm.models.attentions.hedgehog import HedgehogAttention
+from adala_mm.registry import ATTENTIONS
+
+TARGETS = ('q', 'k', 'v', 'o')
+
+
+class LoRA(nn.Module):
+    """Low-rank updates ``scale B A`` of the four square projections, zero at first (Hu et al. 2022).
+
+    q, k and v have an update of rank r each, although one matrix holds all three. A is drawn as Kaiming-uniform.
+    """
+
+    def __init__(self, dim: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.a = nn.ParameterDict({name: nn.Parameter(torch.empty(rank, dim)) for name in TARGETS})
+        self.b = nn.ParameterDict({name: nn.Parameter(torch.zeros(dim, rank)) for name in TARGETS})
+        for matrix in self.a.values():
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+    def delta(self, names: str) -> Tensor:
+        """Update (len(names) C, C) of the rows that hold the named projections."""
+        return self.scale * torch.cat([self.b[name] @ self.a[name] for name in names])
+
+
+@ATTENTIONS.register_module()
+class LoLCATSAttention(HedgehogAttention):
+    """Hedgehog's feature maps, and low-rank updates of q, k, v and o (Zhang et al. 2025, LoLCATS).
+
+    ``W' = W + (alpha / r) B A`` for each projection. The recipe has two steps: the feature maps learn softmax
+    attention's output (stage 1 with ``trainable='feature_map'`` and ``target='heads'``), then the task is learnt with
+    ``trainable=r'\\.lora\\.'``. The updates take the place of new weights: `merge_lora` adds them to ``qkv`` and
+    ``proj`` and leaves a plain `HedgehogAttention`.
+
+    Pure linear attention: the sliding softmax window of the published code exists for causal language models only.
+    Its maps start Kaiming-uniform there, ours as Hedgehog's identity.
+
+    Args:
+        dim, num_heads, qkv_bias, feature_dim, variant, eps: as in `HedgehogAttention`.
+        rank: r; 0 for none.
+        alpha: numerator of the scale.
+    """
+
+    formula = 'Hedgehog; W + (α/r)BA for q, k, v, o'
+    reference = 'Zhang et al., ICLR 2025'
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
+                 variant: str = 'softmax', eps: float = 1e-12, rank: int = 8, alpha: float = 16.0) -> None:
+        super().__init__(dim, num_heads, qkv_bias, feature_dim, variant, eps)
+        if rank < 0 or rank > dim:
+            raise ValueError(f'rank={rank} of LoRA does not lie between 0 and the width {dim}')
+        self.lora = LoRA(dim, rank, alpha) if rank else None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.lora is None:
+            return super().project(x)
+        qkv = F.linear(x, self.qkv.weight + self.lora.delta('qkv'), self.qkv.bias)
+        return split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        attended = self.attend(x, hw, num_prefix)
+        if self.lora is None:
+            return self.proj(attended)
+        return F.linear(attended, self.proj.weight + self.lora.delta('o'), self.proj.bias)
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Adds the updates to the projections and drops them: the same function, and a state dict of Hedgehog's."""
+        if self.lora is not None:
+            self.qkv.weight += self.lora.delta('qkv')
+            self.proj.weight += self.lora.delta('o')
+            self.lora = None
+
+

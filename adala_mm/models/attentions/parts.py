@@ -1,0 +1,95 @@
+"""What several attentions are made of beside the projections: tables over the grid, convolutions, gates, rotations."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def require_grid(kind: str, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """``grid`` itself, or a ValueError that says how ``kind`` gets one: `AdaLAViT` gives its own."""
+    if grid is None:
+        raise ValueError(f'{kind} has a table over the patch grid: tell it the grid=(h, w) of the images that it is '
+                         'trained on')
+    return tuple(grid)
+
+
+class GridTable(nn.Module):
+    """One learnable value per channel and cell of a patch grid, resampled to any other grid.
+
+    A checkpoint of another grid loads: `fit` resamples what is stored (`load_vit` calls it).
+
+    Args:
+        channels: K.
+        grid: (h0, w0) of what is stored.
+        std: of the initial values; 0 starts with zeros.
+        mode: ``bicubic``, or ``bilinear`` as Agent attention has it.
+        keep_sum: whether the sum over the grid stays the same when it is resampled, not the values.
+    """
+
+    def __init__(self, channels: int, grid: tuple[int, int], std: float = 0.0, mode: str = 'bicubic',
+                 keep_sum: bool = False) -> None:
+        super().__init__()
+        self.mode = mode
+        self.keep_sum = keep_sum
+        self.weight = nn.Parameter(torch.randn(channels, *grid) * std)
+
+    def fit(self, table: Tensor, hw: tuple[int, int]) -> Tensor:
+        """``table`` (K, h0, w0) as (K, h, w)."""
+        if table.shape[-2:] == torch.Size(hw):
+            return table
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        fitted = F.interpolate(table[None], size=tuple(hw), mode=self.mode, align_corners=False)[0]
+        return fitted * (table[0].numel() / fitted[0].numel()) if self.keep_sum else fitted
+
+    def forward(self, hw: tuple[int, int]) -> Tensor:
+        """The table at grid (h, w), as (K, h, w)."""
+        return self.fit(self.weight, hw)
+
+
+class DepthwiseConv(nn.Module):
+    """Depth-wise convolution over the patch grid, zero for class and register tokens.
+
+    Starts at zero, so that a pretrained ViT meets the attention alone at first; published code draws it at random.
+
+    Args:
+        channels: C for a kernel per channel, or the channels D of a head for kernels that all heads share.
+        kernel_size: odd.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        """(B, H, N, D) to (B, H, N, D)."""
+        b, h, n, d = x.shape
+        channels, _, size, _ = self.weight.shape
+        patches = x[:, :, num_prefix:].transpose(2, 3).reshape(-1, channels, *hw)  # heads join batch or channels
+        out = F.conv2d(patches, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=size // 2, groups=channels)
+        return F.pad(out.reshape(b, h, d, -1).transpose(2, 3), (0, 0, num_prefix, 0))
+
+
+class IdentityGate(nn.Linear):
+    """A linear gate ``x W^T + b`` that starts as 1, whatever the input: a pretrained ViT meets no gate at first."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
+
+
+def grid_angles(hw: tuple[int, int], num_prefix: int, frequencies: Tensor) -> Tensor:
+    """Rotation angles (N, 2 F): row times each of F frequencies, then column times each; prefix tokens turn by 0."""
+    rows = torch.arange(hw[0], device=frequencies.device).repeat_interleave(hw[1])  # (h w,)
+    columns = torch.arange(hw[1], device=frequencies.device).repeat(hw[0])
+    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
+    return F.pad(angles, (0, 0, num_prefix, 0))
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns channel pair (2 i, 2 i + 1) of each token by its angle i; x (..., N, D), angles (..., N, D / 2)."""
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
