@@ -46,3 +46,12 @@ def pretrained(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp('weights') / 'tiny_softmax.pth'
     torch.save(model.state_dict(), path)
     return dict(type='Pretrained', checkpoint=str(path))
+
+
+@pytest.fixture(scope='session')
+def sharp_pretrained(pretrained, tmp_path_factory) -> dict:
+    """The same with LayerNorm weights around 1: around 0 all attention is close to a plain average."""
+    state = torch.load(pretrained['checkpoint'])
+    path = tmp_path_factory.mktemp('weights') / 'sharp_softmax.pth'
+    torch.save({key: value + 1 if 'norm' in key and 'weight' in key else value for key, value in state.items()}, path)
+    return pretrained | {'checkpoint': str(path)}

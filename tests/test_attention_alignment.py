@@ -18,22 +18,13 @@ PHI = {
 }
 
 
-@pytest.fixture(scope='module')
-def pretrained(pretrained, tmp_path_factory) -> dict:
-    """The shared checkpoint with LayerNorm weights around 1: around 0 all attention is close to a plain average."""
-    state = torch.load(pretrained['checkpoint'])
-    path = tmp_path_factory.mktemp('weights') / 'sharp_softmax.pth'
-    torch.save({key: value + 1 if 'norm' in key and 'weight' in key else value for key, value in state.items()}, path)
-    return pretrained | {'checkpoint': str(path)}
-
-
 def linear(feature_map: str = 'elu1') -> dict:
     return LINEAR | {'feature_map': feature_map}
 
 
-def stage1(pretrained, attention=LINEAR, target='output', **vit):
+def stage1(sharp_pretrained, attention=LINEAR, target='output', **vit):
     model = MODELS.build({'type': 'adala_mm.AttentionAlignment', 'target': target,
-                          'backbone': tiny_vit(attention=attention, init_cfg=pretrained, **vit)})
+                          'backbone': tiny_vit(attention=attention, init_cfg=sharp_pretrained, **vit)})
     model.init_weights()
     return model
 
@@ -47,15 +38,15 @@ def disturb(model):
     return model
 
 
-def softmax_vit(pretrained):
-    vit = MODELS.build(tiny_vit(init_cfg=pretrained))
+def softmax_vit(sharp_pretrained):
+    vit = MODELS.build(tiny_vit(init_cfg=sharp_pretrained))
     vit.init_weights()
     return vit.eval()
 
 
-def watch_softmax_vit(pretrained, images) -> list[dict]:
+def watch_softmax_vit(sharp_pretrained, images) -> list[dict]:
     """What attention reads and writes in each block of an untouched softmax ViT in float64."""
-    vit, seen = softmax_vit(pretrained).double(), []
+    vit, seen = softmax_vit(sharp_pretrained).double(), []
     for block in vit.blocks:
         record = {}
         seen.append(record)
@@ -75,14 +66,14 @@ def quadratic_linear_attention(attn, h):
     return (matrix / (matrix.sum(dim=-1, keepdim=True) + attn.eps) @ v).transpose(1, 2).reshape(b, n, c)
 
 
-def two_network_loss(model, pretrained, images, target):
+def two_network_loss(model, sharp_pretrained, images, target):
     """(loss, error of each linear block, the linear network that holds the gradients)."""
     attentions = [linear(b.attn.feature_map) if not b.attn.is_softmax else SOFTMAX for b in model.backbone.blocks]
     student = MODELS.build(tiny_vit(attention=attentions))
     student.load_state_dict(model.backbone.state_dict())
     student.double()
     losses, errors = [], []
-    for block, seen in zip(student.blocks, watch_softmax_vit(pretrained, images), strict=True):
+    for block, seen in zip(student.blocks, watch_softmax_vit(sharp_pretrained, images), strict=True):
         if not block.attn.is_softmax:
             got = quadratic_linear_attention(block.attn, seen['h'])
             got = block.attn.proj(got) if target == 'output' else got
@@ -93,12 +84,12 @@ def two_network_loss(model, pretrained, images, target):
 
 @pytest.mark.parametrize('feature_map', FEATURE_MAPS)
 @pytest.mark.parametrize('target', ['output', 'heads'])
-def test_loss_and_gradients_equal_two_networks(pretrained, target, feature_map):
-    model = disturb(stage1(pretrained, linear(feature_map), target)).train()
+def test_loss_and_gradients_equal_two_networks(sharp_pretrained, target, feature_map):
+    model = disturb(stage1(sharp_pretrained, linear(feature_map), target)).train()
     images = torch.randn(3, 3, 32, 32)
     out = model(images, mode='loss')
     out['loss'].backward()
-    loss, errors, reference = two_network_loss(model, pretrained, images, target)
+    loss, errors, reference = two_network_loss(model, sharp_pretrained, images, target)
     loss.backward()
 
     assert out['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
@@ -114,8 +105,8 @@ def test_loss_and_gradients_equal_two_networks(pretrained, target, feature_map):
 
 
 @pytest.mark.parametrize('feature_map', FEATURE_MAPS)
-def test_training_lowers_the_loss(pretrained, feature_map):
-    model = stage1(pretrained, linear(feature_map)).train()
+def test_training_lowers_the_loss(sharp_pretrained, feature_map):
+    model = stage1(sharp_pretrained, linear(feature_map)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     images, losses = torch.randn(4, 3, 32, 32), []
     for _ in range(30):
@@ -127,11 +118,11 @@ def test_training_lowers_the_loss(pretrained, feature_map):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_training_moves_the_projections_and_not_the_teacher(pretrained):
+def test_training_moves_the_projections_and_not_the_teacher(sharp_pretrained):
     # Weight decay could reach frozen weights, drop path the stream.
-    model = stage1(pretrained, drop_path_rate=0.9).train()
+    model = stage1(sharp_pretrained, drop_path_rate=0.9).train()
     images = torch.randn(2, 3, 32, 32)
-    wanted = softmax_vit(pretrained).forward_features(images)
+    wanted = softmax_vit(sharp_pretrained).forward_features(images)
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     torch.testing.assert_close(model.teacher_features(images), wanted)
 
@@ -148,15 +139,15 @@ def test_training_moves_the_projections_and_not_the_teacher(pretrained):
     assert (model(images, mode='tensor') - wanted).norm() > 0.05 * wanted.norm()  # the student is another network
 
 
-def test_drop_path_does_not_touch_the_loss(pretrained):
+def test_drop_path_does_not_touch_the_loss(sharp_pretrained):
     images = torch.randn(2, 3, 32, 32)
-    plain = stage1(pretrained).train().loss(images)
-    dropped = stage1(pretrained, drop_path_rate=0.9).train().loss(images)
+    plain = stage1(sharp_pretrained).train().loss(images)
+    dropped = stage1(sharp_pretrained, drop_path_rate=0.9).train().loss(images)
     assert dropped == plain
 
 
-def test_train_mode_reaches_the_learning_attentions_alone(pretrained):
-    model = stage1(pretrained, [SOFTMAX, LINEAR]).train()
+def test_train_mode_reaches_the_learning_attentions_alone(sharp_pretrained):
+    model = stage1(sharp_pretrained, [SOFTMAX, LINEAR]).train()
     first, second = model.backbone.blocks
     assert model.training and second.attn.training and second.attn.qkv.training
     assert not any(m.training for m in (model.backbone, first, first.attn, second, second.drop_path, second.mlp))
@@ -164,12 +155,12 @@ def test_train_mode_reaches_the_learning_attentions_alone(pretrained):
 
 
 @pytest.mark.parametrize('target', ['output', 'heads'])
-def test_softmax_blocks_of_a_hybrid_are_not_in_the_loss(pretrained, target):
-    model = disturb(stage1(pretrained, [SOFTMAX, LINEAR], target)).train()
+def test_softmax_blocks_of_a_hybrid_are_not_in_the_loss(sharp_pretrained, target):
+    model = disturb(stage1(sharp_pretrained, [SOFTMAX, LINEAR], target)).train()
     images = torch.randn(2, 3, 32, 32)
     out = model.loss(images)
     out['loss'].backward()
-    loss, errors, _ = two_network_loss(model, pretrained, images, target)
+    loss, errors, _ = two_network_loss(model, sharp_pretrained, images, target)
     assert len(errors) == 1
     assert out['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
     assert out['rel_error'].item() == out['rel_error_worst'].item() == pytest.approx(errors[0], rel=1e-4)
@@ -177,8 +168,8 @@ def test_softmax_blocks_of_a_hybrid_are_not_in_the_loss(pretrained, target):
     assert learns == ['blocks.1.attn.qkv.weight', 'blocks.1.attn.qkv.bias']
 
 
-def test_rel_error_is_zero_for_a_perfect_student(pretrained):
-    model = stage1(pretrained)
+def test_rel_error_is_zero_for_a_perfect_student(sharp_pretrained):
+    model = stage1(sharp_pretrained)
     for block, twin in zip(model.backbone.blocks, model.frozen['attentions'], strict=True):
         assert isinstance(twin, SoftmaxAttention)
         block.attn.mix = twin.mix  # the twin's rule on the same projections
@@ -186,8 +177,8 @@ def test_rel_error_is_zero_for_a_perfect_student(pretrained):
         {'loss': 0, 'rel_error': 0, 'rel_error_worst': 0}, abs=1e-6)
 
 
-def test_rel_error_is_one_for_a_silent_student(pretrained):
-    model = stage1(pretrained, target='heads')
+def test_rel_error_is_one_for_a_silent_student(sharp_pretrained):
+    model = stage1(sharp_pretrained, target='heads')
     for block in model.backbone.blocks:
         for parameter in block.attn.qkv.parameters():
             parameter.data[-32:] = 0  # the values
@@ -195,14 +186,14 @@ def test_rel_error_is_one_for_a_silent_student(pretrained):
     assert out['rel_error'].item() == pytest.approx(1) and out['rel_error_worst'].item() == pytest.approx(1)
 
 
-def test_all_softmax_raises(pretrained):
+def test_all_softmax_raises(sharp_pretrained):
     with pytest.raises(ValueError, match='nothing to align'):
-        stage1(pretrained, SOFTMAX)
+        stage1(sharp_pretrained, SOFTMAX)
 
 
-def test_unknown_target_raises(pretrained):
+def test_unknown_target_raises(sharp_pretrained):
     with pytest.raises(ValueError, match="'logits'.*output, heads"):
-        stage1(pretrained, target='logits')
+        stage1(sharp_pretrained, target='logits')
 
 
 def test_missing_pretrained_weights_raise():
@@ -210,24 +201,24 @@ def test_missing_pretrained_weights_raise():
         stage1(None)
 
 
-def test_unknown_mode_raises(pretrained):
+def test_unknown_mode_raises(sharp_pretrained):
     with pytest.raises(ValueError, match="'train'.*loss, predict, tensor"):
-        stage1(pretrained)(torch.randn(1, 3, 32, 32), mode='train')
+        stage1(sharp_pretrained)(torch.randn(1, 3, 32, 32), mode='train')
 
 
-def native_hedgehog(pretrained, **options):
-    return stage1(pretrained, attention=dict(type='adala_mm.HedgehogAttention'), trainable='feature_map', **options)
+def native_hedgehog(checkpoint, **options):
+    return stage1(checkpoint, attention=dict(type='adala_mm.HedgehogAttention'), trainable='feature_map', **options)
 
 
-def test_weights_target_is_the_cross_entropy_of_attention_matrices(pretrained, monkeypatch):
+def test_weights_target_is_the_cross_entropy_of_attention_matrices(sharp_pretrained, monkeypatch):
     monkeypatch.setattr('adala_mm.models.algorithms.attention_alignment.QUERIES', 5)  # 17 tokens: an uneven last part
-    model, images = disturb(native_hedgehog(pretrained, target='weights')), torch.randn(2, 3, 32, 32)
+    model, images = disturb(native_hedgehog(sharp_pretrained, target='weights')), torch.randn(2, 3, 32, 32)
     out = model(images, mode='loss')
     out['loss'].backward()
 
     losses = []
-    for block, record in zip(model.backbone.blocks, watch_softmax_vit(pretrained, images), strict=True):
-        attn, softmax = block.attn.double(), softmax_vit(pretrained).blocks[len(losses)].attn.double()
+    for block, record in zip(model.backbone.blocks, watch_softmax_vit(sharp_pretrained, images), strict=True):
+        attn, softmax = block.attn.double(), softmax_vit(sharp_pretrained).blocks[len(losses)].attn.double()
         q, k = ((part.unflatten(-1, (4, 8)).transpose(1, 2)) for part in softmax.qkv(record['h']).chunk(3, -1)[:2])
         wanted = torch.softmax(q @ k.transpose(-2, -1) / 8 ** 0.5, dim=-1)
         q, k = ((part.unflatten(-1, (4, 8)).transpose(1, 2)) for part in attn.qkv(record['h']).chunk(3, -1)[:2])
@@ -242,20 +233,20 @@ def test_weights_target_is_the_cross_entropy_of_attention_matrices(pretrained, m
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
 
 
-def test_trainable_narrows_stage_1_down(pretrained):
+def test_trainable_narrows_stage_1_down(sharp_pretrained):
     for target in ('weights', 'heads', 'output'):
-        model = native_hedgehog(pretrained, target=target)
+        model = native_hedgehog(sharp_pretrained, target=target)
         learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert learns == {f'backbone.blocks.{i}.attn.feature_map.{x}' for i in range(2) for x in 'qk'}
         model.train()(torch.randn(2, 3, 32, 32), mode='loss')['loss'].backward()
         assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
-def test_weights_target_needs_an_attention_that_shows_them(pretrained):
+def test_weights_target_needs_an_attention_that_shows_them(sharp_pretrained):
     with pytest.raises(ValueError, match="target='weights'.*LinearAttention has no method weights"):
-        stage1(pretrained, target='weights')
+        stage1(sharp_pretrained, target='weights')
 
 
-def test_trainable_that_leaves_nothing_raises(pretrained):
+def test_trainable_that_leaves_nothing_raises(sharp_pretrained):
     with pytest.raises(ValueError, match=r"trainable='mlp' leaves nothing to learn"):
-        stage1(pretrained, trainable='mlp')
+        stage1(sharp_pretrained, trainable='mlp')

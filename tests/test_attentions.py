@@ -131,6 +131,26 @@ def test_checkpoint_of_another_grid_loads(name, tmp_path):
             assert torch.equal(state[key], value), key
 
 
+@pytest.mark.parametrize('name', [name for name in NAMES if not ATTENTIONS.get(name).is_softmax])
+def test_every_layer_learns_in_both_stages(name, sharp_pretrained):
+    options = dict(num_landmarks=8) if name == 'NystromformerAttention' else {}
+    vit = dict(img_size=64, init_cfg=sharp_pretrained)  # 64 patches: more than a window, or than landmarks
+    student, images = tiny_vit(attention=dict(type=f'adala_mm.{name}', **options), **vit), torch.randn(4, 3, 64, 64)
+    for stage, extra in (('AttentionAlignment', {}), ('FeatureAlignment', dict(teacher=tiny_vit(**vit)))):
+        model = MODELS.build(dict(type=f'adala_mm.{stage}', backbone=student, **extra))
+        model.init_weights()
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        losses = []
+        for _ in range(5):
+            loss = model(images, mode='loss')['loss']
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0], stage
+
+
 @every_attention
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_model_in_half_precision(name, dtype):

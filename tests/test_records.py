@@ -17,7 +17,7 @@ from adala_mm.utils.records import curve, machine, read_scalars
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
 RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json')]
-PAGES = [ROOT / name for name in ('README.md', 'docs/results.md')]
+PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'configs/baselines/README.md')]
 
 
 def tool(name: str):

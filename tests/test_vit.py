@@ -202,7 +202,7 @@ def test_image_not_divisible_by_the_patch(size):
 @pytest.mark.parametrize('bad', [{'type': 'Pretrained'}, {'type': 'Constant', 'val': 0},
                                  {'type': 'Pretrained', 'checkpoint': 'x.pth', 'mapping': 'cpu'}], ids=str)
 def test_bad_init_cfg(bad):
-    with pytest.raises(ValueError, match='understands init_cfg'):
+    with pytest.raises(ValueError, match='init_cfg must be'):
         MODELS.build(tiny_vit(init_cfg=bad)).init_weights()
 
 

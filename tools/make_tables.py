@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md from the records in docs/results/.
+"""Writes the tables of the Markdown pages from the records in docs/results/ and from the code itself.
 
     python tools/make_tables.py [--check]
 
@@ -12,10 +12,14 @@ import re
 import sys
 from pathlib import Path
 
-from adala_mm.utils.tables import ablation_table, markdown_table
+import torch
+
+from adala_mm.models.attentions import build_attention
+from adala_mm.registry import ATTENTIONS
+from adala_mm.utils.tables import ablation_table, attention_table, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'docs/results.md']
+PAGES = ['README.md', 'docs/results.md', 'configs/baselines/README.md']
 
 
 def demo() -> str:
@@ -75,7 +79,32 @@ def configs() -> str:
         ['stage 3, ImageNet-1K', names('linear_*_in1k.py')]])
 
 
-TABLES = dict(demo=demo, real_alignment=real_alignment, real_camvid=real_camvid, configs=configs)
+def layers() -> str:
+    """What each attention says of itself, and the parameters that it adds to a block of ViT-L at 512 px."""
+    ATTENTIONS.import_from_location()
+    rows = []
+    for name, layer in sorted(ATTENTIONS.module_dict.items()):
+        with torch.device('meta'):
+            built = build_attention(dict(type=name), 1024, 16, grid=(32, 32), num_prefix=1)
+        extra = sum(p.numel() for key, p in built.named_parameters() if not key.startswith(('qkv.', 'proj.')))
+        rows.append([f'`{name}`', layer.formula.replace('|', '\\|'), f'{extra:,}', layer.cost,
+                     'yes' if layer.positional else 'no', layer.reference])
+    return markdown_table(['type', 'formula (before the output projection)', 'extra parameters', 'cost', 'positional',
+                           'reference'], rows)
+
+
+def attentions() -> str:
+    data = json.loads((ROOT / 'docs/results/attentions.json').read_text())
+    m, it = data['machine'], data['iterations']
+    seeds = sorted({row['seed'] for row in data['rows']})
+    return attention_table(data) + (
+        f'\n\nSeeds {", ".join(map(str, seeds))}; teacher {it["teacher"]}, stage 1 {it["stage1"]}, stage 2 '
+        f'{it["stage2"]} iterations; {m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}, commit '
+        f'{m["commit"]}.')
+
+
+TABLES = dict(demo=demo, layers=layers, attentions=attentions, real_alignment=real_alignment, real_camvid=real_camvid,
+              configs=configs)
 
 
 def fill(text: str) -> str:

@@ -87,6 +87,7 @@ def join_cpu_processes(cfg: Config) -> None:
     if cfg.launcher != 'pytorch' or torch.cuda.is_available():
         return
     torch.distributed.init_process_group('gloo')
+    cfg.sync_bn = None  # PyTorch's synchronised BatchNorm is for GPUs only
     cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
                                  find_unused_parameters=cfg.get('find_unused_parameters', False))
 

@@ -6,6 +6,7 @@ from adala_mm.models.attentions.fcvit import FCViTAttention
 from adala_mm.models.attentions.focused import FocusedAttention
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
 from adala_mm.models.attentions.inline import InLineAttention, ViTALiTyAttention
+from adala_mm.models.attentions.l2vit import L2ViTAttention, WindowAttention
 from adala_mm.models.attentions.linear import LinearAttention
 from adala_mm.models.attentions.linformer import LinformerAttention
 from adala_mm.models.attentions.lolcats import LoLCATSAttention
@@ -21,7 +22,7 @@ from adala_mm.models.attentions.vicinity import VicinityAttention
 from adala_mm.models.attentions.vig import ViGAttention
 
 __all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CosformerAttention', 'FCViTAttention',
-           'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'LinearAttention', 'LinformerAttention',
-           'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention', 'PerformerAttention',
-           'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention', 'ViGAttention',
-           'ViTALiTyAttention', 'VicinityAttention', 'build_attention']
+           'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'L2ViTAttention', 'LinearAttention',
+           'LinformerAttention', 'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention',
+           'PerformerAttention', 'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention',
+           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'build_attention']

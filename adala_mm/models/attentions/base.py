@@ -28,7 +28,7 @@ class Attention(nn.Module):
     is_softmax = False  # whether this is the teacher's own attention, of which stage 1 has nothing to learn
     needs: tuple[str, ...] = ()  # of 'grid' and 'num_prefix' of the ViT: what the constructor wants beside its options
     formula = ''  # in one line
-    cost = ''  # multiply-adds per head; N tokens, D channels of a head, h x w patches
+    cost = ''  # multiply-adds of its matrix products per head: N tokens, D channels of a head, h x w patches
     positional = False  # whether it matters where a token stands
     reference = ''
 

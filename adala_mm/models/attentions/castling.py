@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.parts import require_odd
 from adala_mm.ops import in_float32
 from adala_mm.registry import ATTENTIONS
 
@@ -16,6 +17,7 @@ class TokenConv(nn.Module):
 
     def __init__(self, num_heads: int, kernel_size: int) -> None:
         super().__init__()
+        require_odd(kernel_size)
         self.weight = nn.Parameter(torch.zeros(num_heads, 1, kernel_size, 1))
 
     def forward(self, v: Tensor) -> Tensor:
@@ -40,6 +42,9 @@ class CastlingAttention(Attention):
         dim, num_heads, qkv_bias: as in `Attention`.
         kernel_size: taps of the convolution, odd.
         eps: least length to divide by.
+
+    Raises:
+        ValueError: for an even ``kernel_size``.
     """
 
     formula = 'o/|o| + conv v, o = v/2 + q·Σkᵀv/π, q and k of length 1'

@@ -14,7 +14,9 @@ class ContextMLP(nn.Module):
 
     def __init__(self, dim: int, reduction: int) -> None:
         super().__init__()
-        hidden = max(1, dim // reduction)
+        if not 1 <= reduction <= dim:
+            raise ValueError(f'reduction={reduction} does not lie between 1 and the width {dim}')
+        hidden = dim // reduction
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
@@ -29,7 +31,7 @@ class FCViTAttention(Attention):
     ``s_hn = (mean_n k_hn)·q_hn / sqrt D``, standardised over all heads and tokens of an image,
     ``out_n = (w_h s_hn + b_h) MLP(mean_n v) + dwconv11x11(v)_n``. In FCViT one x stands where q, k and v stand here;
     thus a pretrained ViT's projections keep a part each. Of its convolutions the first is kept, starting at 0. Class
-    and register tokens are tokens like others, but see no convolution. Any grid. In float32 throughout.
+    and register tokens are tokens like others, but see no convolution. Any grid. Similarities in float32.
 
     Tokens exchange nothing but one vector per image, so this is a bound from below for what attention is worth.
 
@@ -38,10 +40,13 @@ class FCViTAttention(Attention):
         reduction: r of `ContextMLP`.
         kernel_size: of the convolution.
         eps: added to the standard deviation.
+
+    Raises:
+        ValueError: for a ``reduction`` that leaves no channel, or an even ``kernel_size``.
     """
 
     formula = 'sim(q, mean k) MLP(mean v) + dwconv v'
-    cost = '3ND'
+    cost = '2ND'
     positional = True
     reference = 'Ma et al. 2022'
 

@@ -31,7 +31,7 @@ class FocusedAttention(Attention):
         grid: patch grid (h, w) of the positions; a ViT gives its own.
 
     Raises:
-        ValueError: without a ``grid``.
+        ValueError: without a ``grid``, and for an even ``kernel_size``.
     """
 
     needs = ('grid',)
@@ -52,7 +52,7 @@ class FocusedAttention(Attention):
     def features(self, x: Tensor) -> Tensor:
         """f of (B, H, N, D), with lengths over the channels of all heads."""
         t = (F.relu(merge_heads(x)) + 1e-6) / F.softplus(self.sharpen['scale'])  # (B, N, C)
-        power = t ** self.focus
+        power = (t / t.detach().amax(dim=-1, keepdim=True)) ** self.focus  # its size cancels, and cannot underflow
         return split_heads(power * (t.norm(dim=-1, keepdim=True) / power.norm(dim=-1, keepdim=True)), self.num_heads)
 
     @in_float32

@@ -29,8 +29,8 @@ class HedgehogAttention(Attention):
 
     ``out_i = phi_q(q_i) [sum_j phi_k(k_j)^T v_j] / (phi_q(q_i) · sum_j phi_k(k_j) + eps)``, ``y = W_h x``, and phi is
 
-    - ``softmax``: ``[softmax(y), softmax(-y)]``, two softmaxes over F features each (the form of LoLCATS' code);
-    - ``joint``: one softmax over all 2 F entries of ``[2 y, -2 y]``;
+    - ``softmax``: ``[softmax(y), softmax(-y)]``, at least eps, two softmaxes over F features each (as in LoLCATS);
+    - ``joint``: one softmax over all 2 F entries of ``[2 y, -2 y]`` (its published code shares one W among heads);
     - ``exp``: ``[exp(y), exp(-y)]``, the paper's main text; shifted so that nothing overflows, which cancels.
 
     These are three different attentions: a factor of one query cancels in the ratio, one of a single key does not. W
@@ -44,11 +44,11 @@ class HedgehogAttention(Attention):
         eps: added to the denominator.
 
     Raises:
-        ValueError: for an unknown ``variant``.
+        ValueError: for an unknown ``variant``, or a ``feature_dim`` below 1.
     """
 
     formula = 'φ(q)·Σφ(k)ᵀv / φ(q)·Σφ(k), φ(x) = [softmax(Wx), softmax(−Wx)], W learnt'
-    cost = '4NFD + 2NDF'
+    cost = '6NDF'
     reference = 'Zhang et al., ICLR 2024'
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
@@ -58,13 +58,16 @@ class HedgehogAttention(Attention):
             raise ValueError(f'unknown variant {variant!r}; choose one of {", ".join(VARIANTS)}')
         self.variant = variant
         self.eps = eps
-        self.feature_map = HedgehogMap(num_heads, dim // num_heads, feature_dim or dim // num_heads)
+        feature_dim = dim // num_heads if feature_dim is None else feature_dim
+        if feature_dim < 1:
+            raise ValueError(f'feature_dim={feature_dim}: at least one feature is needed')
+        self.feature_map = HedgehogMap(num_heads, dim // num_heads, feature_dim)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """phi_q(q) and phi_k(k), each (B, H, N, 2 F)."""
         maps = self.feature_map(q, k)
         if self.variant == 'softmax':
-            return tuple(torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1) for y in maps)
+            return tuple(torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).clamp_min(self.eps) for y in maps)
         if self.variant == 'joint':
             return tuple(torch.cat([2 * y, -2 * y], dim=-1).softmax(-1) for y in maps)
         return shifted_exp(*(torch.cat([y, -y], dim=-1) for y in maps))

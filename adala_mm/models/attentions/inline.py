@@ -46,8 +46,8 @@ class InLineAttention(Attention):
 
     ``out_i = mean_j v_j + phi(q_i) [sum_j (phi(k_j) - mean phi(k))^T v_j] / (N sqrt D) + conv(v)_i``, where conv is a
     3 x 3 convolution with kernels made from the image (`GeneratedConv`). Nothing is divided, so nothing can blow up;
-    weights may be negative. Class and register tokens are tokens like others, but see no convolution. Any grid. In
-    float32 throughout.
+    weights may be negative. Class and register tokens are tokens like others, but see no convolution (which
+    starts at 0). Any grid. In float32 throughout.
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.

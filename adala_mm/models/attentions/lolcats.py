@@ -72,12 +72,30 @@ class LoLCATSAttention(HedgehogAttention):
             return self.proj(attended)
         return F.linear(attended, self.proj.weight + self.lora.delta('o'), self.proj.bias)
 
-    @torch.no_grad()
     def merge_lora(self) -> None:
         """Adds the updates to the projections and drops them: the same function, and a state dict of Hedgehog's."""
         if self.lora is not None:
-            self.qkv.weight += self.lora.delta('qkv')
-            self.proj.weight += self.lora.delta('o')
+            alpha = self.lora.scale * len(self.lora.a['q'])
+            merged = merge_lora(self.state_dict(), alpha)
             self.lora = None
+            self.load_state_dict(merged)
+
+
+def merge_lora(state: dict[str, Tensor], alpha: float = 16.0) -> dict[str, Tensor]:
+    """A state dict, of a layer or of a model around many, with LoRA's matrices added to the weights they update.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    merged = {key: value for key, value in state.items() if '.lora.' not in f'.{key}'}
+    found = [key.removesuffix('lora.a.q') for key in state if f'.{key}'.endswith('.lora.a.q')]
+    if not found:
+        raise ValueError('there is no LoRA to merge: no key ends in lora.a.q')
+    for prefix in found:
+        rank = len(state[f'{prefix}lora.a.q'])
+        q, k, v, o = (alpha / rank * state[f'{prefix}lora.b.{x}'] @ state[f'{prefix}lora.a.{x}'] for x in TARGETS)
+        merged[f'{prefix}qkv.weight'] = merged[f'{prefix}qkv.weight'] + torch.cat([q, k, v])
+        merged[f'{prefix}proj.weight'] = merged[f'{prefix}proj.weight'] + o
+    return merged
 
 

@@ -75,7 +75,7 @@ class MonarchAttention(Attention):
     """
 
     formula = 'ΣL Σ R v: softmax bound to Monarch matrices, T alternating steps'
-    cost = '2TN(m+b)D, m = N/b blocks of b = w'
+    cost = '2TN(h+w)D + NwD'
     positional = True
     reference = 'Yaras et al. 2025'
 
@@ -89,4 +89,5 @@ class MonarchAttention(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         block = self.block_size or hw[1]
-        return monarch_attention(q, k, v, block, self.num_steps, padding=-num_prefix % block)
+        padding = 0 if block >= q.shape[2] else -num_prefix % block  # a single block needs no boundary
+        return monarch_attention(q, k, v, block, self.num_steps, padding)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.parts import require_odd
 from adala_mm.ops import in_float32
 from adala_mm.registry import ATTENTIONS
 
@@ -56,11 +57,11 @@ class NystromformerAttention(Attention):
         conv_kernel: odd size of a convolution of v over the sequence that is added per head; None for none.
 
     Raises:
-        ValueError: for an unknown ``pinv_init`` or ``landmarks``, or fewer than one landmark.
+        ValueError: for an unknown ``pinv_init`` or ``landmarks``, an even ``conv_kernel``, or less than one landmark.
     """
 
     formula = 'softmax(q ql ᵀ) pinv(softmax(ql klᵀ)) softmax(ql kᵀ) v, M landmarks'
-    cost = '4NMD + NM² + 24M³'
+    cost = '4NMD + 24M³'
     positional = True
     reference = 'Xiong et al., AAAI 2021'
 
@@ -77,6 +78,7 @@ class NystromformerAttention(Attention):
         self.landmarks = landmarks
         self.conv = None
         if conv_kernel is not None:
+            require_odd(conv_kernel)
             self.conv = nn.Conv2d(num_heads, num_heads, (conv_kernel, 1), padding=(conv_kernel // 2, 0),
                                   groups=num_heads, bias=False)
             nn.init.zeros_(self.conv.weight)
@@ -84,7 +86,7 @@ class NystromformerAttention(Attention):
     def pool(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """Landmarks (B, H, M, D) of the tokens (B, H, N, D)."""
         if self.landmarks == 'segments':
-            return segment_means(x, self.num_landmarks)
+            return segment_means(x, min(self.num_landmarks, x.shape[2]))
         rows = min(hw[0], max(1, round((self.num_landmarks * hw[0] / hw[1]) ** 0.5)))
         columns = min(hw[1], max(1, round(self.num_landmarks / rows)))
         patches = x[:, :, num_prefix:].transpose(2, 3).unflatten(3, hw).flatten(0, 1)  # (B H, D, h, w)
@@ -93,11 +95,11 @@ class NystromformerAttention(Attention):
 
     @in_float32
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        if self.num_landmarks >= q.shape[2]:
+        ql, kl = self.pool(q, hw, num_prefix), self.pool(k, hw, num_prefix)  # (B, H, M, D)
+        if ql.shape[2] == q.shape[2]:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             scale = q.shape[-1] ** -0.5
-            ql, kl = self.pool(q, hw, num_prefix), self.pool(k, hw, num_prefix)  # (B, H, M, D)
             inverse = iterative_pinv((scale * ql @ kl.transpose(-2, -1)).softmax(-1), self.pinv_init)
             kernel1 = (scale * q @ kl.transpose(-2, -1)).softmax(-1)  # (B, H, N, M)
             out = kernel1 @ (inverse @ F.scaled_dot_product_attention(ql, k, v))

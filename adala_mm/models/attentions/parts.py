@@ -14,6 +14,13 @@ def require_grid(kind: str, grid: tuple[int, int] | None) -> tuple[int, int]:
     return tuple(grid)
 
 
+def require_odd(kernel_size: int) -> int:
+    """``kernel_size`` itself, or a ValueError: only an odd kernel has a middle to put on the token."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'kernel_size={kernel_size} must be odd and positive')
+    return kernel_size
+
+
 class GridTable(nn.Module):
     """One learnable value per channel and cell of a patch grid, resampled to any other grid.
 
@@ -54,11 +61,12 @@ class DepthwiseConv(nn.Module):
 
     Args:
         channels: C for a kernel per channel, or the channels D of a head for kernels that all heads share.
-        kernel_size: odd.
+        kernel_size: odd, else a ValueError.
     """
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
+        require_odd(kernel_size)
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(channels))
 

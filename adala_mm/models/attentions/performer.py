@@ -11,11 +11,14 @@ from adala_mm.registry import ATTENTIONS
 
 
 def orthogonal_features(num_features: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """(M, D): rows orthogonal in blocks of D, with the lengths of Gaussian vectors, in float32 on the CPU."""
+    """(M, D): rows orthogonal in blocks of D, with the lengths of Gaussian vectors, in float32 on the CPU.
+
+    Signs are set so that directions are uniform: as QR leaves them, which published code uses, the estimate is biased.
+    """
     blocks = []
     for _ in range(math.ceil(num_features / dim)):
-        q, _ = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
-        blocks.append(q.T)
+        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+        blocks.append((q * r.diagonal().sign()).T)
     lengths = torch.randn(num_features, dim, generator=generator).norm(dim=1, keepdim=True)
     return lengths * torch.cat(blocks)[:num_features]
 

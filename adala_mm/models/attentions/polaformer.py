@@ -31,7 +31,7 @@ class PolaFormerAttention(Attention):
         grid: patch grid (h, w) of the positions; a ViT gives its own.
 
     Raises:
-        ValueError: without a ``grid``, or if the channels of a head cannot be halved.
+        ValueError: without a ``grid``, for an even ``kernel_size``, or if the channels of a head cannot be halved.
     """
 
     needs = ('grid',)

@@ -28,11 +28,11 @@ class RMTAttention(Attention):
         decomposed: rows, then columns, instead of all pairs.
 
     Raises:
-        ValueError: if D is odd, and for inputs with prefix tokens when ``decomposed``.
+        ValueError: if D is odd or r negative, and for inputs with prefix tokens when ``decomposed``.
     """
 
     formula = 'softmax(rope q·rope k/√D + log γ (|Δy| + |Δx|)) v + dwconv v'
-    cost = '2N²D, or 2N(h+w)D'
+    cost = '2N²D'
     positional = True
     reference = 'Fan et al., CVPR 2024'
 
@@ -41,6 +41,8 @@ class RMTAttention(Attention):
         super().__init__(dim, num_heads, qkv_bias)
         if dim // num_heads % 2:
             raise ValueError(f'{dim // num_heads} channels in a head: the rotation needs an even number')
+        if decay_range < 0:
+            raise ValueError(f'decay_range={decay_range} must not be negative: gamma would leave (0, 1)')
         self.decay_range = decay_range
         self.decomposed = decomposed
         self.lepe = DepthwiseConv(dim, 5)

@@ -20,9 +20,9 @@ class VicinityAttention(Attention):
     ``out_i = sum_j w_ij v_j / (sum_j w_ij + eps)`` with ``w_ij = relu(q_i)·relu(k_j) g(a, b)``, where
     ``a = pi / 2 (y_i - y_j) / h``, ``b = pi / 2 (x_i - x_j) / w`` and g is ``cos a + cos b`` (``sum``) or
     ``cos a cos b`` (``product``). Then each channel is scaled by ``1 + sigmoid(W2 relu(W1 mean_n x))``, x being the
-    layer's input. Any grid. Published models have no class token: ours, and registers, have no place and see all with
-    cosines of 1. The published halving of q, k, v (a width that no pretrained ViT has) and its clamps for float16 are
-    left out; in float32 throughout.
+    layer's input; at first by about 1.5. Any grid. Published models have no class token: ours, and registers, have no
+    place and see all with cosines of 1. The published halving of q, k, v (a width that no pretrained ViT has) and its
+    clamps for float16 are left out; in float32 throughout.
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
@@ -31,7 +31,7 @@ class VicinityAttention(Attention):
         eps: added to the denominator.
 
     Raises:
-        ValueError: for an unknown ``form``.
+        ValueError: for an unknown ``form``, or a ``se_reduction`` that leaves no channel.
     """
 
     formula = 'Σw v / Σw, w = relu(q)·relu(k) (cos πΔy/2h + cos πΔx/2w); SE gate'
@@ -48,6 +48,8 @@ class VicinityAttention(Attention):
         self.eps = eps
         self.se = None
         if se_reduction is not None:
+            if not 1 <= se_reduction <= dim:
+                raise ValueError(f'se_reduction={se_reduction} does not lie between 1 and the width {dim}')
             self.se = nn.Sequential(nn.Linear(dim, dim // se_reduction, bias=False), nn.ReLU(),
                                     nn.Linear(dim // se_reduction, dim, bias=False), nn.Sigmoid())
 

@@ -43,8 +43,8 @@ class ViGAttention(Attention):
 
     ``out = proj(s * rms(o) + (1 - s) * rms(local))``, ``s = sigmoid(W x + c)``,
 
-    rms being RMSNorm over the channels of a head. Any grid; class and register tokens come first and skip the
-    convolution, which starts as the identity; s starts at 1/2. Published models take q, k, v and all gates from
+    rms being RMSNorm over the channels of a head. Any grid; class and register tokens come first and skip convolution
+    and silu. The convolution starts as the identity, s at 1/2. Published models take q, k, v and all gates from
     ``local``, with half as many key channels (``conv_input=True`` does the first); pretrained projections expect x, so
     by default they get it.
 
@@ -54,7 +54,7 @@ class ViGAttention(Attention):
     """
 
     formula = 's rms((f + b)/2) + (1−s) rms(silu(dwconv x)), f and b: S = diag(eᵍ)S + kᵀv, qS/√D both ways'
-    cost = '4N(D² + 16D)'
+    cost = '4ND² + 32ND'
     positional = True
     reference = 'Liao et al., AAAI 2025'
 

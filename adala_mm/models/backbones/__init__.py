@@ -1,3 +1,4 @@
+from adala_mm.models.backbones.l2vit import L2ViT
 from adala_mm.models.backbones.vit import AdaLAViT
 
-__all__ = ['AdaLAViT']
+__all__ = ['AdaLAViT', 'L2ViT']

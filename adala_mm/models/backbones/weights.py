@@ -18,6 +18,25 @@ if TYPE_CHECKING:
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 
 
+def read_backbone(init_cfg: dict) -> tuple[str, dict[str, Tensor], bool]:
+    """What ``init_cfg`` names: path, state dict of the backbone, and whether its keys stood under the prefix.
+
+    Raises:
+        FileNotFoundError, ValueError: for a missing or unreadable file, and for any other ``init_cfg``.
+    """
+    options = dict(init_cfg)
+    kind, path = options.pop('type', None), options.pop('checkpoint', None)
+    prefix = options.pop('prefix', 'backbone.')
+    if kind != 'Pretrained' or not path or options:
+        raise ValueError("init_cfg must be dict(type='Pretrained', checkpoint=<file or timm://name>, "
+                         f'prefix=<optional>), got {init_cfg}')
+    state = read_state_dict(path)
+    own = any(key.startswith(prefix) for key in state)
+    if own:
+        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    return path, state, own
+
+
 def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
     """Loads ``init_cfg['checkpoint']`` into ``model``.
 
@@ -31,16 +50,7 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
         FileNotFoundError, ValueError: for a missing or unreadable file.
         ValueError: for any other ``init_cfg`` type, and for missing, unexpected or mis-shaped keys.
     """
-    options = dict(init_cfg)
-    kind, path = options.pop('type', None), options.pop('checkpoint', None)
-    prefix = options.pop('prefix', 'backbone.')
-    if kind != 'Pretrained' or not path or options:
-        raise ValueError("AdaLAViT understands init_cfg=dict(type='Pretrained', checkpoint=<file or timm://name>, "
-                         f'prefix=<optional>), got {init_cfg}')
-    state = read_state_dict(path)
-    own = any(key.startswith(prefix) for key in state)
-    if own:
-        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    path, state, own = read_backbone(init_cfg)
     dropped = [key for key in state if HEAD_KEYS.match(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
     notes = _resample(model, state, own)

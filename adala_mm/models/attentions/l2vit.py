@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adala_mm.models.attentions.base import Attention, merge_heads
+from adala_mm.ops import in_float32, weighted_sums
+from adala_mm.registry import ATTENTIONS
+
+
+class LocalConcentration(nn.Module):
+    """``conv2(norm(gelu(conv1(x))))`` on the patch grid, both depth-wise 7 x 7; zero for class and register tokens.
+
+    ``norm`` is ``bn``, as published, or ``ln``, LayerNorm over channels, for small batches; else a ValueError.
+    """
+
+    def __init__(self, dim: int, norm: str = 'bn') -> None:
+        super().__init__()
+        if norm not in ('bn', 'ln'):
+            raise ValueError(f'unknown norm {norm!r}; choose one of bn, ln')
+        self.conv1 = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.BatchNorm2d(dim) if norm == 'bn' else LayerNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int = 0) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        grid = x[:, num_prefix:].transpose(1, 2).unflatten(2, hw)  # (B, C, h, w)
+        out = self.conv2(self.norm(F.gelu(self.conv1(grid))))
+        return F.pad(out.flatten(2).transpose(1, 2), (0, 0, num_prefix, 0))
+
+
+@ATTENTIONS.register_module()
+class L2ViTAttention(Attention):
+    """Linear attention with a learnt scale and a floor under its denominator (Zheng 2025, arXiv 2501.16182).
+
+    ``out_i = tau_h relu(q_i) [sum_j relu(k_j)^T v_j] / max(relu(q_i) · sum_j relu(k_j), floor)``
+
+    tau starts at D^-1/2. A query below the floor is attenuated: v = 1 gives ``tau min(1, denominator / floor)``. How
+    many are depends on q, k and their number. Position-free, prefix tokens are tokens like others; float32 throughout.
+
+    Published blocks add `LocalConcentration` (LCM) as a residual of its own. Here ``local_concentration`` turns the
+    projected output y into ``y + LCM(LayerNorm(y))`` on patches: our way into a plain ViT, with LayerNorm in the LCM
+    too, and a last convolution that starts at zero, so that a pretrained ViT meets the attention alone at first.
+
+    Raises:
+        ValueError: for a ``denom_floor`` that is not positive.
+    """
+
+    formula = 'τ relu(q)·Σrelu(k)ᵀv / max(relu(q)·Σrelu(k), 100), τ learnt'
+    cost = '2ND²'
+    reference = 'Zheng 2025'
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, denom_floor: float = 100.0,
+                 local_concentration: bool = False) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        if denom_floor <= 0:
+            raise ValueError(f'denom_floor={denom_floor} must be positive: some queries have the denominator 0')
+        self.denom_floor = denom_floor
+        self.tau = nn.ParameterDict(dict(scale=torch.full((num_heads, 1, 1), (dim // num_heads) ** -0.5)))
+        if local_concentration:
+            self.local = nn.ModuleDict(dict(norm=nn.LayerNorm(dim), lcm=LocalConcentration(dim, norm='ln')))
+            nn.init.zeros_(self.local['lcm'].conv2.weight)
+            nn.init.zeros_(self.local['lcm'].conv2.bias)
+
+    @in_float32
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        total, weight = weighted_sums(F.relu(q), F.relu(k), v)
+        return self.tau['scale'].to(q.dtype) * total / weight.clamp_min(self.denom_floor)
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        out = super().forward(x, hw, num_prefix)
+        return out + self.local['lcm'](self.local['norm'](out), hw, num_prefix) if hasattr(self, 'local') else out
+
+
+@ATTENTIONS.register_module()
+class WindowAttention(Attention):
+    """Softmax attention inside s x s windows of the patch grid, which neither shift nor overlap: L2ViT's local half.
+
+    A grid that s does not divide is padded at the right and bottom, invisibly with ``mask_padding``. Without, as
+    published, zeros go through the projection and take part with its biases as key and value. Published models have no
+    class and register tokens: ours attend to all real tokens, and patches to their window and to them.
+
+    Raises:
+        ValueError: for a ``window_size`` below 1.
+    """
+
+    formula = 'softmax(qkᵀ/√D)v within windows of s × s patches'
+    cost = '2NS²D'
+    positional = True
+    reference = 'Zheng 2025'
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, window_size: int = 7,
+                 mask_padding: bool = True) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        if window_size < 1:
+            raise ValueError(f'window_size={window_size}: a window needs at least one patch')
+        self.window_size, self.mask_padding = window_size, mask_padding
+
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        (h, w), s = hw, self.window_size
+        rows, columns, margin = -(-h // s), -(-w // s), (0, -w % s, 0, -h % s)
+
+        def windows(a: Tensor) -> Tensor:  # patches (B, H, h' w', D) to (B, H W, s s, D): each window a head
+            return a[:, :, num_prefix:].unflatten(2, (rows, s, columns, s)).transpose(3, 4).flatten(4, 5).flatten(1, 3)
+        def with_prefix(a: Tensor) -> Tensor:  # (B, H, P + h' w', D) to (B, H W, P + s s, D)
+            return torch.cat([a[:, :, :num_prefix].repeat_interleave(rows * columns, dim=1), windows(a)], dim=2)
+
+        grid = F.pad(x[:, num_prefix:].unflatten(1, hw), (0, 0, *margin)).flatten(1, 2)
+        q, k, v = self.project(torch.cat([x[:, :num_prefix], grid], dim=1))
+        real = F.pad(F.pad(x.new_ones(h, w), margin).flatten(), (num_prefix, 0), value=1)[None, None, :, None] > 0
+        mask = with_prefix(real).mT.repeat(1, self.num_heads, 1, 1) if self.mask_padding and any(margin) else None
+        out = F.scaled_dot_product_attention(windows(q), with_prefix(k), with_prefix(v), attn_mask=mask)
+        out = out.unflatten(1, (-1, rows, columns)).unflatten(4, (s, s)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        out = out[:, :, :h, :w].flatten(2, 3)  # (B, H, h w, D)
+        if num_prefix:
+            out = torch.cat([F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, attn_mask=real.mT), out], dim=2)
+        return merge_heads(out)

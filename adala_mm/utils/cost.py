@@ -1,0 +1,35 @@
+"""What a forward pass costs, measured: multiply-adds and peak memory."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> int:
+    """Multiply-adds of the matrix products (and convolutions) that ``function`` runs.
+
+    Counted by PyTorch as operators are dispatched, with softmax attention taken apart: of its fused kernels the
+    counter knows CUDA's only.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    counts = counter.get_flop_counts()['Global']
+    return sum(flops for op, flops in counts.items() if convolutions or 'conv' not in str(op)) // 2
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that ``function`` holds at a time on the CPU, beyond what was there before, temporaries included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            function()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == '[memory]']
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,10 @@
+# Stage 3 of the AdaLA recipe with Monarch attention: Mask2Former on ADE20K at 512 x 512.
+from mmengine.config import read_base
+
+with read_base():
+    from ..adala.mask2former_dinov2l_ade20k import *
+    from .._base_.attentions import *
+
+model['backbone'].update(
+    attention=monarch,
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_monarch_in22k/epoch_30.pth'))

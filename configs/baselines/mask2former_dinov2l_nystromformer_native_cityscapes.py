@@ -1,0 +1,8 @@
+# Native recipe of Nystromformer: Mask2Former on Cityscapes at 512 x 512, in place of softmax, not aligned.
+from mmengine.config import read_base
+
+with read_base():
+    from ..adala.mask2former_dinov2l_cityscapes import *
+    from .._base_.attentions import *
+
+model['backbone'].update(attention=nystromformer, init_cfg=pretrained)

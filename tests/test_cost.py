@@ -1,0 +1,65 @@
+"""The cost that each attention states, against what PyTorch counts, and the tools that measure it."""
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from adala_mm.models.attentions import build_attention
+from adala_mm.registry import ATTENTIONS
+from adala_mm.utils.cost import multiply_adds, peak_bytes
+
+ATTENTIONS.import_from_location()
+OPTIONS = dict(NystromformerAttention=dict(num_landmarks=16), LinformerAttention=dict(rank=24),
+               WindowAttention=dict(window_size=8))
+DIM, HW = 32, (16, 24)
+
+
+def stated(layer) -> float:
+    """The class attribute ``cost``, worked out for this layer on the grid HW without prefix tokens."""
+    sizes = dict(N=HW[0] * HW[1], D=DIM, F=DIM, h=HW[0], w=HW[1], R=24, A=getattr(layer, 'num_agents', 49),
+                 T=getattr(layer, 'num_steps', 0), S=getattr(layer, 'window_size', 0),
+                 M=16 if hasattr(layer, 'num_landmarks') else len(getattr(
+                     getattr(layer, 'feature_map', None), 'projection', ())))
+    formula = layer.cost.replace('²', '**2').replace('³', '**3')
+    formula = re.sub(r'(?<=[\w)])(?=[A-Za-z(])', '*', formula)  # juxtaposition multiplies
+    return eval(formula, {}, sizes)
+
+
+@pytest.mark.parametrize('name', sorted(ATTENTIONS.module_dict))
+def test_stated_cost(name):
+    layer = build_attention(dict(type=name, **OPTIONS.get(name, {})), DIM, 1, grid=HW).eval()
+    q, k, v = torch.randn(3, 1, 1, HW[0] * HW[1], DIM)
+    x = torch.randn(1, HW[0] * HW[1], DIM)
+    projections = 4 * HW[0] * HW[1] * DIM ** 2
+    with torch.no_grad():
+        if name in ('ViGAttention', 'WindowAttention'):  # no mix of their own
+            counted = multiply_adds(lambda: layer(x, HW, 0), convolutions=False) - projections
+            if name == 'ViGAttention':  # less its gates
+                counted -= x.shape[1] * (DIM ** 2 + 4 * 16 * DIM)
+        else:
+            counted = multiply_adds(lambda: layer.mix(q, k, v, HW, 0), convolutions=False)
+    if name == 'FCViTAttention':
+        assert counted < 10 * x.shape[1] * DIM  # mostly not matrix products
+    else:
+        assert stated(layer) == pytest.approx(counted, rel=0.12)
+
+
+def test_multiply_adds_of_fused_attention():
+    q, k, v = torch.randn(3, 2, 3, 10, 8)
+    assert multiply_adds(lambda: scaled_dot_product_attention(q, k, v)) == 2 * (2 * 3) * 10 * 10 * 8
+    image, kernels = torch.randn(1, 4, 6, 5), torch.randn(8, 4, 3, 3)
+    assert multiply_adds(lambda: torch.conv2d(image, kernels, padding=1)) == 8 * 4 * 9 * 30
+    assert multiply_adds(lambda: torch.conv2d(image, kernels, padding=1), convolutions=False) == 0
+
+
+def test_peak_bytes_counts_temporaries():
+    x = torch.randn(256, 256)  # 262,144 bytes, there before
+
+    def run():
+        return (x * 2).sum() + (x + 1).sum()
+
+    assert 262_144 <= peak_bytes(run) < 2 * 262_144
+    assert peak_bytes(lambda: (x * 2) + (x * 3)) >= 3 * 262_144 - 64

@@ -1,0 +1,677 @@
+"""L2ViT: its layers against transcriptions of the formulas, the backbone, and its configs."""
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_vit
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.structures import PixelData
+from mmpretrain.structures import DataSample
+from mmseg.structures import SegDataSample
+from torch import nn
+from torch.nn import functional as F
+
+from adala_mm.models.attentions.l2vit import L2ViTAttention, LocalConcentration, WindowAttention
+from adala_mm.models.backbones import L2ViT
+from adala_mm.models.backbones.l2vit import ARCHS, GlobalBlock, LocalBlock
+
+DIM, HEADS, WINDOW = 12, 3, 3
+GRIDS = [((4, 4), 0), ((3, 5), 1), ((6, 3), 0), ((1, 4), 5), ((7, 6), 3)]
+every_grid = pytest.mark.parametrize(('hw', 'num_prefix'), GRIDS, ids=str)
+SMALL = dict(embed_dims=(8, 12, 16, 24), depths=(2, 1, 3, 2), num_heads=(1, 2, 2, 3))
+
+
+def randomise(module, std=0.5):
+    """Every parameter and statistic visible in the output, in float64."""
+    for name, value in module.double().state_dict().items():
+        if name.endswith('running_var'):
+            value.uniform_(0.5, 2)
+        elif value.is_floating_point():
+            value.normal_(std=std)
+    return module
+
+
+def tokens(hw, num_prefix, dim=DIM):
+    return torch.randn(2, num_prefix + hw[0] * hw[1], dim, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(ours, naive, layer, x):
+    """Values, and gradients of a random projection with respect to the input and all parameters."""
+    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-10)
+    direction = torch.randn_like(naive)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(naive, (x, *parameters), direction, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(ours, (x, *parameters), direction, allow_unused=True, materialize_grads=True)
+    for name, a, b in zip(('input', *names), found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f'{name}: {text}')
+
+
+def one_head(layer, x, head):
+    """q, k, v (N, D) of one head of one image x (N, C), and the key and value of a zero token."""
+    c = x.shape[1]
+    d = c // layer.num_heads
+    bias = torch.zeros(3 * c, dtype=x.dtype) if layer.qkv.bias is None else layer.qkv.bias
+    rows = [slice(part * c + head * d, part * c + (head + 1) * d) for part in range(3)]
+    return [x @ layer.qkv.weight[r].T + bias[r] for r in rows], [bias[r] for r in rows[1:]]
+
+
+def naive_global(layer, x, floor):
+    """Before the projection: all pairs of tokens. Also says what it divided by, before the floor."""
+    images, weights = [], []
+    for image in x:
+        heads = []
+        for head in range(layer.num_heads):
+            (q, k, v), _ = one_head(layer, image, head)
+            score = torch.relu(q) @ torch.relu(k).T  # (N, N)
+            weight = score.sum(1, keepdim=True)
+            heads.append(layer.tau['scale'][head, 0, 0] * (score / torch.clamp(weight, min=floor)) @ v)
+            weights.append(weight.detach())
+        images.append(torch.cat(heads, dim=1))
+    return torch.stack(images), torch.stack(weights)
+
+
+def naive_conv(grid, weight, bias):
+    """Depth-wise convolution of (B, C, h, w), output by output."""
+    h, w, r = *grid.shape[-2:], weight.shape[-1] // 2
+    cells = []
+    for y in range(h):
+        for x in range(w):
+            cell = bias.expand(len(grid), -1)
+            for i in range(max(0, y - r), min(h, y + r + 1)):
+                for j in range(max(0, x - r), min(w, x + r + 1)):
+                    cell = cell + weight[:, 0, i - y + r, j - x + r] * grid[:, :, i, j]
+            cells.append(cell)
+    return torch.stack(cells, dim=2).reshape(grid.shape)
+
+
+def naive_local(lcm, x, hw, num_prefix=0):
+    grid = x[:, num_prefix:].transpose(1, 2).reshape(len(x), -1, *hw)
+    y = naive_conv(grid, lcm.conv1.weight, lcm.conv1.bias)
+    y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+    if isinstance(lcm.norm, nn.BatchNorm2d):
+        mean, var, eps = (s[:, None, None] for s in (lcm.norm.running_mean, lcm.norm.running_var,
+                                                     torch.full_like(lcm.norm.running_var, 1e-5)))
+    else:
+        mean, var, eps = y.mean(1, keepdim=True), y.var(1, unbiased=False, keepdim=True), 1e-6
+    y = (y - mean) / (var + eps).sqrt() * lcm.norm.weight[:, None, None] + lcm.norm.bias[:, None, None]
+    y = naive_conv(y, lcm.conv2.weight, lcm.conv2.bias)
+    return torch.cat([torch.zeros_like(x[:, :num_prefix]), y.flatten(2).transpose(1, 2)], dim=1)
+
+
+def naive_window(layer, x, hw, num_prefix=0):
+    """Before the projection: every token looks up whom it sees."""
+    (h, w), s = hw, layer.window_size
+    images = []
+    for image in x:
+        heads = []
+        for head in range(layer.num_heads):
+            (q, k, v), (pad_k, pad_v) = one_head(layer, image, head)
+            outs = []
+            for i in range(len(image)):
+                if i < num_prefix:
+                    keys, values = k, v
+                else:
+                    top, left = (i - num_prefix) // w // s * s, (i - num_prefix) % w // s * s
+                    cells = [(y, z) for y in range(top, top + s) for z in range(left, left + s)]
+                    seen = [*range(num_prefix), *(num_prefix + y * w + z for y, z in cells if y < h and z < w)]
+                    padding = 0 if layer.mask_padding else s * s - len(seen) + num_prefix
+                    keys = torch.cat([k[seen], pad_k.expand(padding, -1)])
+                    values = torch.cat([v[seen], pad_v.expand(padding, -1)])
+                score = torch.exp(keys @ q[i] / math.sqrt(len(q[i])))
+                outs.append(score @ values / score.sum())
+            heads.append(torch.stack(outs))
+        images.append(torch.cat(heads, dim=1))
+    return torch.stack(images)
+
+
+def project(layer, x):
+    return x @ layer.proj.weight.T + layer.proj.bias
+
+
+@every_grid
+@pytest.mark.parametrize('regime', ['below', 'around', 'above'])
+def test_global_attention(hw, num_prefix, regime):
+    layer, x = randomise(L2ViTAttention(DIM, HEADS)), tokens(hw, num_prefix)
+    weights = naive_global(layer, x, 1.0)[1]
+    positive = weights[weights > 0]
+    layer.denom_floor = {'below': 2 * weights.max(), 'around': positive.median(), 'above': positive.min() / 2}[regime]
+    wanted, _ = naive_global(layer, x, layer.denom_floor)
+    assert_same(layer(x, hw, num_prefix), project(layer, wanted), layer, x)
+    clamped = (weights < layer.denom_floor).double().mean()
+    assert {'below': clamped == 1, 'around': 0.2 < clamped < 0.8, 'above': clamped < 0.2}[regime]
+
+
+def test_global_attention_of_ones_is_the_floor():
+    layer = randomise(L2ViTAttention(DIM, HEADS))
+    with torch.no_grad():
+        layer.qkv.weight[2 * DIM:].zero_()
+        layer.qkv.bias[2 * DIM:].fill_(1)
+        layer.tau['scale'].copy_(torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1))
+        for scale in (0.3, 2, 30):
+            x = scale * tokens((5, 5), 1)
+            weights = naive_global(layer, x, 1.0)[1].view(2, HEADS, -1)
+            wanted = torch.tensor([0.5, -1.0, 2.0])[:, None] * torch.clamp(weights / 100, max=1)  # (2, H, N)
+            found = layer.attend(x, (5, 5), 1)
+            torch.testing.assert_close(found, wanted.transpose(1, 2).repeat_interleave(DIM // HEADS, dim=2))
+
+
+def test_scale_starts_at_head_width():
+    assert torch.equal(L2ViTAttention(64, 4).tau['scale'], torch.full((4, 1, 1), 0.25))
+
+
+@every_grid
+@pytest.mark.parametrize('norm', ['bn', 'ln'])
+def test_local_concentration(hw, num_prefix, norm):
+    layer, x = randomise(LocalConcentration(DIM, norm)).eval(), tokens(hw, num_prefix)
+    out = layer(x, hw, num_prefix)
+    assert (out[:, :num_prefix] == 0).all()
+    assert_same(out, naive_local(layer, x, hw, num_prefix), layer, x)
+
+
+def test_local_concentration_in_training():
+    x = tokens((4, 5), 0)
+    for norm, apart in (('bn', False), ('ln', True)):
+        layer = randomise(LocalConcentration(DIM, norm)).train()
+        assert torch.allclose(layer(x, (4, 5))[:1], layer(x[:1], (4, 5))) == apart
+
+
+@every_grid
+@pytest.mark.parametrize('mask_padding', [True, False])
+def test_window_attention(hw, num_prefix, mask_padding):
+    layer = randomise(WindowAttention(DIM, HEADS, window_size=WINDOW, mask_padding=mask_padding))
+    x = tokens(hw, num_prefix)
+    assert_same(layer(x, hw, num_prefix), project(layer, naive_window(layer, x, hw, num_prefix)), layer, x)
+
+
+def test_window_attention_without_bias_pads_with_zeros():
+    layer = randomise(WindowAttention(DIM, HEADS, qkv_bias=False, window_size=WINDOW, mask_padding=False))
+    x = tokens((4, 5), 0)
+    assert_same(layer(x, (4, 5), 0), project(layer, naive_window(layer, x, (4, 5))), layer, x)
+
+
+def test_window_of_the_whole_grid_is_softmax_attention():
+    from adala_mm.models.attentions import SoftmaxAttention
+    layer, softmax = WindowAttention(DIM, HEADS, window_size=9).double(), SoftmaxAttention(DIM, HEADS).double()
+    softmax.load_state_dict(layer.state_dict())
+    for hw, num_prefix in GRIDS:
+        x = tokens(hw, num_prefix)
+        torch.testing.assert_close(layer(x, hw, num_prefix), softmax(x, hw, num_prefix))
+
+
+@every_grid
+def test_local_concentration_inside_the_attention(hw, num_prefix):
+    plain, layer = L2ViTAttention(DIM, HEADS).double(), L2ViTAttention(DIM, HEADS, local_concentration=True).double()
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    x = tokens(hw, num_prefix)
+    assert torch.equal(layer(x, hw, num_prefix), plain(x, hw, num_prefix))  # to begin with
+    randomise(layer)
+    y = project(layer, naive_global(layer, x, 100.0)[0])
+    norm = layer.local['norm']
+    local = naive_local(layer.local['lcm'], F.layer_norm(y, (DIM,), norm.weight, norm.bias), hw, num_prefix)
+    assert_same(layer(x, hw, num_prefix), y + local, layer, x)
+
+
+def test_attentions_in_a_plain_vit(pretrained):
+    attention = [dict(type='adala_mm.WindowAttention', window_size=3),
+                 dict(type='adala_mm.L2ViTAttention', local_concentration=True, denom_floor=10.0)]
+    image = torch.randn(2, 3, 40, 24)
+    for init_cfg in (None, pretrained):
+        model = MODELS.build(tiny_vit(attention=attention, init_cfg=init_cfg))
+        model.init_weights()
+        assert all((p == 0).all() for p in model.blocks[1].attn.local['lcm'].conv2.parameters())
+        assert (model.blocks[1].attn.tau['scale'] == 8 ** -0.5).all()
+        assert model(image)[0].isfinite().all()
+    state = torch.load(pretrained['checkpoint'])
+    assert torch.equal(model.blocks[1].attn.qkv.weight, state['blocks.1.attn.qkv.weight'])
+
+
+@pytest.mark.parametrize(('build', 'message'), [
+    (lambda: L2ViTAttention(DIM, HEADS, denom_floor=0), 'denom_floor=0 must be positive'),
+    (lambda: WindowAttention(DIM, HEADS, window_size=0), 'window_size=0'),
+    (lambda: LocalConcentration(DIM, 'gn'), "'gn'.*bn, ln"),
+    (lambda: L2ViT('huge'), "'huge'.*tiny, small, base.*embed_dims, depths, num_heads"),
+    (lambda: L2ViT(dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))), 'four numbers for each of embed_dims'),
+    (lambda: L2ViT(dict(SMALL, depths=(2, 2, 2))), 'four numbers'),
+    (lambda: L2ViT(dict(SMALL, embed_dims=(7, 12, 16, 24))), 'first width.*even'),
+    (lambda: L2ViT(dict(SMALL, num_heads=(1, 5, 2, 3))), 'num_heads=5 does not divide the width 12'),
+    (lambda: L2ViT(SMALL, out_indices=(1, 4)), r'\(1, 4\).*stages are 0, 1, 2 and 3'),
+    (lambda: L2ViT(SMALL, out_type='cls_token'), "'cls_token'.*featmap, avg_featmap"),
+], ids=lambda value: value[:20] if isinstance(value, str) else '')
+def test_bad_arguments(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(('arch', 'millions'), [('tiny', 28.60), ('small', 50.20), ('base', 88.58)])
+def test_parameter_counts(arch, millions):
+    with torch.device('meta'):
+        model = L2ViT(arch, out_indices=(3,), out_type='avg_featmap')
+        head = nn.Linear(ARCHS[arch]['embed_dims'][-1], 1000)
+    count = sum(p.numel() for p in (*model.parameters(), *head.parameters()))
+    assert abs(count / 1e6 - millions) < 0.01
+    assert {d // h for d, h in zip(ARCHS[arch]['embed_dims'], ARCHS[arch]['num_heads'], strict=True)} == {32}
+
+
+def small(**changes):
+    return L2ViT(**dict(arch=SMALL, window_size=3) | changes)
+
+
+def naive_l2vit(model, image):
+    """The whole backbone in eval mode, from the description of the paper's models."""
+    def norm(m, x):
+        return F.layer_norm(x, x.shape[-1:], m.weight, m.bias, 1e-5)
+
+    def pad(x, size):
+        return F.pad(x, (0, (size - x.shape[3] % size) % size, 0, (size - x.shape[2] % size) % size))
+
+    def position(m, x, hw):
+        grid = x.transpose(1, 2).reshape(len(x), -1, *hw)
+        return x + F.conv2d(grid, m.conv.weight, m.conv.bias, padding=1, groups=x.shape[2]).flatten(2).transpose(1, 2)
+
+    def mlp(m, x):
+        return F.linear(F.gelu(F.linear(x, m.fc1.weight, m.fc1.bias)), m.fc2.weight, m.fc2.bias)
+
+    outs, hw = [], None
+    for i, (down, blocks) in enumerate(zip(model.downsamples, model.stages, strict=True)):
+        if i == 0:
+            grid = pad(image, 4)
+            for conv, bn in ((down.conv[0], down.conv[1]), (down.conv[3], down.conv[4])):
+                grid = F.conv2d(grid, conv.weight, conv.bias, stride=2, padding=1)
+                grid = F.batch_norm(grid, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+                grid = torch.relu(grid) if conv is down.conv[0] else grid
+            x = norm(down.norm, grid.flatten(2).transpose(1, 2))
+        else:
+            grid = pad(norm(down.norm, x).transpose(1, 2).reshape(len(x), -1, *hw), 2)
+            grid = F.conv2d(grid, down.conv.weight, down.conv.bias, stride=2)
+            x = grid.flatten(2).transpose(1, 2)
+        hw = tuple(grid.shape[2:])
+        for j, block in enumerate(blocks):
+            if j % 2 == 0:
+                x = position(block.cpe1, x, hw)
+                x = x + project(block.attn, naive_window(block.attn, norm(block.norm1, x), hw))
+                x = position(block.cpe2, x, hw)
+            else:
+                x = position(block.cpe, x, hw)
+                x = x + project(block.attn, naive_global(block.attn, norm(block.norm1, x), 100.0)[0])
+                x = x + naive_local(block.lcm, norm(block.norm3, x), hw)
+            x = x + mlp(block.mlp, norm(block.norm2, x))
+        outs.append(norm(model.norms[str(i)], x).transpose(1, 2).reshape(len(x), -1, *hw))
+    return outs
+
+
+@pytest.mark.parametrize('size', [(32, 32), (50, 38)], ids=str)
+@torch.no_grad()
+def test_backbone_values(size):
+    model = randomise(small(), std=0.3).eval()
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+    outs = model(image)
+    for out, wanted in zip(outs, naive_l2vit(model, image), strict=True):
+        torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-8)
+        assert out.is_contiguous()
+    mean = small(out_indices=(3,), out_type='avg_featmap').double().eval()
+    mean.load_state_dict({key: value for key, value in model.state_dict().items() if key in mean.state_dict()})
+    torch.testing.assert_close(mean(image)[0], outs[3].mean((2, 3)))
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, 1), (2, 2)], ids=str)
+@torch.no_grad()
+def test_shapes_at_any_size(out_indices):
+    model = small(out_indices=out_indices).eval()
+    for h, w in ((50, 70), (33, 1), (64, 96)):
+        outs = model(torch.randn(2, 3, h, w))
+        assert isinstance(outs, tuple) and len(outs) == len(out_indices)
+        for i, out in zip(out_indices, outs, strict=True):
+            assert out.shape == (2, SMALL['embed_dims'][i], math.ceil(h / 2 ** (i + 2)), math.ceil(w / 2 ** (i + 2)))
+
+
+def test_block_order_and_initialisation():
+    model = small(denom_floor=7.0)
+    model.init_weights()
+    for blocks, depth in zip(model.stages, SMALL['depths'], strict=True):
+        assert [type(block) for block in blocks] == ([LocalBlock, GlobalBlock] * 9)[:depth]
+    window, linear = model.stages[2][2].attn, model.stages[2][1]
+    assert window.window_size == 3 and not window.mask_padding
+    assert linear.attn.denom_floor == 7 and isinstance(linear.lcm.norm, nn.BatchNorm2d)
+    assert (linear.attn.tau['scale'] == 8 ** -0.5).all()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            assert (module.bias == 0).all() and 0.01 < module.weight.std() < 0.03  # small kernels vary
+
+
+def save(model, path, prefix='backbone.'):
+    torch.save(dict(state_dict={prefix + key: value for key, value in model.state_dict().items()}
+                    | ({'head.fc.weight': torch.zeros(2)} if prefix else {})), path)
+    return dict(type='Pretrained', checkpoint=str(path))
+
+
+def test_loading(tmp_path):
+    classifier = randomise(small(out_indices=(3,), out_type='avg_featmap')).float()
+    segmentor = small(init_cfg=save(classifier, tmp_path / 'classifier.pth'))
+    segmentor.init_weights()
+    theirs, ours = classifier.state_dict(), segmentor.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert set(ours) - set(theirs) == {f'norms.{i}.{key}' for i in range(3) for key in ('weight', 'bias')}
+    assert (ours['norms.0.weight'] == 1).all()
+    for prefix in ('backbone.', ''):
+        back = small(out_indices=(3,), init_cfg=save(segmentor, tmp_path / 'segmentor.pth', prefix))
+        back.init_weights()
+        assert all(torch.equal(value, theirs[key]) for key, value in back.state_dict().items())
+
+
+def test_loading_is_strict(tmp_path):
+    model = small()
+
+    def load(state, **changes):
+        torch.save(state, tmp_path / 'weights.pth')
+        small(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth')), **changes).init_weights()
+
+    state = model.state_dict()
+    load(state)
+    name = 'stages.2.1.attn.tau.scale'
+    with pytest.raises(ValueError, match=rf'weights.pth does not fit this L2ViT(.|\n)*Missing(.|\n)*{name}(.|\n)*arch'):
+        load({key: value for key, value in state.items() if key != name})
+    with pytest.raises(ValueError, match='Unexpected(.|\n)*positions'):
+        load(state | {'positions': torch.zeros(3)})
+    with pytest.raises(ValueError, match='size mismatch for downsamples.0.conv.0.weight'):
+        load(state, arch=dict(SMALL, embed_dims=(16, 24, 32, 48)))
+    for bad in (dict(type='Constant', val=0), dict(type='Pretrained'),
+                dict(type='Pretrained', checkpoint='x.pth', map_location='cpu')):
+        with pytest.raises(ValueError, match='init_cfg must be'):
+            small(init_cfg=bad).init_weights()
+    with pytest.raises(FileNotFoundError, match='no checkpoint at nowhere.pth'):
+        small(init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth')).init_weights()
+
+
+def test_drop_path_acts_only_in_training():
+    model, plain = small(drop_path_rate=0.7), small()
+    plain.load_state_dict(model.state_dict())
+    rates = [block.drop_path.drop_prob for blocks in model.stages for block in blocks]
+    assert rates == pytest.approx([0.1 * i for i in range(8)])
+    image = torch.randn(1, 3, 32, 40).repeat(8, 1, 1, 1)
+    first, again, wanted = model.eval()(image), model(image), plain.eval()(image)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, wanted, strict=True))
+    out, = model.train()(image)[-1:]
+    assert (out[1:] != out[:1]).any()
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain, frugal = small(drop_path_rate=0.5).train(), small(drop_path_rate=0.5, with_cp=True).train()
+    frugal.load_state_dict(plain.state_dict())
+    calls, results = [], []
+    frugal.stages[0][1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for model in (plain, frugal):
+        torch.manual_seed(3)
+        image = torch.randn(4, 3, 36, 32, requires_grad=True)
+        outs = model(image)
+        sum(out.square().sum() for out in outs).backward()
+        # Statistics of BatchNorm too: the recomputation is no second batch.
+        results.append([*outs, image.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    assert len(calls) == 2 and len(list(plain.buffers())) > 10
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert all(m.momentum == 0.1 for m in frugal.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_bf16_autocast():
+    model = small().eval()
+    image = torch.randn(2, 3, 50, 70)
+    wanted = model(image)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs, big = model(image), model(1e4 * image)
+    sum(out.float().square().mean() for out in (*outs, *big)).backward()
+    assert all(out.isfinite().all() for out in big)
+    assert all((a.float() - b).abs().max() < 0.05 * b.abs().max() for a, b in zip(outs, wanted, strict=True))
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_layer_depth(prefix):
+    model = small()
+    names = [name for name, _ in model.named_parameters()]
+    depths = {name: model.get_layer_depth(prefix + name, prefix) for name in names}
+    assert {total for _, total in depths.values()} == {10} and {d for d, _ in depths.values()} == set(range(10))
+    order = ['downsamples.0.conv.0.weight', 'stages.0.0.norm1.weight', 'stages.0.1.attn.tau.scale',
+             'downsamples.1.norm.weight', 'stages.1.0.mlp.fc1.bias', 'downsamples.2.conv.bias',
+             'stages.2.2.cpe1.conv.weight', 'stages.3.1.lcm.conv1.weight', 'norms.0.weight']
+    assert [depths[name][0] for name in order] == [0, 1, 2, 3, 3, 4, 6, 8, 9]
+    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (9, 10)
+
+
+def step(model, data):
+    """One step of training: the losses, and whether each parameter moved."""
+    model.init_weights()
+    model.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = model.train_step(data, OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-2)))
+    return losses, {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+
+
+def test_trains_in_mmpretrain():
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(dict(
+            type='ImageClassifier',
+            backbone=dict(type='adala_mm.L2ViT', arch=SMALL, out_indices=(3,), out_type='avg_featmap',
+                          drop_path_rate=0.1, denom_floor=1.0),
+            head=dict(type='LinearClsHead', num_classes=5, in_channels=24)))
+        data = dict(inputs=torch.randint(256, (4, 3, 45, 64)),
+                    data_samples=[DataSample().set_gt_label(i) for i in range(4)])
+        losses, moved = step(model, data)
+    assert losses['loss'].isfinite() and all(moved.values())
+
+
+def test_trains_in_mmseg():
+    head = dict(in_channels=list(SMALL['embed_dims']), in_index=[0, 1, 2, 3], channels=16, num_classes=5,
+                norm_cfg=dict(type='BN'), loss_decode=dict(type='CrossEntropyLoss'))
+    samples = []
+    for _ in range(2):
+        samples.append(SegDataSample(gt_sem_seg=PixelData(data=torch.randint(5, (1, 64, 96)))))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(dict(
+            type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 96)),
+            backbone=dict(type='adala_mm.L2ViT', arch=SMALL, window_size=3, denom_floor=1.0),
+            decode_head=dict(head, type='UPerHead', pool_scales=(1, 2)), test_cfg=dict(mode='whole')))
+        losses, moved = step(model, dict(inputs=[torch.randint(256, (3, 64, 96))] * 2, data_samples=samples))
+        assert model.eval()(torch.randn(1, 3, 50, 70)).shape == (1, 5, 13, 18)
+    assert losses['loss'].isfinite() and all(moved.values())
+
+
+# --- configs/l2vit ---
+
+NAMES = [f'{kind}_l2vit{size}_{data}' for kind, data in (('linear', 'in1k'), ('upernet', 'ade20k'),
+                                                        ('mask2former', 'ade20k')) for size in 'tsb']
+SIZES = {'t': 'tiny', 's': 'small', 'b': 'base'}
+every_config = pytest.mark.parametrize('name', NAMES)
+
+
+@functools.cache
+def parsed(name):
+    return Config.fromfile(ROOT / 'configs/l2vit' / f'{name}.py')
+
+
+def config(name):
+    return copy.deepcopy(parsed(name))
+
+
+@functools.cache
+def model_of(name):
+    """At full size, without memory: parameters have shapes only."""
+    cfg = config(name)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+def test_every_config_is_listed():
+    assert {path.stem for path in (ROOT / 'configs/l2vit').glob('*.py')} == set(NAMES)
+    before = {name: parsed(name).to_dict() for name in NAMES}
+    for name in reversed(NAMES):  # they edit dicts of shared base files
+        assert Config.fromfile(ROOT / 'configs/l2vit' / f'{name}.py').to_dict() == before[name], name
+
+
+@pytest.mark.parametrize('name', ['linear_l2vits_in1k', 'upernet_l2vitb_ade20k', 'mask2former_l2vitb_ade20k'])
+def test_dump_and_reload(name, tmp_path):
+    config(name).dump(tmp_path / 'dumped.py')
+    assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == parsed(name).to_dict()
+
+
+@every_config
+def test_sizes_differ_in_the_model_only(name):
+    kind, size = name.split('_')[0], name.split('_')[1][-1]
+    cfg, twin = config(name).to_dict(), config(name.replace(f'l2vit{size}', 'l2vitt')).to_dict()
+    backbone = cfg['model']['backbone']
+    assert (backbone['type'], backbone['arch']) == ('adala_mm.L2ViT', SIZES[size])
+    published = 0.3 if kind != 'linear' or size == 'b' else {'t': 0.1, 's': 0.2}[size]
+    assert backbone['drop_path_rate'] == published
+    if kind == 'linear':
+        assert 'init_cfg' not in backbone
+    else:
+        start = parsed(f'linear_l2vit{size}_in1k')
+        assert backbone['init_cfg'] == dict(
+            type='Pretrained', checkpoint=f'work_dirs/linear_l2vit{size}_in1k/epoch_{start.train_cfg.max_epochs}.pth')
+        # The classifier's file fits: only output norms differ.
+        ours, theirs = (m.backbone.state_dict() for m in (model_of(name), model_of(f'linear_l2vit{size}_in1k')))
+        assert set(theirs) <= set(ours)
+        assert all(key.startswith('norms.') for key in set(ours) - set(theirs))
+        assert all(ours[key].shape == value.shape for key, value in theirs.items())
+    for key in ('model', 'backbone'):
+        del cfg[key], twin[key]
+    assert cfg == twin
+
+
+@every_config
+def test_features_fit_the_head(name):
+    cfg, model = config(name), model_of(name).eval()
+    if cfg.default_scope == 'mmpretrain':
+        assert model(torch.empty(1, 3, 224, 224, device='meta'), mode='tensor').shape == (1, 1000)
+        assert model.head.fc.in_features == ARCHS[cfg.model.backbone.arch]['embed_dims'][-1]
+        return
+    images = torch.empty(1, 3, 512, 512, device='meta')
+    features = model.extract_feat(images)
+    assert [f.shape[1] for f in features] == cfg.model.decode_head.in_channels
+    assert [512 // f.shape[2] for f in features] == [4, 8, 16, 32]
+    if 'auxiliary_head' in cfg.model:
+        assert features[cfg.model.auxiliary_head.in_index].shape[1] == cfg.model.auxiliary_head.in_channels
+        assert model(images, mode='tensor').shape == (1, 150, 128, 128)
+    else:
+        assert cfg.model.decode_head.strides == [4, 8, 16, 32] and 'neck' not in cfg.model
+        assert cfg.model.decode_head.loss_cls.class_weight == [1.0] * 150 + [0.1]
+
+
+@every_config
+def test_schedule_and_optimizer(name, monkeypatch):
+    monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
+    cfg, model, kind = config(name), model_of(name), name.split('_')[0]
+    lr, decay = dict(linear=(4e-3, 0.05), upernet=(6e-5, 0.01), mask2former=(1e-4, 0.05))[kind]
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=lr, weight_decay=decay)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
+    assert {id(p) for p in model.parameters()} == set(groups)
+    norms = {f'{prefix}.{key}' for prefix, module in model.named_modules() for key, _ in module.named_parameters()
+             if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d))}
+    for key, p in model.named_parameters():
+        slow = kind == 'mask2former' and key.startswith('backbone.')
+        assert groups[id(p)]['lr'] == pytest.approx(0.1 * lr if slow else lr)
+        if kind == 'linear':
+            spared = key in norms or key.endswith('.bias')
+            assert groups[id(p)].get('weight_decay', decay) == (0 if spared else decay), key
+    if kind == 'linear':
+        # 8 GPUs; the hook that averages the weights counts iterations, not steps.
+        assert 8 * cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == 4096
+        assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size
+        assert cfg.custom_hooks[0].interval == cfg.optim_wrapper.accumulative_counts
+        assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=300)
+    elif kind == 'upernet':
+        assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
+        assert 8 * cfg.train_dataloader.batch_size == 16 == cfg.auto_scale_lr.base_batch_size
+        assert cfg.train_dataloader.sampler.type == 'InfiniteSampler' and cfg.sync_bn == 'torch'
+        hook = cfg.default_hooks.checkpoint
+        assert not hook.by_epoch and not cfg.log_processor.by_epoch and 160000 % hook.interval == 0
+    else:
+        assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=20)
+        assert 8 * cfg.train_dataloader.batch_size == 64
+
+
+def rates(cfg, iterations, epoch_length):
+    """Learning rates of a run, iteration by iteration."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = []
+    for options in cfg.param_scheduler:
+        options = dict(options)
+        kind = PARAM_SCHEDULERS.get(options.pop('type'))
+        if options.pop('convert_to_iter_based', False):
+            schedulers.append(kind.build_iter_from_epoch(optimizer=optimizer, epoch_length=epoch_length, **options))
+        else:
+            schedulers.append(kind(optimizer=optimizer, **options))
+    found = []
+    for _ in range(iterations):
+        found.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    return found
+
+
+def test_learning_rates():
+    found = rates(config('linear_l2vitt_in1k'), 601, epoch_length=2)
+    assert found[0] == pytest.approx(4e-6) and found[40] == pytest.approx(4e-3) == max(found)
+    assert found[320] == pytest.approx((4e-3 + 1e-6) / 2, rel=1e-2) and found[600] == pytest.approx(1e-6, abs=1e-7)
+    found = rates(config('upernet_l2vitt_ade20k'), 3100, epoch_length=1)
+    assert found[0] == pytest.approx(6e-11) and found[750] == pytest.approx(3e-5, rel=1e-2)
+    assert found[1500] == pytest.approx(6e-5, rel=1e-3)
+    assert found[1500] - found[3085] == pytest.approx(6e-5 / 100, rel=1e-2)  # a hundredth of what is left
+
+
+def test_averaging_hook_builds():
+    cfg = config('linear_l2vitt_in1k')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        hook = HOOKS.build({key: value for key, value in cfg.custom_hooks[0].items() if key != 'priority'})
+        average = MODELS.build(dict(hook.ema_cfg), default_args=dict(model=nn.BatchNorm1d(3)))
+    assert average.interval == 4 and average.momentum == 1e-4 and average.update_buffers
+
+
+@every_config
+def test_datasets_pipelines_and_metrics_build(name):
+    cfg = config(name)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            options = loader.dataset.to_dict()
+            assert len(Compose(copy.deepcopy(options['pipeline'])).transforms) == len(options['pipeline'])
+            dataset = DATASETS.build(dict(options, lazy_init=True))
+            head = cfg.model.get('decode_head') or cfg.model.head
+            assert len(dataset.metainfo['classes']) == head.num_classes
+        METRICS.build(cfg.val_evaluator.to_dict())
+        mean, std = (cfg.model.data_preprocessor[key] for key in ('mean', 'std'))
+    assert (mean, std) == ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+    if cfg.default_scope == 'mmseg':
+        assert cfg.model.data_preprocessor.size == (512, 512) == tuple(cfg.crop_size)
+
+
+def test_classification_pipelines_and_batch(tmp_path):
+    """Random augmentation, mixup and label smoothing meet in one step of a small twin."""
+    photo = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / 'photo.jpg'), photo)
+    cfg = config('linear_l2vitt_in1k')
+    cfg.model.backbone.arch = SMALL
+    cfg.model.head.in_channels = 24
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        batches = {}
+        for loader in ('train_dataloader', 'val_dataloader'):
+            pipeline = Compose(copy.deepcopy(cfg[loader].dataset.to_dict()['pipeline']))
+            items = [pipeline(dict(img_path=str(tmp_path / 'photo.jpg'), gt_label=i)) for i in (1, 2)]
+            assert all(item['inputs'].shape == (3, 224, 224) for item in items)
+            batches[loader] = dict(inputs=torch.stack([item['inputs'] for item in items]),
+                                   data_samples=[item['data_samples'] for item in items])
+        model = MODELS.build(cfg.model)
+        losses, _ = step(model, batches['train_dataloader'])
+        with torch.no_grad():
+            results = model.eval().val_step(batches['val_dataloader'])
+    assert losses['loss'].isfinite() and results[0].pred_score.shape == (1000,)
+    assert abs(model.head.fc.bias).max() <= 0.011  # zero before its first step
+    assert model.head.init_cfg['std'] == 0.02

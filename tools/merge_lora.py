@@ -1,0 +1,31 @@
+"""Adds LoRA's updates to the weights of a checkpoint, which then holds plain Hedgehog attention.
+
+    python tools/merge_lora.py work_dirs/linear_dinov2l_lolcats_native_in1k/epoch_10.pth merged.pth
+
+The result loads wherever `adala_mm.HedgehogAttention` stands in place of `adala_mm.LoLCATSAttention`.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+
+from adala_mm.models.attentions.lolcats import merge_lora
+from adala_mm.utils.checkpoint import read_state_dict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('checkpoint')
+    parser.add_argument('out', type=Path)
+    parser.add_argument('--alpha', type=float, default=16.0, help="numerator of the scale, as in the model's config")
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f'{args.out} exists already; nothing is overwritten')
+    state = read_state_dict(args.checkpoint)
+    merged = merge_lora(state, args.alpha)
+    torch.save({'state_dict': merged}, args.out)
+    print(f'{args.out}: {len(state) - len(merged)} LoRA tensors merged, {len(merged)} tensors left')
+
+
+if __name__ == '__main__':
+    main()
