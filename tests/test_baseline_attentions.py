@@ -357,7 +357,8 @@ def test_monarch_climbs_towards_softmax(hw, num_prefix, block):
     ('Cosformer', dict(cls_policy='odd'), "'odd'.*index, neutral"),
     ('Nystromformer', dict(pinv_init='odd'), "pinv_init 'odd'.*exact, original"),
     ('Nystromformer', dict(landmarks='odd'), "landmarks 'odd'.*segments, grid"),
-    ('Nystromformer', dict(num_landmarks=0), 'num_landmarks=0'), ('Nystromformer', dict(conv_kernel=4), 'kernel_size=4'),
+    ('Nystromformer', dict(num_landmarks=0), 'num_landmarks=0'),
+    ('Nystromformer', dict(conv_kernel=4), 'kernel_size=4'),
     ('Monarch', dict(num_steps=0), 'num_steps=0'), ('Monarch', dict(block_size=0), 'block_size=0'),
 ], ids=str)
 def test_bad_options(name, options, message):

@@ -5,9 +5,12 @@ import pytest
 import torch
 from conftest import LINEAR, ROOT, tiny_vit
 
+from adala_mm.models.attentions import build_attention
 from adala_mm.ops import FEATURE_MAPS, linear_attention
 from adala_mm.ops.deformable_attention import ms_deform_attn
+from adala_mm.registry import ATTENTIONS
 
+ATTENTIONS.import_from_location()
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
 
@@ -23,6 +26,22 @@ def test_linear_attention(feature_map, dtype):
     assert out.dtype == dtype
     assert (out - wanted).norm() < 2 * torch.finfo(dtype).eps * wanted.norm() + 1e-5 * wanted.norm()
     assert all(t.grad.isfinite().all() for t in inputs)
+
+
+@pytest.mark.parametrize('name', sorted(ATTENTIONS.module_dict))
+def test_every_attention_as_on_the_cpu(name):
+    layer = build_attention(dict(type=name), 128, 4, grid=(24, 20), num_prefix=1).eval()
+    x = torch.randn(2, 481, 128)
+    wanted = layer(x, (24, 20), 1)
+    layer.cuda()
+    out = layer(x.cuda(), (24, 20), 1)
+    assert (out.cpu() - wanted).norm() < 1e-3 * wanted.norm()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast('cuda', dtype=dtype):
+            half = layer(x.cuda(), (24, 20), 1)
+        half.float().square().mean().backward()
+        assert (half.float().cpu() - wanted).norm() < 0.05 * wanted.norm()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_deformable_attention_as_on_the_cpu():

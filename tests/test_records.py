@@ -16,7 +16,7 @@ from adala_mm.utils import records
 from adala_mm.utils.records import curve, machine, read_scalars
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
-RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json')]
+RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json', 'attentions.json')]
 PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'configs/baselines/README.md')]
 
 
@@ -155,7 +155,8 @@ def tables(tmp_path, monkeypatch):
     """tools/make_tables.py in a repository of made-up records."""
     root = tmp_path / 'repository'
     (root / 'docs/results').mkdir(parents=True)
-    (root / 'configs/adala').mkdir(parents=True)
+    for folder in ('adala', 'baselines'):
+        (root / 'configs' / folder).mkdir(parents=True)
     for name in ('stage1_a_coco', 'stage2_a_in22k', 'mask2former_a_ade20k', 'mask2former_a_softmax_ade20k',
                  'mask2former_a_cityscapes', 'linear_a_in1k'):
         (root / f'configs/adala/{name}.py').touch()
@@ -174,6 +175,12 @@ def tables(tmp_path, monkeypatch):
     (root / 'docs/results/real.json').write_text(json.dumps(runs))
     (root / 'README.md').write_text(marked('demo', 'configs'))
     (root / 'docs/results.md').write_text(marked('real_alignment', 'real_camvid'))
+    cost = dict(ms=4.0, mib=8.0, gmac=1.0, parameters=0)
+    row = dict(name='AAttention', seed=0, miou=[10.0, 20.0, 30.0], rel_error=[1.0, 0.5, 0.25])
+    (root / 'docs/results/attentions.json').write_text(json.dumps(
+        dict(rows=[row], costs=dict(SoftmaxAttention=cost, AAttention=cost), teacher=80.0, machine=MACHINE,
+             iterations=dict(teacher=5, stage1=5, stage2=5))))
+    (root / 'configs/baselines/README.md').write_text(marked('attentions'))
     module = tool('make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
     return module

@@ -40,7 +40,7 @@ from adala_mm.utils.tables import attention_table  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 # iterations of teacher, stage 1 and stage 2: the demo's own, or what fits into ten minutes for all attentions
 FULL = dict(teacher=500, stage1=80, stage2=50)
-QUICK = dict(teacher=300, stage1=40, stage2=25)
+QUICK = dict(teacher=250, stage1=30, stage2=20)
 GRID = (64, 64)  # on which time and memory of one layer are measured, with a class token
 
 
@@ -54,7 +54,9 @@ def demo_config(name: str, work_dir: Path, data_root: str, seed: int, iterations
     cfg.randomness.seed = seed
     if iterations:
         cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
-        cfg.param_scheduler[-1].end = iterations
+        warmup, decay = cfg.param_scheduler
+        warmup.end = decay.begin = min(warmup.end, iterations // 2)
+        decay.end = iterations
         cfg.default_hooks.checkpoint.interval = iterations
     return cfg
 
@@ -64,7 +66,8 @@ def train_teacher(out: Path, data_root: str, iterations: int) -> Path:
     if not checkpoint.exists():
         out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(min(2, os.cpu_count() or 1))
-        with open(out / 'console.log', 'w') as log, contextlib.redirect_stdout(log):
+        print(f'training the teacher, {iterations} iterations, see {out}/console.log', flush=True)
+        with open(out / 'console.log', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             Runner.from_cfg(demo_config('teacher_demo_beacons', out, data_root, 0, iterations)).train()
     return checkpoint
 
@@ -112,7 +115,7 @@ def measure_costs(names: list[str], rounds: int = 4, dim: int = 384, heads: int 
     x = torch.randn(1, 1 + GRID[0] * GRID[1], dim)
     layers = {name: build_attention(dict(type=name), dim, heads, grid=GRID, num_prefix=1).eval() for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(rounds):
             for name, layer in layers.items():
                 start = time.perf_counter()
@@ -204,6 +207,8 @@ def run_rows(args: argparse.Namespace, names: list[str], out: Path, data_root: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='shorter runs: all attentions in ten minutes on 2 cores')
+    parser.add_argument('--iterations', nargs=3, type=int, metavar=('TEACHER', 'STAGE1', 'STAGE2'),
+                        help='lengths of the runs, instead')
     parser.add_argument('--attentions', nargs='+', metavar='NAME', help='registered names; all if unset')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, help='rows at a time')
@@ -217,6 +222,10 @@ def main() -> None:
         parser.error(f'{", ".join(sorted(unknown))}: no registered attention; there are {", ".join(known)}')
     out = Path(args.work_dir or f'work_dirs/compare{"_quick" if args.quick else ""}').resolve()
     iterations, data_root = QUICK if args.quick else FULL, str(Path(args.data_root).resolve())
+    if args.iterations:
+        if min(args.iterations) < 2:
+            parser.error('--iterations must be at least 2 each')
+        iterations = dict(zip(FULL, args.iterations, strict=True))
     began = time.time()
     use_safe_loading()
 

@@ -1,0 +1,58 @@
+"""The comparison of attentions: every registered one by default, resumable, and a table that says what was measured."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from adala_mm.utils.tables import attention_table
+
+
+def compare(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / 'tools/compare_attentions.py'), *options], capture_output=True,
+                          text=True, check=False, timeout=300)
+
+
+def test_two_attentions_then_one_more(tmp_path):
+    common = ['--iterations', '2', '2', '2', '--jobs', '1', '--work-dir', str(tmp_path / 'out'),
+              '--data-root', str(tmp_path / 'data'), '--attentions', 'ViTALiTyAttention']
+    first = compare(*common)
+    assert first.returncode == 0, first.stderr
+    assert 'teacher:' in first.stdout and '0 rows are there already, 1 to go' in first.stdout
+    second = compare(*common, 'adala_mm.LinearAttention')
+    assert second.returncode == 0, second.stderr
+    assert '1 rows are there already, 1 to go' in second.stdout and 'ETA' in second.stdout
+
+    data = json.loads((tmp_path / 'out/results.json').read_text())
+    assert {row['name'] for row in data['rows']} == {'LinearAttention', 'ViTALiTyAttention'}
+    for row in data['rows']:
+        assert len(row['miou']) == len(row['rel_error']) == 3 and all(0 <= value <= 100 for value in row['miou'])
+        assert all(error > 0 for error in row['rel_error'])
+    assert set(data['costs']) == {'SoftmaxAttention', 'LinearAttention', 'ViTALiTyAttention'}
+    assert data['costs']['SoftmaxAttention']['mib'] > data['costs']['LinearAttention']['mib'] > 0
+    assert data['iterations'] == dict(teacher=2, stage1=2, stage2=2)
+    assert (tmp_path / 'out/comparison.md').read_text() == attention_table(data) + '\n'
+    assert (tmp_path / 'out/comparison.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_unknown_attention_is_named():
+    done = compare('--attentions', 'LinearAtention')
+    assert done.returncode == 2
+    assert 'LinearAtention: no registered attention' in done.stderr and 'RALAAttention' in done.stderr
+
+
+@pytest.fixture
+def data() -> dict:
+    cost = dict(ms=4.0, mib=8.0, gmac=1.0, parameters=0)
+    costs = dict(SoftmaxAttention=cost, AAttention=cost | dict(ms=2.0), BAttention=cost | dict(parameters=1234))
+    rows = [dict(name=f'{name}Attention', seed=seed, miou=[10.0, 20.0, last], rel_error=[1.0, 0.5, 0.25])
+            for name, seed, last in (('A', 0, 50.0), ('A', 1, 60.0), ('B', 0, 70.0))]
+    return dict(teacher=80.0, costs=costs, rows=rows)
+
+
+def test_table_averages_seeds_and_puts_the_best_first(data):
+    lines = attention_table(data).splitlines()
+    assert [line.split(' | ')[0] for line in lines[2:]] == ['| softmax (teacher)', '| B', '| A']
+    assert lines[3] == '| B | 10.00 | 20.00 | 70.00 | 1.00 / 0.50 / 0.25 | 1.00 | 1.00 | 1.00 | 1,234 |'
+    assert '| 55.00 |' in lines[4] and '| 0.50 | 1.00 |' in lines[4]
