@@ -172,7 +172,7 @@ def test_rel_error_is_zero_for_a_perfect_student(sharp_pretrained):
     model = stage1(sharp_pretrained)
     for block, twin in zip(model.backbone.blocks, model.frozen['attentions'], strict=True):
         assert isinstance(twin, SoftmaxAttention)
-        block.attn.mix = twin.mix  # the twin's rule on the same projections
+        block.attn.attend = twin.attend
     assert {key: value.item() for key, value in model.loss(torch.randn(2, 3, 32, 32)).items()} == pytest.approx(
         {'loss': 0, 'rel_error': 0, 'rel_error_worst': 0}, abs=1e-6)
 

@@ -53,7 +53,13 @@ def error(got, wanted, floor=0.0):
 
 
 def test_every_feature_map_is_covered():
-    assert sorted(FEATURE_MAPS) == MAPS
+    assert sorted(FEATURE_MAPS) == sorted([*MAPS, 'identity'])
+
+
+def test_identity_takes_features_that_are_there_already():
+    q, k, v = qkv(2, 3, 17, 17, 8)
+    torch.testing.assert_close(linear_attention(F.softplus(q), F.softplus(k), v, 'identity'),
+                               linear_attention(q, k, v, 'softplus'))
 
 
 @pytest.mark.parametrize('name', MAPS)

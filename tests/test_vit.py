@@ -249,9 +249,9 @@ def test_drop_path_acts_only_in_training():
     model.train()
     x, hw = model.embed(image)
     first = model.blocks[0](x, hw, 1)
-    assert (first == first[:1]).all()  # the rate rises from 0 in the first block
+    torch.testing.assert_close(first, first[:1].expand_as(first))  # the rate rises from 0 in the first block
     last = model.blocks[1](first, hw, 1)
-    assert (last != last[:1]).any()
+    assert (last - last[:1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])

@@ -1,8 +1,17 @@
-"""Tensor functions. Nothing here imports anything but torch."""
+"""Tensor functions. Nothing here imports anything but torch, and Triton where there is a GPU."""
 from adala_mm.ops.deformable_attention import ms_deform_attn
 from adala_mm.ops.gated_linear_attention import gated_linear_attention
-from adala_mm.ops.linear_attention import FEATURE_MAPS, elu1, linear_attention, shifted_exp, weighted_sums
+from adala_mm.ops.linear_attention import (
+                                           FEATURE_MAPS,
+                                           check_feature_map,
+                                           elu1,
+                                           linear_attention,
+                                           linear_attention_packed,
+                                           linear_attention_reference,
+                                           shifted_exp,
+                                           weighted_sums,
+)
 from adala_mm.ops.precision import in_float32
 
-__all__ = ['FEATURE_MAPS', 'elu1', 'gated_linear_attention', 'in_float32', 'linear_attention', 'ms_deform_attn',
-           'shifted_exp', 'weighted_sums']
+__all__ = ['FEATURE_MAPS', 'check_feature_map', 'elu1', 'gated_linear_attention', 'in_float32', 'linear_attention',
+           'linear_attention_packed', 'linear_attention_reference', 'ms_deform_attn', 'shifted_exp', 'weighted_sums']

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adala_mm.ops import fused_linear_attention as fused
 from adala_mm.ops.precision import in_float32
 
 Features = tuple[Tensor, Tensor]
@@ -36,13 +37,16 @@ FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor], Features]] = {
     'softplus': lambda q, k: (F.softplus(q), F.softplus(k)),
     'softmax': lambda q, k: (q.softmax(dim=-1), k.softmax(dim=-1)),
     'exp': shifted_exp,
+    'identity': lambda q, k: (q, k),  # of features that are there already, whose products must not be negative
 }
 
 
 def weighted_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_j (q_i·k_j) v_j`` and ``sum_j q_i·k_j`` for features q and k, in O(N F D).
+    """``sum_j (q_i·k_j) v_j`` and ``sum_j q_i·k_j`` for features q and k, in the cheaper of two orders.
 
-    What kernel attentions have in common; how they divide the one by the other is what they differ in.
+    What kernel attentions have in common; how they divide the one by the other is what they differ in. ``q (k^T v)``
+    takes (Nq + Nk) F D multiply-adds, ``(q k^T) v`` takes Nq Nk (F + D): less if there are fewer tokens than channels
+    (N < D if F = D), as in a window.
 
     Args:
         q, k: features (B, H, N, F).
@@ -51,17 +55,32 @@ def weighted_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B, H, N, D) and (B, H, N, 1), as many as q.
     """
+    (nq, f), (nk, d) = q.shape[-2:], v.shape[-2:]
+    if nq * nk * (f + d) < (nq + nk) * f * d:
+        scores = q @ k.transpose(-2, -1)  # (B, H, Nq, Nk)
+        return scores @ v, scores.sum(dim=-1, keepdim=True)
     return q @ (k.transpose(-2, -1) @ v), q @ k.sum(dim=-2).unsqueeze(-1)
 
 
 @in_float32
+def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
+                               eps: float = 1e-6) -> Tensor:
+    """`linear_attention` in plain PyTorch, for any device, dtype and feature map, differentiable by autograd."""
+    total, weight = weighted_sums(*FEATURE_MAPS[feature_map](q, k), v)
+    return total / (weight + eps)
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1', eps: float = 1e-6) -> Tensor:
     """Attention with kernel phi(q)·phi(k) in place of exp(q·k), evaluated in O(N D^2).
 
     ``out_i = phi(q_i) [sum_j phi(k_j)^T v_j] / (phi(q_i) · sum_j phi(k_j) + eps)``
 
-    Computed in float32 even under autocast (float64 inputs stay float64). There is no D^-1/2: stage 1 absorbs it into
-    the projections.
+    Sums are float32 whatever the inputs are, also under autocast (float64 inputs stay float64): in float16 the
+    denominator would overflow from about 1,000 tokens. There is no D^-1/2: stage 1 absorbs it into the projections.
+
+    One Triton kernel or two on a GPU, cache-sized chunks on a CPU, plain PyTorch for the maps ``softmax`` and ``exp``
+    and for heads of more than 128 channels on a GPU. On a CPU with fewer tokens than channels, the cheaper order of
+    `weighted_sums`; on a GPU so few tokens are one tile of the kernel in either order.
 
     Args:
         q, k, v: shape (B, H, N, D); k and v may have another N than q.
@@ -74,7 +93,32 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
     Raises:
         ValueError: for an unknown ``feature_map``; the message lists the known ones.
     """
+    check_feature_map(feature_map)
+    if fused.supports(q, feature_map) and not _few_tokens(q.device, q.shape[2], k.shape[2], q.shape[-1]):
+        return fused.fused(q, k, v, feature_map, eps)[0]
+    return linear_attention_reference(q, k, v, feature_map, eps)
+
+
+def linear_attention_packed(qkv: Tensor, feature_map: str = 'elu1', eps: float = 1e-6) -> Tensor:
+    """`linear_attention` of a qkv projection as it is, without a copy in either direction.
+
+    Args:
+        qkv: (B, N, 3, H, D).
+
+    Returns:
+        (B, N, H, D), what the output projection reads.
+    """
+    check_feature_map(feature_map)
+    if fused.supports(qkv, feature_map) and not _few_tokens(qkv.device, qkv.shape[1], qkv.shape[1], qkv.shape[-1]):
+        return fused.packed(qkv, feature_map, eps)[0]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return linear_attention_reference(q, k, v, feature_map, eps).transpose(1, 2)
+
+
+def _few_tokens(device: torch.device, nq: int, nk: int, d: int) -> bool:
+    return device.type == 'cpu' and nq * nk * 2 < (nq + nk) * d
+
+
+def check_feature_map(feature_map: str) -> None:
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f'unknown feature_map {feature_map!r}; choose one of {", ".join(FEATURE_MAPS)}')
-    total, weight = weighted_sums(*FEATURE_MAPS[feature_map](q, k), v)
-    return total / (weight + eps)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from adala_mm.models.attentions.base import Attention
-from adala_mm.ops import FEATURE_MAPS, linear_attention
+from adala_mm.ops import check_feature_map, linear_attention, linear_attention_packed
 from adala_mm.registry import ATTENTIONS
 
 
@@ -27,13 +27,16 @@ class LinearAttention(Attention):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_map: str = 'elu1',
                  eps: float = 1e-6) -> None:
         super().__init__(dim, num_heads, qkv_bias)
-        if feature_map not in FEATURE_MAPS:
-            raise ValueError(f'unknown feature_map {feature_map!r}; choose one of {", ".join(FEATURE_MAPS)}')
+        check_feature_map(feature_map)
         self.feature_map = feature_map
         self.eps = eps
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         return linear_attention(q, k, v, self.feature_map, self.eps)
+
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        return linear_attention_packed(qkv, self.feature_map, self.eps).flatten(2)
 
     def extra_repr(self) -> str:
         return f'feature_map={self.feature_map}'
