@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions import SoftmaxAttention
 from adala_mm.registry import MODELS
+from adala_mm.utils.cost import peak_bytes
 
 SOFTMAX = {'type': 'adala_mm.SoftmaxAttention'}
 FEATURE_MAPS = ('elu1', 'relu', 'softplus', 'softmax', 'exp')
@@ -173,8 +174,9 @@ def test_rel_error_is_zero_for_a_perfect_student(sharp_pretrained):
     for block, twin in zip(model.backbone.blocks, model.frozen['attentions'], strict=True):
         assert isinstance(twin, SoftmaxAttention)
         block.attn.attend = twin.attend
-    assert {key: value.item() for key, value in model.loss(torch.randn(2, 3, 32, 32)).items()} == pytest.approx(
-        {'loss': 0, 'rel_error': 0, 'rel_error_worst': 0}, abs=1e-6)
+    with torch.no_grad():
+        found = {key: value.item() for key, value in model.loss(torch.randn(2, 3, 32, 32)).items()}
+    assert found == pytest.approx({'loss': 0, 'rel_error': 0, 'rel_error_worst': 0}, abs=1e-6)
 
 
 def test_rel_error_is_one_for_a_silent_student(sharp_pretrained):
@@ -250,3 +252,41 @@ def test_weights_target_needs_an_attention_that_shows_them(sharp_pretrained):
 def test_trainable_that_leaves_nothing_raises(sharp_pretrained):
     with pytest.raises(ValueError, match=r"trainable='mlp' leaves nothing to learn"):
         stage1(sharp_pretrained, trainable='mlp')
+
+
+def test_memory_does_not_grow_with_depth(sharp_pretrained):
+    """Beyond weights and their gradients: one block's activations are gone before the next block runs."""
+    peaks = {}
+    for depth in (2, 6):
+        model = MODELS.build({'type': 'adala_mm.AttentionAlignment',
+                              'backbone': tiny_vit(img_size=128, depth=depth, attention=LINEAR,
+                                                   init_cfg=sharp_pretrained)}).train()
+        images = torch.randn(4, 3, 128, 128)
+        peaks[depth] = peak_bytes(lambda model=model, images=images: model.loss(images)['loss'].backward())
+        gradients = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+        peaks[depth] -= 2 * gradients
+    assert peaks[6] < 1.1 * peaks[2]
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float16, 0.02), (torch.bfloat16, 0.05)], ids=str)
+def test_gradients_survive_half_precision(sharp_pretrained, dtype, tolerance):
+    """The mean over all elements has gradients below float16's smallest number."""
+    model, images = disturb(stage1(sharp_pretrained)).train(), torch.randn(4, 3, 32, 32)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast('cpu', dtype=dtype, enabled=enabled):
+            loss = model.loss(images)['loss']
+        loss.backward()
+        grads.append([block.attn.qkv.weight.grad.clone() for block in model.backbone.blocks])
+        model.zero_grad()
+    for exact, half in zip(*grads, strict=True):
+        assert (half - exact).norm() < tolerance * exact.norm()
+
+
+def test_gradient_accumulation_and_scaling_reach_the_gradients(sharp_pretrained):
+    model, images = disturb(stage1(sharp_pretrained)).train(), torch.randn(4, 3, 32, 32)
+    weight = model.backbone.blocks[1].attn.qkv.weight
+    model.loss(images)['loss'].backward()
+    once = weight.grad.clone()
+    (0.25 * model.loss(images)['loss']).backward()
+    torch.testing.assert_close(weight.grad, 1.25 * once)

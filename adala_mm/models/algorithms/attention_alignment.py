@@ -1,6 +1,8 @@
 """Stage 1 of ViT-AdaLA: each block's linear attention learns to answer as its softmax attention does."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +40,36 @@ def weights_loss(attn: Attention, softmax: Attention, h: Tensor) -> Tensor:
     return total / q[..., 0].numel()
 
 
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradients are known already: the backward pass only hands them on, scaled by what comes from above.
+
+    To DDP, gradient accumulation and loss scaling it looks like any other loss.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, above: Tensor):
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(grad * above for grad in grads)
+
+
+def differentiate(loss: Tensor, parameters: list[Tensor], scale: float) -> Tensor:
+    """``loss`` with its gradients taken on the spot, so that nothing of its graph lives on.
+
+    Args:
+        loss: a scalar that depends on ``parameters``.
+        scale: factor of the loss while it is differentiated, in case half precision is involved; exact if a power of 2.
+    """
+    with torch.autocast(loss.device.type, enabled=False):  # as for any backward pass
+        grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+    grads = [torch.zeros_like(p) if g is None else g.div_(scale) for p, g in zip(parameters, grads, strict=True)]
+    return _Differentiated.apply(loss.detach(), grads, *parameters)
+
+
 @MODELS.register_module()
 class AttentionAlignment(Alignment):
     """Attention alignment (ViT-AdaLA section 3.2, eq. 3).
@@ -50,6 +82,9 @@ class AttentionAlignment(Alignment):
     One network serves as both: the backbone has its final linear attentions, and the softmax attentions they replace
     stand beside it, a third more block weights instead of a second ViT. Blocks that keep softmax attention (hybrids)
     have nothing to learn and count in neither loss nor L.
+
+    Blocks being independent, each is differentiated before the next is run: memory for activations is that of one
+    block, however deep the network.
 
     Args:
         backbone: the linear ViT, with ``init_cfg`` naming the pretrained *softmax* checkpoint.
@@ -126,9 +161,14 @@ class AttentionAlignment(Alignment):
             wanted = attended if self.target == 'output' else heads
             with torch.set_grad_enabled(self.target != 'weights' and torch.is_grad_enabled()):
                 got = (block.attn if self.target == 'output' else block.attn.attend)(h, hw, vit.num_prefix)
-            losses.append(weights_loss(block.attn, softmax, h) if self.target == 'weights' else
-                          F.mse_loss(got.float(), wanted.float()))
+            loss = (weights_loss(block.attn, softmax, h) if self.target == 'weights' else
+                    F.mse_loss(got.float(), wanted.float()))
             errors.append(relative_error(got, wanted))
+            if torch.is_grad_enabled():
+                # A mean over so many elements vanishes in float16, their sum may overflow in it: halfway between.
+                scale = 2.0 ** round(math.log2(got.numel() / math.sqrt(got[..., 0].numel())))
+                loss = differentiate(loss, [p for p in block.attn.parameters() if p.requires_grad], scale)
+            losses.append(loss)
         errors = torch.stack(errors)
         return {'loss': torch.stack(losses).mean(), 'rel_error': errors.mean(), 'rel_error_worst': errors.max()}
 
