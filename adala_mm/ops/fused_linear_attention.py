@@ -26,7 +26,9 @@ def _engine(x: Tensor) -> ModuleType:
 
 def supports(q: Tensor, feature_map: str) -> bool:
     """Whether the operators below take these tensors; else there is the plain formula."""
-    if feature_map not in MAPS or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    # Exported graphs must not need this package. (To Dynamo, compiling is exporting as well.)
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if feature_map not in MAPS or exporting or torch.onnx.is_in_onnx_export():
         return False
     if q.device.type == 'cuda':
         return HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 
 
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -22,6 +21,6 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dtype, device = tensors[-1].dtype, tensors[-1].device.type
         target = torch.promote_types(dtype, torch.float32)
         args = [arg.to(target) if isinstance(arg, Tensor) else arg for arg in args]
-        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
+        with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):
             return function(*args, **kwargs).to(dtype)
     return wide

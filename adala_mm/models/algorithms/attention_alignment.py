@@ -70,6 +70,16 @@ def differentiate(loss: Tensor, parameters: list[Tensor], scale: float) -> Tenso
     return _Differentiated.apply(loss.detach(), grads, *parameters)
 
 
+@torch.no_grad()
+def _run_teacher(block: nn.Module, softmax: Attention, x: Tensor, hw: tuple[int, int],
+                 num_prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block with its softmax attention: what that reads, writes before and after its projection, and the next x."""
+    h = block.norm1(x)
+    heads = softmax.attend(h, hw, num_prefix)
+    attended = softmax.proj(heads)
+    return h, heads, attended, block.add_residuals(x, attended)
+
+
 @MODELS.register_module()
 class AttentionAlignment(Alignment):
     """Attention alignment (ViT-AdaLA section 3.2, eq. 3).
@@ -121,6 +131,11 @@ class AttentionAlignment(Alignment):
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             raise ValueError(f'trainable={self.backbone.trainable!r} leaves nothing to learn: in stage 1 only '
                              'attentions do, without their output projections')
+        self.run_teacher = _run_teacher
+        if self.backbone.compile_blocks:
+            self.run_teacher = torch.compile(_run_teacher)
+            for attn in learners.values():
+                attn.compile()
         self.freeze('attentions', nn.ModuleList(self._softmax_twin(block.attn) for block in self.backbone.blocks))
 
     @staticmethod
@@ -151,11 +166,7 @@ class AttentionAlignment(Alignment):
         with torch.no_grad():
             x, hw = vit.embed(images)
         for block, softmax in zip(vit.blocks, self.frozen['attentions'], strict=True):
-            with torch.no_grad():
-                h = block.norm1(x)
-                heads = softmax.attend(h, hw, vit.num_prefix)
-                attended = softmax.proj(heads)
-                x = block.add_residuals(x, attended)
+            h, heads, attended, x = self.run_teacher(block, softmax, x, hw, vit.num_prefix)
             if block.attn.is_softmax:
                 continue
             wanted = attended if self.target == 'output' else heads

@@ -73,6 +73,7 @@ class AdaLAViT(BaseModule):
         attention: ``dict(type='adala_mm.LinearAttention')`` for all blocks, or a list of ``depth`` such dicts.
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
         with_cp: recompute block activations in the backward pass (non-reentrant checkpointing).
+        compile: run blocks through ``torch.compile``; they share one compilation per image size.
         out_indices: blocks to return, negative ones counted from the end; a block may be named more than once.
         out_type: ``featmap`` (B, C, h, w); ``cls_token`` (B, C); ``avg_featmap`` mean over patches (B, C); ``raw``
             all tokens (B, N, C), class and registers first.
@@ -94,8 +95,9 @@ class AdaLAViT(BaseModule):
                  qkv_bias: bool = True, class_token: bool = True, num_registers: int = 0,
                  no_embed_class: bool = False, pre_norm: bool = False, act: str = 'gelu', norm_eps: float = 1e-6,
                  layer_scale: float | None = None, attention: dict | Sequence[dict] | None = None,
-                 drop_path_rate: float = 0.0, with_cp: bool = False, out_indices: Sequence[int] = (-1,),
-                 out_type: str = 'featmap', trainable: str | None = None, init_cfg: dict | None = None) -> None:
+                 drop_path_rate: float = 0.0, with_cp: bool = False, compile: bool = False,
+                 out_indices: Sequence[int] = (-1,), out_type: str = 'featmap', trainable: str | None = None,
+                 init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         attention = dict(type='adala_mm.LinearAttention') if attention is None else attention
         attentions = [attention] * depth if isinstance(attention, dict) else list(attention)
@@ -116,6 +118,7 @@ class AdaLAViT(BaseModule):
         self.num_prefix = int(class_token) + num_registers
         self.no_embed_class = no_embed_class
         self.with_cp = with_cp
+        self.compile_blocks = compile
         self.out_indices = [i % depth for i in out_indices]
         self.out_type = out_type
 
@@ -131,6 +134,9 @@ class AdaLAViT(BaseModule):
                   mlp_ratio, act, norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        if compile:
+            for block in self.blocks:
+                block.compile()  # in place: keys and classes stay what they are
         self.trainable = trainable
         if trainable is not None:
             chosen = [bool(re.search(trainable, name)) for name, _ in self.named_parameters()]
