@@ -40,7 +40,7 @@ ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolc
 GRAMMAR = re.compile(r'(?P<stage>stage1|stage2|mask2former|linear|teacher|scratch)'
                      r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS)}))?'
-                     r'(?P<changes>(_(1024|native|scratch|swap|nostage1|stage1only|stage2only))*)'
+                     r'(?P<changes>(_(1024|fast|native|scratch|swap|nostage1|stage1only|stage2only))*)'
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
 TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
@@ -64,8 +64,15 @@ def parsed(name: str) -> Config:
 
 
 def config(name: str) -> Config:
-    """A copy that a test may change."""
-    return copy.deepcopy(parsed(name))
+    """A copy that a test may change; of a fast recipe without what needs a GPU."""
+    cfg = copy.deepcopy(parsed(name))
+    if '_fast_' in name:
+        assert cfg.optim_wrapper.pop('dtype') == 'bfloat16' and cfg.optim_wrapper.pop('loss_scale') == 1.0
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper' and cfg.optim_wrapper.optimizer.pop('fused')
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        for network in (cfg.model.backbone, cfg.model.get('teacher', cfg.model.backbone)):
+            assert network.pop('compile', True)
+    return cfg
 
 
 def parts(name: str) -> dict[str, str | None]:
@@ -428,6 +435,8 @@ def previous(name: str) -> set[str]:
     if '_native' in facts['changes']:  # only these two are aligned before they learn the task
         return {f'stage1_{vfm}_{attention}_native_coco'} if attention in ('hedgehog', 'lolcats') else set()
     model = f'{vfm}_{attention}' if attention else vfm
+    if '_fast' in facts['changes']:
+        model += '_fast'
     return {f'stage1_{model}_coco' if facts['stage'] == 'stage2' else f'stage2_{model}_in22k'}
 
 

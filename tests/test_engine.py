@@ -14,7 +14,7 @@ from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 
-from adala_mm.engine import LabelCheckHook, RedrawFeaturesHook
+from adala_mm.engine import LabelCheckHook, ProgressiveResolutionHook, RedrawFeaturesHook
 
 CLASSES = 5
 SEGMENTOR = {
@@ -169,3 +169,25 @@ def test_random_features_are_redrawn_after_their_interval(iteration, interval, r
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
     assert all(torch.equal(a, b) != redrawn for a, b in zip(after[0], before, strict=True))
     assert not torch.equal(*after[0])  # layers do not share their features
+
+
+def test_progressive_resolution(pretrained):
+    model = MMENGINE_MODELS.build(dict(type='adala_mm.AttentionAlignment', backbone=tiny_vit(
+        attention=dict(type='adala_mm.LinearAttention'), init_cfg=pretrained)))
+    hook, seen = ProgressiveResolutionHook({4: 64, 0: 32, 2: 48}), []
+    model.teacher_ready, model.loss = True, lambda images: seen.append(tuple(images.shape[2:]))
+    for epoch in range(6):  # a resumed run begins anywhere
+        hook.before_train_epoch(SimpleNamespace(epoch=epoch, model=model))
+        model(torch.randn(1, 3, 64, 64), mode='loss')
+    assert seen == [(32, 32), (32, 32), (48, 48), (48, 48), (64, 64), (64, 64)]
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 65, 32)  # validation keeps its size
+
+
+def test_progressive_resolution_rejects_what_does_not_fit(segmentor):
+    with pytest.raises(ValueError, match='nothing about epoch 0'):
+        ProgressiveResolutionHook({1: 64})
+    with pytest.raises(ValueError, match='not for EncoderDecoder'):
+        ProgressiveResolutionHook({0: 64}).before_train_epoch(SimpleNamespace(epoch=0, model=segmentor))
+    model = MMENGINE_MODELS.build(dict(type='adala_mm.FeatureAlignment', backbone=tiny_vit(), teacher=tiny_vit()))
+    with pytest.raises(ValueError, match='60 is no multiple of the patch size 8'):
+        ProgressiveResolutionHook({0: 60}).before_train_epoch(SimpleNamespace(epoch=0, model=model))

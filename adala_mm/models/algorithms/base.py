@@ -5,6 +5,7 @@ import torch
 from mmengine.dist import all_reduce_dict
 from mmengine.model import BaseModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import read_state_dict
@@ -38,6 +39,7 @@ class Alignment(BaseModel):
         self.backbone = MODELS.build(backbone)
         self.frozen: dict[str, nn.Module] = {}
         self.teacher_ready = False
+        self.resolution: int | None = None  # side to which training images are brought; None leaves them as they are
         self.head = None
         if head is not None:
             self.head = {'out_type': 'cls_token', **head}
@@ -98,6 +100,8 @@ class Alignment(BaseModel):
         if mode in ('loss', 'predict'):
             self.prepare_teacher()
         if mode == 'loss':
+            if self.resolution is not None:
+                inputs = F.interpolate(inputs, (self.resolution,) * 2, mode='bicubic', antialias=True)
             return self.loss(inputs)
         features = self.backbone.forward_features(inputs)
         if mode == 'tensor':

@@ -1,4 +1,4 @@
-"""The backbone's ``compile`` key changes speed and nothing else."""
+"""Fused attention and the backbone's ``compile`` key change speed and nothing else."""
 import shutil
 
 import pytest
@@ -7,9 +7,36 @@ from conftest import LINEAR, tiny_vit
 
 from adala_mm.registry import MODELS
 
-pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on a CPU needs a C++ compiler')
+compiles = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on a CPU needs a C++ compiler')
 
 
+def training_curve(stage: str, checkpoint: dict) -> list[float]:
+    torch.manual_seed(0)
+    vit = tiny_vit(img_size=64, init_cfg=checkpoint)
+    teacher = dict(teacher=vit) if stage == 'FeatureAlignment' else {}
+    model = MODELS.build(dict(type=f'adala_mm.{stage}', backbone=vit | dict(attention=LINEAR), **teacher))
+    model.init_weights()
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 3, 64, 64), mode='loss')['loss']
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize('stage', ['AttentionAlignment', 'FeatureAlignment'])
+def test_training_curves_coincide(stage, sharp_pretrained, monkeypatch):
+    fused = training_curve(stage, sharp_pretrained)
+    monkeypatch.setattr('adala_mm.ops.fused_linear_attention.supports', lambda *args: False)
+    plain = training_curve(stage, sharp_pretrained)
+    assert fused != plain  # another order of sums
+    assert fused == pytest.approx(plain, rel=1e-3) and plain[-1] < plain[0]
+
+
+@compiles
 def test_compiled_vit_is_the_same_vit():
     plain = MODELS.build(tiny_vit(attention=LINEAR))
     compiled = MODELS.build(tiny_vit(attention=LINEAR, compile=True))
@@ -24,6 +51,7 @@ def test_compiled_vit_is_the_same_vit():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 
+@compiles
 def test_compiled_stage_1(sharp_pretrained):
     images, results = torch.randn(2, 3, 32, 32), []
     for flag in (False, True):
@@ -37,6 +65,7 @@ def test_compiled_stage_1(sharp_pretrained):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
 
 
+@compiles
 @pytest.mark.parametrize('kind', ['HedgehogAttention', 'MonarchAttention', 'RALAAttention'])
 def test_other_attentions_compile_without_graph_breaks(kind):
     layer = MODELS.build(tiny_vit(attention=dict(type=f'adala_mm.{kind}'))).blocks[0].attn

@@ -1,0 +1,251 @@
+"""Time and memory of functions that are to be compared, and the words in which a benchmark tells them."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from adala_mm.utils.cost import peak_bytes
+from adala_mm.utils.records import machine
+from adala_mm.utils.tables import markdown_table
+
+Call = Callable[[], object]
+Timer = Callable[[Call], float]
+
+
+def default_device() -> torch.device:
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def wall_timer(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Timer:
+    """Seconds from a call until the device is done, launches included: what one waits for."""
+    def seconds(function: Call) -> float:
+        synchronize(device)
+        start = clock()
+        function()
+        synchronize(device)
+        return clock() - start
+    return seconds
+
+
+def gpu_timer(device: torch.device) -> Timer:
+    """Seconds that a GPU works on a call, from a cold cache and without waiting for launches."""
+    cache = torch.empty(2 ** 28, dtype=torch.int8, device=device)  # more than any L2 cache
+
+    def seconds(function: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(10_000_000)  # cycles, some 5 ms, in which all launches queue up
+        cache.zero_()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    return seconds
+
+
+def take_turns(functions: dict[str, Call], timer: Timer, seconds: float, least: int = 3,
+               most: int = 50) -> dict[str, float]:
+    """Median seconds of each function. All take turns, in the reverse order every other round.
+
+    The first round warms up and does not count. Rounds end after ``most``, or sooner when ``seconds`` have been
+    measured in all and each function had ``least`` turns.
+    """
+    order, times, spent = list(functions), {name: [] for name in functions}, 0.0
+    for name in order:
+        timer(functions[name])
+    for turn in range(most):
+        if turn >= least and spent >= seconds:
+            break
+        for name in order:
+            times[name].append(timer(functions[name]))
+            spent += times[name][-1]
+        order.reverse()
+    return {name: median(values) for name, values in times.items()}
+
+
+def failure(function: Call, device: torch.device) -> str:
+    """Why ``function`` cannot run here; empty if it can."""
+    try:
+        function()
+        synchronize(device)
+        return ''
+    except torch.OutOfMemoryError:
+        reason = 'out of memory'
+    except Exception as error:
+        reason = f'failed: {type(error).__name__}'
+        print(f'{reason}: {error}', flush=True)
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+    return reason
+
+
+def peak_memory(function: Call, device: torch.device) -> int:
+    """Most bytes that ``function`` holds at a time, beyond what was there before."""
+    if device.type == 'cpu':
+        return peak_bytes(function)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def total_memory(device: torch.device) -> int:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+
+class Allowance:
+    """How many seconds and bytes a call may take, and a forecast of its seconds from the last that were measured."""
+
+    def __init__(self, seconds: float, nbytes: float) -> None:
+        self.seconds = seconds
+        self.nbytes = nbytes
+        self.rates: dict[str, float] = {}
+
+    def refuse(self, name: str, work: float, nbytes: float = 0) -> str:
+        """Why ``name`` should not do ``work`` units of work; empty if it may."""
+        forecast = work * self.rates.get(name, 0)
+        if nbytes > self.nbytes:
+            return f'skipped: {nbytes / 2 ** 30:.0f} GiB'
+        return f'skipped: {forecast:.1f} s' if forecast > self.seconds else ''
+
+    def learn(self, name: str, work: float, seconds: float) -> None:
+        self.rates[name] = seconds / work
+
+
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """`machine`, and the device with what drives it."""
+    facts = machine() | dict(threads=torch.get_num_threads())
+    if device.type == 'cpu':
+        return facts | dict(device=facts['cpu'])
+    try:
+        driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], check=False,
+                                capture_output=True, text=True).stdout.split('\n')[0]
+    except OSError:
+        driver = ''
+    triton = metadata.version('triton') if importlib.util.find_spec('triton') else 'none'
+    return facts | dict(device=torch.cuda.get_device_name(device), driver=driver or 'unknown', cuda=torch.version.cuda,
+                        triton=triton)
+
+
+def save(path: str | Path, data: dict) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(data, indent=1, sort_keys=True) + '\n')
+
+
+def speedup(baseline: float, own: float) -> str:
+    """How many times less time than the baseline is needed; says so where it is more."""
+    text = f'{baseline / own:.2f}x'
+    return f'{text}, slower' if float(text[:-1]) < 1 else text
+
+
+def attention_speed_table(data: dict) -> str:
+    """What benchmark_attention.py found: one row per pass and length, one column per competitor."""
+    names = list(dict.fromkeys(row['name'] for row in data['rows']))
+    cells = {(row['pass'], row['tokens'], row['name']): row for row in data['rows']}
+    table = []
+    for key in dict.fromkeys(key[:2] for key in cells):
+        own, sdpa = (cells.get((*key, name), {}) for name in ('ours', 'sdpa'))
+        texts = [time_cell(cells[*key, name], sdpa) for name in names]
+        share = [f'{own["gb_per_s"]:.1f}', f'{100 * own["copy_share"]:.0f} %'] if 'ms' in own else ['', '']
+        memory = ' / '.join(f'{row["mib"]:,.1f}' if 'mib' in row else '-' for row in (own, sdpa))
+        table.append([key[0], f'{key[1]:,}', *texts, *share, memory])
+    return markdown_table(['pass', 'tokens', *names, 'ours, GB/s', 'of a copy', 'MiB, ours / sdpa'], table)
+
+
+def time_cell(row: dict, baseline: dict) -> str:
+    if 'ms' not in row:
+        return row['note']
+    text = f'{row["ms"]:.3g} ms' if row['ms'] < 1000 else f'{row["ms"]:,.0f} ms'
+    return f'{text}, {speedup(baseline["ms"], row["ms"])}' if 'ms' in baseline and row is not baseline else text
+
+
+def model_speed_table(data: dict) -> str:
+    """What benchmark_model.py found: one row per ViT, image size, mode and attention; then where linear gets faster."""
+    batches = any('best_batch' in row for row in data['rows'])
+    table = []
+    for row in data['rows']:
+        cells = [f'ViT-{row["arch"]}', str(row['size']), row['mode'], row['attention'].removesuffix('Attention'),
+                 f'{row["softmax_blocks"]} / {row["linear_blocks"]}']
+        if 'ms' in row:
+            cells += [f'{row["ms"]:.1f}', f'{1000 / row["ms"]:.2f}', against(row), f'{row["mib"]:,.0f}']
+        else:
+            cells += [row['note'], '', '', '']
+        cells += [f'{row["gmac"]:.1f}', f'{row["parameters"] / 1e6:.1f}']
+        if batches:
+            cells += [str(row['best_batch']), f'{row["best_images_per_s"]:.2f}'] if 'best_batch' in row else ['', '']
+        table.append(cells)
+    header = ['model', 'pixels', 'mode', 'attention', 'softmax / linear blocks', 'ms', 'images/s', 'against softmax',
+              'peak MiB', 'GMAC', 'M parameters']
+    lines = [f'- {line}' for line in crossovers(data['rows'])]
+    return '\n'.join([markdown_table(header + (['best batch', 'images/s with it'] if batches else []), table), '',
+                      *lines])
+
+
+def against(row: dict) -> str:
+    if row['attention'] == 'SoftmaxAttention':
+        return '1'
+    return speedup(row['softmax_ms'], row['ms']) if row.get('softmax_ms') else ''
+
+
+def crossovers(rows: list[dict]) -> list[str]:
+    """Per ViT, mode and attention: the smallest measured size from which on it is faster than softmax."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row.get('softmax_ms') and row['attention'] != 'SoftmaxAttention':
+            groups.setdefault((row['arch'], row['mode'], row['attention']), []).append(row)
+    lines = []
+    for (arch, mode, attention), found in groups.items():
+        found = sorted(found, key=lambda row: row['size'])
+        slower = [row['size'] for row in found if row['ms'] >= row['softmax_ms']]
+        faster = [row['size'] for row in found if row['size'] > max(slower, default=0)]
+        what = (f'faster than softmax from {faster[0]} pixels on' if slower else 'faster at every measured size'
+                ) if faster else 'slower at the largest measured size' if len(slower) < len(found) else (
+                    'slower at every measured size')
+        lines.append(f'ViT-{arch}, {mode}, {attention.removesuffix("Attention")}: {what}')
+    return lines
+
+
+def training_speed_table(data: dict) -> str:
+    """What benchmark_training.py found: one row per stage and version."""
+    table = []
+    for row in data['rows']:
+        baseline = next(other for other in data['rows'] if other['stage'] == row['stage'])  # the first
+        cells = [str(row['stage']), row['version']]
+        if 'ms' not in row:
+            table.append([*cells, row['note'], '', '', ''])
+            continue
+        ratios = [speedup(baseline['ms'], row['ms']), f'{row["mib"] / baseline["mib"]:.2f}'
+                  ] if 'ms' in baseline and row is not baseline else ['', '']
+        table.append([*cells, f'{1000 * data["settings"]["batch"] / row["ms"]:.2f}', ratios[0], f'{row["mib"]:,.0f}',
+                      ratios[1]])
+    return markdown_table(['stage', 'version', 'images/s', 'against straightforward', 'peak MiB', 'of straightforward'],
+                          table)
+
+
+def depth_table(data: dict) -> str:
+    """Memory of a step of stage 1, by depth of the ViT."""
+    versions = list(dict.fromkeys(row['version'] for row in data['depths']))
+    kinds = dict(held_mib='weights and optimizer', step_mib='step')
+    cells = {(row['depth'], row['version']): row for row in data['depths']}
+    return markdown_table(
+        ['blocks', *(f'{version}: {kind}, MiB' for version in versions for kind in kinds.values())],
+        [[str(depth), *(f'{cells[depth, version][key]:,.0f}' for version in versions for key in kinds)]
+         for depth in sorted({key[0] for key in cells})])
