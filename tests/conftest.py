@@ -8,6 +8,8 @@ import pytest
 import torch
 
 os.environ['HF_HUB_OFFLINE'] = '1'
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported: its kernels run on the CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / 'shared' / 'data'

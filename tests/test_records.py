@@ -17,7 +17,8 @@ from adala_mm.utils.records import curve, machine, read_scalars
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
 RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json', 'attentions.json')]
-PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'configs/baselines/README.md')]
+RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json', 'model.json', 'training.json')]
+PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'docs/performance.md', 'configs/baselines/README.md')]
 
 
 def tool(name: str):
@@ -181,9 +182,31 @@ def tables(tmp_path, monkeypatch):
         dict(rows=[row], costs=dict(SoftmaxAttention=cost, AAttention=cost), teacher=80.0, machine=MACHINE,
              iterations=dict(teacher=5, stage1=5, stage2=5))))
     (root / 'configs/baselines/README.md').write_text(marked('attentions'))
+    write_benchmarks(root / 'benchmarks/results/cpu')
+    (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     module = tool('make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
     return module
+
+
+BENCHMARKS = ('speed_attention', 'speed_model', 'speed_training', 'memory_by_depth')
+
+
+def write_benchmarks(folder) -> None:
+    """Made-up records of the three benchmarks."""
+    folder.mkdir(parents=True)
+    core = dict(tokens=64, mib=1.0, gb_per_s=2.0, copy_share=0.5) | {'pass': 'forward'}
+    vit = dict(arch='S', size=224, mode='fp32', softmax_ms=6.0, mib=80.0, gmac=4.6, parameters=22_000_000)
+    step = dict(stage=1, held_mib=10.0, mib=30.0)
+    records = dict(
+        attention=dict(rows=[core | dict(name='sdpa', ms=3.0), core | dict(name='ours', ms=1.5)]),
+        model=dict(rows=[
+            vit | dict(attention='SoftmaxAttention', softmax_blocks=12, linear_blocks=0, ms=6.0),
+            vit | dict(attention='LinearAttention', softmax_blocks=0, linear_blocks=12, ms=8.0)]),
+        training=dict(rows=[step | dict(version='straightforward', ms=500.0), step | dict(version='ours', ms=250.0)],
+                      depths=[dict(depth=12, version='ours', held_mib=10.0, step_mib=21.0)], settings=dict(batch=2)))
+    for name, data in records.items():
+        (folder / f'{name}.json').write_text(json.dumps(data | dict(machine=MACHINE | dict(threads=1, device='A CPU'))))
 
 
 def marked(*names: str, between='') -> str:
@@ -222,7 +245,7 @@ def rows_of(table: str) -> list[list[str]]:
             if line.startswith('|')]
 
 
-@pytest.mark.parametrize('name', ['demo', 'real_alignment', 'real_camvid', 'configs'])
+@pytest.mark.parametrize('name', ['demo', 'real_alignment', 'real_camvid', 'configs', *BENCHMARKS])
 def test_tables_are_markdown(tables, name):
     header, rule, *rows = rows_of(tables.TABLES[name]())
     assert set(rule) == {'---'} and rows
@@ -253,6 +276,20 @@ def test_camvid_table_does_not_mix_up_the_twins(tables):
     assert linear[1:4] == ['0 / 12', '41.50', '82.25'] and 'softmax' not in linear[4]
 
 
+def test_benchmark_tables_say_what_the_records_say(tables):
+    assert rows_of(tables.TABLES['speed_attention']())[2:] == [
+        ['forward', '64', '3 ms', '1.5 ms, 2.00x', '2.0', '50 %', '1.0 / 1.0']]
+    models = tables.TABLES['speed_model']()
+    assert [row[3:8] for row in rows_of(models)[2:]] == [
+        ['Softmax', '12 / 0', '6.0', '166.67', '1'], ['Linear', '0 / 12', '8.0', '125.00', '0.75x, slower']]
+    assert '- ViT-S, fp32, Linear: slower at every measured size' in models
+    assert rows_of(tables.TABLES['speed_training']())[2:] == [
+        ['1', 'straightforward', '4.00', '', '30', ''], ['1', 'ours', '8.00', '2.00x', '30', '1.00']]
+    assert rows_of(tables.TABLES['memory_by_depth']())[2:] == [['12', '10', '21']]
+    for name in BENCHMARKS:
+        assert all(str(fact) in tables.TABLES[name]() for fact in (*MACHINE.values(), '1 threads'))
+
+
 def test_config_table_links_every_config_but_the_twins(tables):
     text = tables.configs()
     links = re.findall(r'\[`(\w+)`\]\((.+?)\)', text)
@@ -270,7 +307,7 @@ def test_writing_then_checking(tables, monkeypatch):
     assert pages(tables) == written
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/results.md'])
+@pytest.mark.parametrize('page', ['README.md', 'docs/results.md', 'docs/performance.md'])
 def test_check_fails_on_an_outdated_table(tables, monkeypatch, page):
     make_tables(tables, monkeypatch)
     path = tables.ROOT / page

@@ -1,4 +1,4 @@
-"""Writes the tables of the Markdown pages from the records in docs/results/ and from the code itself.
+"""Writes the tables of the Markdown pages from the records (docs/results/, benchmarks/results/) and the code itself.
 
     python tools/make_tables.py [--check]
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ import torch
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.tables import ablation_table, attention_table, markdown_table
+from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'docs/results.md', 'configs/baselines/README.md']
+PAGES = ['README.md', 'docs/results.md', 'docs/performance.md', 'configs/baselines/README.md']
 
 
 def demo() -> str:
@@ -103,8 +105,18 @@ def attentions() -> str:
         f'{m["commit"]}.')
 
 
+def benchmark(name: str, table: Callable[[dict], str]) -> str:
+    data = json.loads((ROOT / f'benchmarks/results/cpu/{name}.json').read_text())
+    m = data['machine']
+    return table(data) + (f'\n\nOne run with {m["threads"]} threads on {m["cores"]} cores ({m["device"]}), Python '
+                          f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
+
+
 TABLES = dict(demo=demo, layers=layers, attentions=attentions, real_alignment=real_alignment, real_camvid=real_camvid,
-              configs=configs)
+              configs=configs, speed_attention=lambda: benchmark('attention', attention_speed_table),
+              speed_model=lambda: benchmark('model', model_speed_table),
+              speed_training=lambda: benchmark('training', training_speed_table),
+              memory_by_depth=lambda: benchmark('training', depth_table))
 
 
 def fill(text: str) -> str:
@@ -121,7 +133,7 @@ def main() -> None:
         old = (ROOT / page).read_text()
         new = fill(old)
         if args.check and new != old:
-            sys.exit(f'{page}: tables differ from docs/results; run: python tools/make_tables.py')
+            sys.exit(f'{page}: tables differ from the records; run: python tools/make_tables.py')
         if new != old:
             (ROOT / page).write_text(new)
 

@@ -114,7 +114,7 @@ def total_memory(device: torch.device) -> int:
 class Allowance:
     """How many seconds and bytes a call may take, and a forecast of its seconds from the last that were measured."""
 
-    def __init__(self, seconds: float, nbytes: float) -> None:
+    def __init__(self, seconds: float, nbytes: float = float('inf')) -> None:
         self.seconds = seconds
         self.nbytes = nbytes
         self.rates: dict[str, float] = {}

@@ -1,0 +1,610 @@
+"""The fast paths of linear attention, CPU chunks and Triton kernels and their operators, against a slow transcription.
+
+Triton's kernels run in its interpreter (see conftest), or on the GPU if there is one.
+"""
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import shutil
+import threading
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import LINEAR, tiny_vit
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from adala_mm.models.attentions import build_attention
+from adala_mm.models.attentions.base import merge_heads
+from adala_mm.ops import (
+    FEATURE_MAPS,
+    cpu_linear_attention,
+    fused_linear_attention,
+    linear_attention,
+    linear_attention_packed,
+    linear_attention_reference,
+    weighted_sums,
+)
+from adala_mm.registry import MODELS
+
+pytestmark = pytest.mark.filterwarnings('ignore:overflow encountered in exp')  # by NumPy in the interpreter's sigmoid
+
+PHI = {
+    'elu1': lambda x: F.elu(x) + 1,
+    'relu': torch.relu,
+    'softplus': lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    'identity': lambda x: x,
+}
+MAPS = list(PHI)
+WHAT = ('out', 'grad q', 'grad k', 'grad v')
+DIMS = [32, 40, 64, 80, 96, 128]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-12}
+KINDS = {
+    'random': lambda *shape: torch.randn(shape),
+    'large': lambda *shape: 30 * torch.randn(shape),
+    'tiny': lambda *shape: 1e-4 * torch.randn(shape),
+    'negative': lambda *shape: torch.randn(shape) - 20,
+}
+
+
+@pytest.fixture
+def cpu() -> SimpleNamespace:
+    return SimpleNamespace(name='cpu', module=cpu_linear_attention, device='cpu')
+
+
+@pytest.fixture
+def triton(monkeypatch) -> SimpleNamespace:
+    """The Triton kernels, also behind the public functions."""
+    pytest.importorskip('triton')
+    from adala_mm.ops import triton_linear_attention
+    if torch.cuda.is_available():
+        return SimpleNamespace(name='triton', module=triton_linear_attention, device='cuda')
+    multiply_bfloat16(monkeypatch)
+    monkeypatch.setattr(fused_linear_attention, '_engine', lambda x: triton_linear_attention)
+    return SimpleNamespace(name='triton', module=triton_linear_attention, device='cpu')
+
+
+@pytest.fixture(params=['cpu', 'triton'])
+def engine(request) -> SimpleNamespace:
+    return request.getfixturevalue(request.param)
+
+
+def multiply_bfloat16(monkeypatch):
+    """The interpreter stores bfloat16 as 16-bit integers, and its matrix product takes them for numbers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    dot = InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    monkeypatch.setattr(InterpreterBuilder, 'create_dot',
+                        lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
+
+
+@pytest.fixture
+def poisoned():
+    """``torch.empty`` and its like give NaN."""
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(3)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    settings.fill_uninitialized_memory = before[1]
+
+
+def naive(q, k, v, name, eps):
+    """The formula with its N x N weights."""
+    weights = torch.einsum('bhid,bhjd->bhij', PHI[name](q), PHI[name](k))
+    return torch.einsum('bhij,bhjd->bhid', weights / (weights.sum(-1, keepdim=True) + eps), v)
+
+
+def with_grads(function, inputs, upstream):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+
+def exact(inputs, upstream, name, eps=1e-6):
+    return with_grads(lambda *x: naive(*x, name, eps), [x.cpu().double() for x in inputs], upstream.cpu())
+
+
+def qkv(name, batch, heads, n, m, dim, kind='random', dtype=torch.float32, device='cpu'):
+    """Queries, keys and values, and a gradient of the output."""
+    q, k = (KINDS[kind](batch, heads, length, dim) for length in (n, m))
+    if name == 'identity':  # features that are there already
+        q, k = (x.abs() + 0.1 * x.abs().mean() for x in (q, k))
+    v, upstream = (torch.randn(batch, heads, length, dim) for length in (m, n))
+    return [x.to(device, dtype) for x in (q, k, v)], upstream.to(device, dtype)
+
+
+def directly(engine, inputs, upstream, name, eps=1e-6, grads=None):
+    """Output and gradients by an engine's two functions."""
+    out, state, total = engine.module.forward(*inputs, name, eps)
+    assert state.dtype == total.dtype == torch.promote_types(out.dtype, torch.float32)
+    grads = [torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in inputs] \
+        if grads is None else grads
+    engine.module.backward(upstream, *inputs, state, total, grads, name, eps)
+    return [out, *grads]
+
+
+def check(got, wanted, tolerance, floor=0.0, errors=(0.0, 0.0, 0.0, 0.0)):
+    """Errors relative to the largest value, or to ``floor`` if q and k have no gradient; or no more than ``errors``."""
+    assert len(got) == len(wanted) == len(WHAT)
+    for what, a, b, allowed in zip(WHAT, got, wanted, errors, strict=True):
+        assert a.shape == b.shape
+        scale = max(float(b.abs().max()), floor if what in WHAT[1:3] else 0.0)
+        limit = max(tolerance * scale, allowed) + torch.finfo(a.dtype).tiny * torch.finfo(a.dtype).eps
+        error = float((a.detach().cpu().double() - b).abs().max())
+        assert error <= limit, f'{what}: {error:.1e} > {limit:.1e}, of {scale:.1e}'
+
+
+def packed_views(inputs, upstream):
+    """The same as views of a projection (B, N, 3, H, D), with a gradient of that, its views, and a strided upstream."""
+    whole = torch.stack([x.transpose(1, 2) for x in inputs], dim=2)
+    grads = torch.full_like(whole, torch.nan)
+    views = [x.permute(2, 0, 3, 1, 4).unbind(0) for x in (whole, grads)]
+    return views[0], upstream.transpose(1, 2).contiguous().transpose(1, 2), views[1]
+
+
+def fenced(x):
+    """A larger tensor of NaN, and a view of it that holds ``x``."""
+    field = x.new_full([size + 3 for size in x.shape], torch.nan)
+    field[1:-2, 1:-2, 1:-2, 1:-2] = x
+    return field, field[1:-2, 1:-2, 1:-2, 1:-2]
+
+
+def autograd_errors(inputs, upstream, name, eps, wanted):
+    got = with_grads(lambda *x: linear_attention_reference(*x, name, eps), inputs, upstream)
+    return [float((a.cpu().double() - b).abs().max()) for a, b in zip(got, wanted, strict=True)]
+
+
+# The formula.
+
+@pytest.mark.parametrize('dim', DIMS)
+@pytest.mark.parametrize('name', MAPS)
+def test_cpu_values_and_gradients(name, dim, cpu):
+    lengths = [1, 2, 63, 64, 65, 129, 257]
+    for n, m in [*zip(lengths, lengths, strict=True), *zip(lengths, lengths[::-1], strict=True)]:
+        for eps in (1e-6, 20.0):
+            inputs, upstream = qkv(name, 2, 2, n, m, dim)
+            wanted = exact(inputs, upstream, name, eps)
+            # With one key the output is that key's value, so that q and k have no gradient to be relative to.
+            floor = 1.0 if m == 1 else 0.0
+            if n == m:
+                views, go, grads = packed_views(inputs, upstream)
+                check(directly(cpu, views, go, name, eps, grads), wanted, 1e-5, floor)
+            check(directly(cpu, inputs, upstream, name, eps), wanted, 1e-5, floor)
+
+
+def test_cpu_values_and_gradients_of_several_chunks(cpu):
+    for n, m in [(385, 384), (384, 385), (769, 769)]:
+        inputs, upstream = qkv('elu1', 1, 2, n, m, 32)
+        check(directly(cpu, inputs, upstream, 'elu1'), exact(inputs, upstream, 'elu1'), 1e-5)
+
+
+@pytest.mark.parametrize(('name', 'dim', 'n', 'm'), [
+    ('elu1', 32, 1, 1), ('elu1', 40, 65, 65), ('elu1', 64, 129, 129), ('elu1', 80, 64, 257), ('elu1', 96, 257, 63),
+    ('elu1', 128, 63, 2), ('relu', 64, 2, 2), ('relu', 80, 129, 65), ('softplus', 40, 65, 1), ('softplus', 96, 63, 63),
+    ('identity', 32, 64, 64), ('identity', 128, 65, 129)])
+@pytest.mark.parametrize('eps', [1e-6, 20.0])
+def test_triton_values_and_gradients(name, dim, n, m, eps, triton):
+    inputs, upstream = qkv(name, 2 if n < 100 else 1, 2, n, m, dim, device=triton.device)
+    wanted, floor = exact(inputs, upstream, name, eps), 1.0 if m == 1 else 0.0
+    if n == m:
+        views, go, grads = packed_views(inputs, upstream)
+        check(directly(triton, views, go, name, eps, grads), wanted, 1e-5, floor)
+    else:
+        check(directly(triton, inputs, upstream, name, eps), wanted, 1e-5, floor)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('name', ['elu1', 'softplus', 'relu'])
+def test_sizes_of_inputs(name, kind, dtype, engine):
+    eps = 1e-30 if kind == 'negative' else 1e-6  # of which the denominator of elu1 is about 1e-14 there
+    inputs, upstream = qkv(name, 1, 1, 33, 40, 40, kind, dtype, engine.device)
+    wanted = exact(inputs, upstream, name, eps)
+    # Around 0 all keys have nearly the same features, and q's gradient is what is left when they cancel.
+    errors = [3 * e if kind == 'tiny' else 0.0 for e in autograd_errors(inputs, upstream, name, eps, wanted)]
+    check(directly(engine, inputs, upstream, name, eps), wanted, TOLERANCE[dtype], errors=errors)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_features_that_vanish(dtype, engine):
+    """Keys that float16's smallest numbers cannot tell apart, and queries with features of 0."""
+    (q, k, v), upstream = qkv('elu1', 1, 1, 33, 40, 40, dtype=dtype, device=engine.device)
+    wanted = exact((q, k - 12, v), upstream, 'elu1')
+    check(directly(engine, (q, k - 12, v), upstream, 'elu1'), wanted, TOLERANCE[dtype])
+    got = directly(engine, (-q.abs(), k, v), upstream, 'relu')
+    assert all((x == 0).all() for x in got)
+
+
+@pytest.mark.parametrize('name', MAPS)
+def test_eps_of_zero(name, engine):
+    inputs, upstream = qkv(name, 1, 1, 65, 70, 40, device=engine.device)
+    check(directly(engine, inputs, upstream, name, 0.0), exact(inputs, upstream, name, 0.0), 1e-5)
+
+
+@pytest.mark.parametrize('tokens', [2, 3, 5])
+def test_number_of_splits(tokens, triton, monkeypatch):
+    """Also when there are more of them than blocks."""
+    inputs, upstream = qkv('elu1', 1, 2, 150, 140, 40, device=triton.device)
+    results = []
+    for splits in (1, tokens):
+        monkeypatch.setattr(triton.module, '_splits', lambda q, tokens, splits=splits: splits)
+        results.append(directly(triton, inputs, upstream, 'elu1'))
+    check(results[1], [x.cpu().double() for x in results[0]], 2e-6)
+
+
+@pytest.mark.parametrize(('n', 'm'), [(65, 70), (150, 140)])
+@pytest.mark.parametrize('dim', [40, 64])
+def test_reads_and_writes_nothing_outside(n, m, dim, engine, poisoned):
+    tensors, upstream = qkv('elu1', 1, 2, n, m, dim, device=engine.device)
+    inputs = [fenced(x)[1] for x in tensors]
+    fields, grads = zip(*(fenced(torch.zeros_like(x)) for x in tensors), strict=True)
+    for x in grads:
+        x.fill_(torch.nan)
+    got = directly(engine, inputs, fenced(upstream)[1], 'elu1', grads=grads)
+    check(got, exact(tensors, upstream, 'elu1'), 1e-5)
+    assert [int(field.isfinite().sum()) for field in fields] == [x.numel() for x in tensors]
+
+
+@pytest.mark.parametrize(('n', 'm'), [(65, 70), (150, 140)])
+def test_everything_is_written(n, m, engine, poisoned):
+    inputs, upstream = qkv('relu', 1, 2, n, m, 40, device=engine.device)
+    check(with_grads(lambda *x: linear_attention(*x, 'relu'), inputs, upstream), exact(inputs, upstream, 'relu'), 1e-5)
+    whole = torch.randn(1, n, 3, 2, 40, device=engine.device, requires_grad=True)
+    out = linear_attention_packed(whole)
+    assert out.isfinite().all() and torch.autograd.grad(out.sum(), whole)[0].isfinite().all()
+
+
+# What PyTorch sees.
+
+def test_same_bits_and_untouched_inputs(engine):
+    inputs, upstream = qkv('elu1', 1, 2, 150, 140, 40, device=engine.device)
+    whole = torch.randn(1, 150, 3, 2, 40, device=engine.device)
+    before = copy.deepcopy([*inputs, upstream, whole])
+    runs = [[*with_grads(linear_attention, inputs, upstream),
+             *with_grads(linear_attention_packed, [whole], upstream.transpose(1, 2))] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, [*inputs, upstream, whole], strict=True))
+
+
+def test_memory_layout(engine):
+    inputs, _ = qkv('elu1', 2, 2, 65, 70, 32, device=engine.device)
+    out = linear_attention(*inputs)
+    assert out.transpose(1, 2).is_contiguous() and merge_heads(out).data_ptr() == out.data_ptr()
+    apart = torch.randn(3, 2, 65, 2, 32, device=engine.device, requires_grad=True).permute(1, 2, 0, 3, 4)
+    for whole in (apart, apart.detach().contiguous().requires_grad_()):
+        out = linear_attention_packed(whole)
+        assert out.is_contiguous()
+        grad, = torch.autograd.grad(out.sum(), whole)
+        assert grad.is_contiguous() and grad.shape == whole.shape
+
+
+def layer_and_input(device='cpu', tokens=70, **options):
+    layer = build_attention(LINEAR | options, 64, 2).to(device)
+    return layer, torch.randn(2, tokens, 64, device=device, requires_grad=True)
+
+
+def layer_grads(layer, x, function=None):
+    out = (layer if function is None else function)(x, (10, 7), 0)
+    return [out.detach(), *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize('name', MAPS[:3])
+def test_gradients_of_a_layer(name, engine):
+    layer, x = layer_and_input(engine.device, feature_map=name)
+    twin = copy.deepcopy(layer).cpu().double()
+
+    def transcribed(x, hw, num_prefix):
+        q, k, v = twin.qkv(x).chunk(3, dim=-1)
+        heads = [y.view(2, 70, 2, 32).transpose(1, 2) for y in (q, k, v)]
+        return twin.proj(torch.cat(naive(*heads, name, 1e-6).unbind(1), dim=-1))
+    wanted = layer_grads(twin, x.detach().cpu().double().requires_grad_(), transcribed)
+    for a, b in zip(layer_grads(layer, x), wanted, strict=True):
+        assert (a.cpu().double() - b).abs().max() < 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize('wants_grad', [False, True])
+def test_opcheck(wants_grad, engine):
+    ops = fused_linear_attention
+    (q, k, v), upstream = qkv('elu1', 1, 2, 17, 19, 16, device=engine.device)
+    whole = torch.randn(2, 17, 3, 2, 16, device=engine.device)
+    state, total = engine.module.forward(q, k, v, 'elu1', 1e-6)[1:]
+    packed_state = ops.packed(whole, 'elu1', 1e-6)[1:]
+    checks = [(ops.fused, [q, k, v]), (ops.packed, [whole])]
+    if engine.name == 'cpu':
+        checks.append((ops.fused, [q.mT.contiguous().mT, k[:, :1].expand_as(k), v[:, :, :1].expand_as(v)]))
+    if not wants_grad:
+        checks += [(ops.fused_backward, [upstream, q, k, v, state, total]),
+                   (ops.packed_backward, [torch.randn(2, 17, 2, 16, device=engine.device), whole, *packed_state])]
+    for op, tensors in checks:
+        torch.library.opcheck(op, (*(x.requires_grad_(wants_grad) for x in tensors), 'elu1', 1e-6))
+
+
+def test_compiled_graph_holds_the_operator(cpu):
+    from torch._dynamo.testing import EagerAndRecordGraphs
+    layer, x = layer_and_input()
+    recorder = EagerAndRecordGraphs()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=recorder)
+    torch.testing.assert_close(compiled(x, (10, 7), 0), layer(x, (10, 7), 0))
+    assert [node for graph in recorder.graphs for node in graph.graph.nodes if 'adala_mm.linear' in str(node.target)]
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile on a CPU needs a C++ compiler')
+def test_compiled_layer_is_the_same_layer(cpu, monkeypatch):
+    # Not asking which vector instructions there are: the answer takes 10 s.
+    monkeypatch.setattr('torch._inductor.cpu_vec_isa.valid_vec_isa_list', list)
+    layer, x = layer_and_input()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, options={'cpp_cache_precompile_headers': False})
+    for a, b in zip(layer_grads(layer, x, compiled), layer_grads(layer, x), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_export_does_not_need_this_package(cpu):
+    layer, x = layer_and_input()
+    for strict in (False, True):
+        program = torch.export.export(layer, (x.detach(), (10, 7), 0), strict=strict)
+        assert 'adala_mm' not in ''.join(str(node.target) for node in program.graph.nodes)
+        torch.testing.assert_close(program.module()(x, (10, 7), 0), layer(x, (10, 7), 0))
+
+
+def test_autocast_keeps_float32(engine):
+    inputs, upstream = qkv('elu1', 1, 2, 150, 140, 40, device=engine.device)
+    wanted = with_grads(linear_attention, inputs, upstream)
+    with torch.autocast(engine.device, dtype=torch.bfloat16):
+        got = with_grads(linear_attention, inputs, upstream)  # also its backward pass
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    layer, x = layer_and_input(engine.device)
+    with torch.autocast(engine.device, dtype=torch.bfloat16):
+        whole = layer.qkv(x).unflatten(-1, (3, 2, 32))
+        out = linear_attention_packed(whole)
+    assert whole.dtype == out.dtype == torch.bfloat16
+    wanted = naive(*whole.detach().cpu().double().permute(2, 0, 3, 1, 4), 'elu1', 1e-6).transpose(1, 2)
+    # Half a unit in the last of bfloat16's 8 digits, on the CPU; Triton rounds the features of the keys as well.
+    limit = wanted.abs() * 2 ** -8 * 1.01 + 1e-6 if engine.name == 'cpu' else 1e-2 * wanted.abs().max()
+    assert ((out.detach().cpu().double() - wanted).abs() < limit).all()
+
+
+def test_threads_keep_their_autocast_settings(cpu, monkeypatch):
+    """One thread is within the operator while another, under autocast, comes and stays longer."""
+    (q, k, v), _ = qkv('identity', 1, 1, 5, 5, 4)
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    enabled = {}
+
+    def phi(x):
+        if threading.current_thread().name == 'first':
+            first_is_in.set()
+            assert second_is_in.wait(10)
+        else:
+            second_is_in.set()
+            assert first_is_out.wait(10)
+        return x
+
+    def first():
+        cpu.module.forward(q, k, v, 'identity', 1e-6)
+        enabled['first'] = torch.is_autocast_enabled('cpu')
+        first_is_out.set()
+
+    def second():
+        assert first_is_in.wait(10)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            cpu.module.forward(q, k, v, 'identity', 1e-6)
+            enabled['second'] = torch.is_autocast_enabled('cpu')
+    monkeypatch.setitem(cpu.module.PHI, 'identity', (phi, torch.ones_like))
+    threads = [threading.Thread(target=target, name=target.__name__) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert enabled == {'first': False, 'second': True}
+
+
+def test_checkpointing(engine):
+    layer, x = layer_and_input(engine.device)
+    got = layer_grads(layer, x, lambda *args: checkpoint(layer, *args, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(got, layer_grads(layer, x), strict=True))
+
+
+def test_second_derivatives_are_refused(engine):
+    (q, k, v), _ = qkv('elu1', 1, 1, 20, 20, 16, device=engine.device)
+    q.requires_grad_()
+    grad, = torch.autograd.grad(linear_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match='linear_attention_backward.* no autograd formula'):
+        grad.sum().backward()
+
+
+def test_inference_mode(engine):
+    inputs, upstream = qkv('elu1', 1, 2, 70, 65, 16, device=engine.device)
+    with torch.inference_mode():
+        out = linear_attention(*inputs)
+        linear_attention_packed(torch.randn(1, 70, 3, 2, 16, device=engine.device))
+    check([out, *exact(inputs, upstream, 'elu1')[1:]], exact(inputs, upstream, 'elu1'), 1e-5)
+
+
+LAYOUTS = {
+    'tokens first': lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    'channels not last': lambda x: x.mT.contiguous().mT,
+    'every second channel': lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    'one head': lambda x: x[:, :1].expand(x.shape),
+    'one token': lambda x: x[:, :, :1].expand(x.shape),
+    'one channel': lambda x: x[..., :1].expand(x.shape),
+    'one number': lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize('which', [(0,), (1,), (2,), (0, 1, 2)], ids=['q', 'k', 'v', 'all'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts_of_inputs(layout, which, engine):
+    inputs, upstream = qkv('elu1', 1, 2, 20, 23, 16, device=engine.device)
+    inputs = [LAYOUTS[layout](x) if i in which else x for i, x in enumerate(inputs)]
+    floor = 0.0 if layout in list(LAYOUTS)[:4] else 1.0  # equal keys, values, or features of a key: no gradient
+    for go in (upstream, LAYOUTS[layout](upstream)) if len(which) == 3 else (upstream,):
+        check(with_grads(linear_attention, inputs, go), exact(inputs, go, 'elu1'), 1e-5, floor)
+
+
+@pytest.mark.parametrize('which', itertools.product([False, True], repeat=3), ids=str)
+def test_gradients_of_some_inputs(which, engine):
+    inputs, upstream = qkv('elu1', 1, 2, 20, 23, 16, device=engine.device)
+    wanted = exact(inputs, upstream, 'elu1')
+    for x, wants_grad in zip(inputs, which, strict=True):
+        x.requires_grad_(wants_grad)
+    out = linear_attention(*inputs)
+    assert out.requires_grad == any(which)
+    if any(which):
+        out.backward(upstream)
+    for x, wants_grad, grad in zip(inputs, which, wanted[1:], strict=True):
+        assert (x.grad is not None) == wants_grad
+        assert not wants_grad or (x.grad.cpu() - grad).abs().max() < 1e-5 * grad.abs().max()
+
+
+@pytest.mark.parametrize('what', ['fewer values than keys', 'keys of one image', 'wider values'])
+def test_shapes_that_do_not_fit(what, engine):
+    (q, k, v), _ = qkv('elu1', 2, 2, 40, 40, 16, device=engine.device)
+    k, v = {'fewer values than keys': (k, v[:, :, :-3]), 'keys of one image': (k[:1], v[:1]),
+            'wider values': (k, torch.cat([v, v], dim=-1))}[what]
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        linear_attention(q, k, v)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtype_of_the_values(dtype, engine):
+    """As `linear_attention` promises, and as the plain formula has it."""
+    (q, k, v), _ = qkv('elu1', 1, 2, 40, 40, 16, device=engine.device)
+    out = linear_attention(q, k, v.to(dtype))
+    wanted = naive(*(x.cpu().double() for x in (q, k, v.to(dtype))), 'elu1', 1e-6)
+    assert out.dtype == dtype and (out.cpu().double() - wanted).abs().max() < 1e-2
+
+
+# Who does what.
+
+def forbid(monkeypatch, *names):
+    for name in names:
+        def fail(*args, name=name):
+            raise AssertionError(f'{name} was called')
+        monkeypatch.setattr(fused_linear_attention, name, fail)
+
+
+@pytest.mark.parametrize('name', MAPS)
+def test_few_tokens_on_the_cpu(name, cpu, monkeypatch):
+    inputs, upstream = qkv(name, 2, 3, 31, 31, 32)
+    whole = torch.stack([x.transpose(1, 2) for x in inputs], dim=2)
+    by_state = directly(cpu, inputs, upstream, name)
+    forbid(monkeypatch, 'fused', 'packed')
+    with FlopCounterMode(display=False) as counter:
+        linear_attention(*inputs, name)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 31 * 31 * 32
+    check(with_grads(lambda *x: linear_attention(*x, name), inputs, upstream), [x.double() for x in by_state], 1e-6)
+    out, grad = with_grads(lambda x: linear_attention_packed(x, name), [whole], upstream.transpose(1, 2))
+    check([out.transpose(1, 2), *grad.permute(2, 0, 3, 1, 4)], [x.double() for x in by_state], 1e-6)
+
+
+@pytest.mark.parametrize(('n', 'm', 'fuses'), [(31, 31, False), (32, 32, True), (33, 33, True), (17, 300, True),
+                                               (16, 300, False), (300, 16, False), (1, 5000, False)])
+def test_how_many_tokens_are_few(n, m, fuses, cpu, monkeypatch):
+    """The operator has the cost of the linear order; the plain formula takes over where the other one is cheaper."""
+    inputs, _ = qkv('elu1', 1, 1, n, m, 32)
+    calls, operator = [], fused_linear_attention.fused
+    monkeypatch.setattr(fused_linear_attention, 'fused', lambda *args: (calls.append(1), operator(*args))[1])
+    linear_attention(*inputs)
+    assert bool(calls) == fuses == (n * m * 2 >= (n + m) * 32)
+
+
+@pytest.mark.parametrize(('n', 'm', 'f', 'd'), [(7, 7, 8, 8), (8, 8, 8, 8), (9, 9, 8, 8), (4, 40, 8, 8), (5, 40, 8, 8),
+                                                (40, 4, 8, 8), (20, 20, 64, 16), (20, 20, 16, 64), (30, 30, 16, 64)])
+def test_weighted_sums_take_the_cheaper_order(n, m, f, d):
+    q, k, v = torch.rand(2, 3, n, f), torch.rand(2, 3, m, f), torch.randn(2, 3, m, d)
+    with FlopCounterMode(display=False) as counter:
+        total, weight = weighted_sums(q, k, v)
+    by_scores, by_state = n * m * (f + d), (n + m) * f * d
+    sums = 0 if by_scores < by_state else n * f  # of the denominators
+    assert counter.get_total_flops() == 2 * 2 * 3 * (min(by_scores, by_state) + sums)
+    scores = torch.einsum('bhif,bhjf->bhij', q.double(), k.double())
+    torch.testing.assert_close(total.double(), torch.einsum('bhij,bhjd->bhid', scores, v.double()), rtol=0, atol=1e-4)
+    torch.testing.assert_close(weight.double(), scores.sum(-1, keepdim=True), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('name', sorted(set(FEATURE_MAPS) - set(MAPS)))
+def test_other_maps_take_the_plain_formula(name, cpu, monkeypatch):
+    forbid(monkeypatch, 'fused', 'packed')
+    inputs, upstream = qkv(name, 1, 2, 40, 40, 16)
+    wanted = with_grads(lambda *x: linear_attention_reference(*x, name), inputs, upstream)
+    got = with_grads(lambda *x: linear_attention(*x, name), inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    whole = torch.stack([x.transpose(1, 2) for x in inputs], dim=2)
+    torch.testing.assert_close(linear_attention_packed(whole, name).transpose(1, 2), wanted[0])
+
+
+def test_the_maps_of_both_engines(triton):
+    assert set(triton.module.MAPS) == set(cpu_linear_attention.PHI) == set(fused_linear_attention.MAPS) == set(MAPS)
+
+
+@pytest.mark.parametrize('name', MAPS)
+def test_float64_stays_float64(name, cpu):
+    inputs, upstream = qkv(name, 1, 2, 40, 45, 16, dtype=torch.float64)
+    got = with_grads(lambda *x: linear_attention(*x, name), inputs, upstream)
+    assert {x.dtype for x in got} == {torch.float64}
+    check(got, exact(inputs, upstream, name), 1e-12)
+    leaves = [x[:, :1, :12, :4].clone().requires_grad_() for x in inputs]
+    if name != 'relu':  # whose kink the differences may step over
+        assert torch.autograd.gradcheck(lambda *x: fused_linear_attention.fused(*x, name, 0.1)[0], leaves)
+
+
+@pytest.mark.parametrize('function', [lambda x, name: linear_attention(*x.permute(2, 0, 3, 1, 4), feature_map=name),
+                                      lambda x, name: linear_attention_packed(x, feature_map=name)])
+def test_unknown_map(function):
+    with pytest.raises(ValueError, match="'gelu'") as info:
+        function(torch.randn(1, 5, 3, 2, 4), 'gelu')
+    assert all(name in str(info.value) for name in FEATURE_MAPS)
+
+
+@pytest.mark.parametrize('images', [0, 2])
+def test_no_images_and_no_tokens(images, cpu):
+    for n, m in [(0, 40), (40, 0), (40, 40)]:
+        inputs, upstream = qkv('elu1', images, 2, n, m, 16)
+        out, *grads = with_grads(linear_attention, inputs, upstream)
+        assert out.shape == (images, 2, n, 16) and all(g.shape == x.shape for g, x in zip(grads, inputs, strict=True))
+        if m == 0:
+            assert (out == 0).all()
+
+
+# The layer and the ViT.
+
+def test_vit_equals_the_plain_formula(cpu, monkeypatch):
+    vit = MODELS.build(tiny_vit(attention=LINEAR)).double()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images, results, calls = torch.randn(2, 3, 32, 32, dtype=torch.float64), [], []
+
+    def plain(whole, feature_map='elu1', eps=1e-6):
+        calls.append(1)
+        return linear_attention_reference(*whole.permute(2, 0, 3, 1, 4), feature_map, eps).transpose(1, 2)
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr('adala_mm.models.attentions.linear.linear_attention_packed', plain)
+        features = vit.forward_features(images)
+        results.append([features, *torch.autograd.grad(features.sin().sum(), list(vit.parameters()))])
+        assert len(calls) == 2 * patched
+    for a, b in zip(*results, strict=True):
+        assert b.abs().max() > 1e-6 and (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+def test_layer_can_be_stored_and_copied(cpu):
+    layer, x = layer_and_input(feature_map='relu', eps=0.5)
+    wanted = layer_grads(layer, x)
+    assert sorted(layer.state_dict()) == ['proj.bias', 'proj.weight', 'qkv.bias', 'qkv.weight']
+    assert not any(isinstance(value, ModuleType) for value in vars(layer).values())
+    fresh = build_attention(LINEAR | dict(feature_map='relu', eps=0.5), 64, 2)
+    fresh.load_state_dict(layer.state_dict())
+    for twin in (fresh, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert all(torch.equal(a, b) for a, b in zip(layer_grads(twin, x), wanted, strict=True))
