@@ -30,7 +30,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.autocast('cpu', enabled=False)
 def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, N, D), stored as (B, N, H, D) because that is what the output projection reads, and the state.
 
@@ -44,38 +43,40 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
     b, h, n, d = q.shape
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     state, total = q.new_zeros(b, h, d, d, dtype=dtype), q.new_zeros(b, h, d, dtype=dtype)
-    for i in range(b):
-        for part in _chunks(k.shape[2]):
-            features = phi(k[i, :, part].to(dtype))  # (H, c, D)
-            state[i].baddbmm_(features.transpose(1, 2), v[i, :, part].to(dtype))
-            total[i] += features.sum(1)
-        for part in _chunks(n):
-            features = phi(q[i, :, part].to(dtype))
-            weight = torch.bmm(features, total[i].unsqueeze(-1)).add_(eps)
-            out[i, :, part] = torch.bmm(features, state[i]).div_(weight)
+    with torch.autocast('cpu', enabled=False):
+        for i in range(b):
+            for part in _chunks(k.shape[2]):
+                features = phi(k[i, :, part].to(dtype))  # (H, c, D)
+                state[i].baddbmm_(features.transpose(1, 2), v[i, :, part].to(dtype))
+                total[i] += features.sum(1)
+            for part in _chunks(n):
+                features = phi(q[i, :, part].to(dtype))
+                weight = torch.bmm(features, total[i].unsqueeze(-1)).add_(eps)
+                out[i, :, part] = torch.bmm(features, state[i]).div_(weight)
     return out, state, total
 
 
-@torch.autocast('cpu', enabled=False)
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total: Tensor,
              grads: tuple[Tensor, Tensor, Tensor], feature_map: str, eps: float) -> None:
     """Writes the gradients of q, k and v into ``grads``, tensors of their shapes; see the Triton kernels."""
     (phi, phi_grad), dtype = PHI[feature_map], _wide(q.dtype)
     grad_q, grad_k, grad_v = grads
-    for i in range(len(q)):
-        grad_state, grad_total = torch.zeros_like(state[i]), torch.zeros_like(total[i])
-        for part in _chunks(q.shape[2]):
-            features = phi(q[i, :, part].to(dtype))
-            weight = torch.bmm(features, total[i].unsqueeze(-1)).add_(eps)
-            grad_sum = grad[i, :, part].to(dtype) / weight
-            out = torch.bmm(features, state[i]).div_(weight)  # the stored one may be rounded to half precision
-            grad_weight = out.mul_(grad_sum).sum(-1, keepdim=True).neg_()
-            grad_features = torch.bmm(grad_sum, state[i].transpose(1, 2)).addcmul_(grad_weight, total[i].unsqueeze(1))
-            grad_q[i, :, part] = grad_features.mul_(phi_grad(features))
-            grad_state.baddbmm_(features.transpose(1, 2), grad_sum)
-            grad_total += torch.bmm(grad_weight.transpose(1, 2), features).squeeze(1)
-        for part in _chunks(k.shape[2]):
-            features = phi(k[i, :, part].to(dtype))
-            grad_v[i, :, part] = torch.bmm(features, grad_state)
-            grad_features = torch.bmm(v[i, :, part].to(dtype), grad_state.transpose(1, 2))
-            grad_k[i, :, part] = grad_features.add_(grad_total.unsqueeze(1)).mul_(phi_grad(features))
+    with torch.autocast('cpu', enabled=False):
+        for i in range(len(q)):
+            grad_state, grad_total = torch.zeros_like(state[i]), torch.zeros_like(total[i])
+            for part in _chunks(q.shape[2]):
+                features = phi(q[i, :, part].to(dtype))
+                weight = torch.bmm(features, total[i].unsqueeze(-1)).add_(eps)
+                grad_sum = grad[i, :, part].to(dtype) / weight
+                out = torch.bmm(features, state[i]).div_(weight)  # the stored one may be rounded to half precision
+                grad_weight = out.mul_(grad_sum).sum(-1, keepdim=True).neg_()
+                grad_features = torch.bmm(grad_sum, state[i].transpose(1, 2))
+                grad_features.addcmul_(grad_weight, total[i].unsqueeze(1))
+                grad_q[i, :, part] = grad_features.mul_(phi_grad(features))
+                grad_state.baddbmm_(features.transpose(1, 2), grad_sum)
+                grad_total += torch.bmm(grad_weight.transpose(1, 2), features).squeeze(1)
+            for part in _chunks(k.shape[2]):
+                features = phi(k[i, :, part].to(dtype))
+                grad_v[i, :, part] = torch.bmm(features, grad_state)
+                grad_features = torch.bmm(v[i, :, part].to(dtype), grad_state.transpose(1, 2))
+                grad_k[i, :, part] = grad_features.add_(grad_total.unsqueeze(1)).mul_(phi_grad(features))

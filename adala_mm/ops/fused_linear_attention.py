@@ -1,7 +1,8 @@
 """Linear attention as PyTorch operators with a hand-written backward pass: Triton on GPUs, chunks on CPUs.
 
 Opaque to autograd, torch.compile and checkpointing, which see one operator with known shapes: what happens inside is
-decided by the device of the tensors.
+decided by the device of the tensors. First derivatives only: for second ones, and for forward-mode differentiation, use
+`linear_attention_reference`.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from adala_mm.ops import cpu_linear_attention
 
@@ -24,10 +26,13 @@ def _engine(x: Tensor) -> ModuleType:
     return triton_linear_attention
 
 
-def supports(q: Tensor, feature_map: str) -> bool:
+def supports(q: Tensor, feature_map: str, k: Tensor | None = None, v: Tensor | None = None) -> bool:
     """Whether the operators below take these tensors; else there is the plain formula."""
-    # Exported graphs must not need this package. (To Dynamo, compiling is exporting as well.)
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if k is not None and (k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]
+                          or not q.dtype == k.dtype == v.dtype):
+        return False
+    # Exported graphs must not need this package. (`is_exporting()` is true for Dynamo when it only compiles.)
+    exporting = getattr(torch.compiler, '_is_exporting_flag', False)
     if feature_map not in MAPS or exporting or torch.onnx.is_in_onnx_export():
         return False
     if q.device.type == 'cuda':
@@ -44,7 +49,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tupl
 @torch.library.custom_op('adala_mm::linear_attention_backward', mutates_args=())
 def fused_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total: Tensor, feature_map: str,
                    eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _engine(q).backward(grad, q, k, v, state, total, grads, feature_map, eps)
     return grads
 
@@ -84,7 +89,7 @@ def _(q, k, v, feature_map, eps):
 
 @fused_backward.register_fake
 def _(grad, q, k, v, state, total, feature_map, eps):
-    return tuple(torch.empty_like(x) for x in (q, k, v))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 @packed.register_fake
@@ -106,9 +111,22 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(backward):
     def differentiate(ctx, grad, grad_state, grad_total):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         grads = backward(grad, *ctx.saved_tensors, ctx.feature_map, ctx.eps)
         return (*(grads if isinstance(grads, (tuple, list)) else (grads,)), None, None)
     return differentiate
+
+
+@register_flop_formula([torch.ops.adala_mm.linear_attention, torch.ops.adala_mm.linear_attention_packed])
+def _flops(shape, *others, out_shape=None, **kwargs) -> int:
+    """For PyTorch's counter: two flops for each multiply-add of ``q (k^T v)`` and of its denominator."""
+    if len(shape) == 5:  # packed
+        b, nq, _, h, d = shape
+        nk = nq
+    else:
+        (b, h, nq, d), nk = shape, others[0][2]
+    return 2 * b * h * d * ((nq + nk) * d + nq)
 
 
 fused.register_autograd(_differentiate(fused_backward), setup_context=_save)

@@ -94,7 +94,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
         ValueError: for an unknown ``feature_map``; the message lists the known ones.
     """
     check_feature_map(feature_map)
-    if fused.supports(q, feature_map) and not _few_tokens(q.device, q.shape[2], k.shape[2], q.shape[-1]):
+    if fused.supports(q, feature_map, k, v) and not _few_tokens(q.device, q.shape[2], k.shape[2], q.shape[-1]):
         return fused.fused(q, k, v, feature_map, eps)[0]
     return linear_attention_reference(q, k, v, feature_map, eps)
 

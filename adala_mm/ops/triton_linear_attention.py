@@ -65,9 +65,9 @@ def _state_of(k_ptr, v_ptr, k_stride, v_stride, begin, end, N, D: tl.constexpr, 
         limit = tl.minimum(end, N)
         k, mask = _load(k_ptr, k_stride, tokens, dims, limit, D)
         v, _ = _load(v_ptr, v_stride, tokens, dims, limit, D)
-        phi = _features(k, mask, MAP).to(v.dtype)  # rounded as v is, in both sums: equal values stay equal
-        state += tl.dot(tl.trans(phi), v, input_precision=PRECISION)
-        total += tl.sum(phi.to(tl.float32), axis=0)
+        phi = _features(k, mask, MAP)
+        state += tl.dot(tl.trans(phi), v.to(tl.float32), input_precision=PRECISION)
+        total += tl.sum(phi, axis=0)
     return state, total
 
 
@@ -162,7 +162,7 @@ def _grad_q_kernel(q_ptr, go_ptr, gq_ptr, state_ptr, total_ptr, gstate_ptr, gtot
         go, _ = _load(go_ptr, gn, tokens, dims, limit, D)
         x = q.to(tl.float32)
         phi = _features(q, mask, MAP)
-        weight = tl.sum(phi * total[None, :], axis=1) + eps
+        weight = tl.where(tokens < limit, tl.sum(phi * total[None, :], axis=1) + eps, 1.0)
         grad_sum = go.to(tl.float32) / weight[:, None]
         # The stored output may be rounded to half precision; a product more costs less than reading it.
         out = tl.dot(phi, state, input_precision=PRECISION) / weight[:, None]
@@ -214,7 +214,7 @@ def _splits(q: Tensor, tokens: int) -> int:
     if not q.is_cuda:
         return 2 if tokens > 2 * BLOCK else 1  # under the interpreter: so that both ways are tested
     programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return max(1, min(triton.cdiv(programs, q.shape[0] * q.shape[1]), triton.cdiv(tokens, 4 * BLOCK)))
+    return max(1, min(triton.cdiv(programs, max(1, q.shape[0] * q.shape[1])), triton.cdiv(tokens, 4 * BLOCK)))
 
 
 def _chunk(tokens: int, splits: int) -> int:

@@ -17,7 +17,7 @@ def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> 
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
-    counts = counter.get_flop_counts()['Global']
+    counts = counter.get_flop_counts().get('Global', {})
     return sum(flops for op, flops in counts.items() if convolutions or 'conv' not in str(op)) // 2
 
 

@@ -1,13 +1,13 @@
 """Time and memory of functions that are to be compared, and the words in which a benchmark tells them."""
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -140,7 +140,7 @@ def hardware(device: torch.device) -> dict[str, str | int]:
                                 capture_output=True, text=True).stdout.split('\n')[0]
     except OSError:
         driver = ''
-    triton = metadata.version('triton') if importlib.util.find_spec('triton') else 'none'
+    triton = importlib.import_module('triton').__version__ if importlib.util.find_spec('triton') else 'none'
     return facts | dict(device=torch.cuda.get_device_name(device), driver=driver or 'unknown', cuda=torch.version.cuda,
                         triton=triton)
 

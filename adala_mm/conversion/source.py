@@ -1,0 +1,80 @@
+"""What a source of weights is: templates that say what becomes of each of its keys."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from adala_mm.conversion.convert import Converted
+
+
+@dataclass(frozen=True)
+class Source:
+    """One naming of a ViT's weights.
+
+    In templates of keys ``#`` is the number of a block, ``*`` is ``weight`` or ``bias``, and a final ``**`` is
+    anything.
+
+    Args:
+        name: as it is reported.
+        prefixes: what the backbone's keys may stand under.
+        mark: whether a set of keys, without the prefix, is of this source.
+        rename: template of a key to the template of ours. ``attn.q``, ``attn.k`` and ``attn.v`` are joined later.
+        families: those that exist in this naming.
+        reference: ``(converted, state, name)`` to the source library's model with the weights of ``state`` at native
+            size: what it is, and a function from images (B, 3, H, W) to final tokens (B, N, C).
+        any_size: families whose position embeddings the library resizes as `AdaLAViT` does.
+        drop: template of a key under the prefix to the reason why a backbone has no use for it.
+        outside: the same for keys that do not stand under the prefix.
+    """
+
+    name: str
+    prefixes: tuple[str, ...]
+    mark: Callable[[set[str]], bool]
+    rename: dict[str, str]
+    families: tuple[str, ...]
+    reference: Callable[[Converted, dict[str, Tensor], str | None], tuple[str, Callable[[Tensor], Tensor]]]
+    any_size: tuple[str, ...] = ()
+    drop: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+
+    def our_key(self, key: str) -> str | None:
+        """What a key, without prefix, is in `AdaLAViT`; None if no template fits."""
+        return next((done for ours in self.rename.items() if (done := translate(key, *ours)) is not None), None)
+
+    def own_key(self, ours: str) -> str:
+        """The reverse, for messages: how this source names a key of ours."""
+        names = [done for theirs, our in self.rename.items() if (done := translate(ours, our, theirs)) is not None]
+        if not names and (joined := re.fullmatch(r'(blocks\.\d+\.attn)\.qkv\.(weight|bias)', ours)):
+            return self.own_key(f'{joined[1]}.q.{joined[2]}')
+        return names[0] if names else ours
+
+
+@lru_cache(maxsize=None)
+def pattern(template: str) -> re.Pattern:
+    """Regular expression of a template."""
+    text = re.escape(template)
+    for mark, group in ((r'\*\*', '.*'), (r'\#', r'(?P<block>\d+)'), (r'\*', '(?P<kind>weight|bias)')):
+        text = text.replace(mark, group, 1)
+    return re.compile(text)
+
+
+def translate(key: str, template: str, target: str) -> str | None:
+    """``key`` of ``template`` as one of ``target``, or None if it is none of ``template``."""
+    found = pattern(template).fullmatch(key)
+    if found is None:
+        return None
+    for mark, group in (('#', 'block'), ('*', 'kind')):
+        if group in found.groupdict():
+            target = target.replace(mark, found[group])
+    return target
+
+
+def reason_to_drop(key: str, rules: dict[str, str]) -> str | None:
+    """The reason of the first rule that fits, or None."""
+    return next((reason for template, reason in rules.items() if pattern(template).fullmatch(key)), None)
