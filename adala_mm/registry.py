@@ -15,10 +15,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTOR
 from mmengine.registry import Registry  # noqa: E402
 
 from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
-from adala_mm.utils.mmpretrain_compat import tolerate_transformers_5  # noqa: E402
 
 provide_mmcv_ops()
-tolerate_transformers_5()
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm', locations=['adala_mm.models'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])

@@ -12,7 +12,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported: its kernels run on the CPU
 
 ROOT = Path(__file__).resolve().parents[1]
+# Environment of processes that import mmseg before adala_mm, which only works without transformers 5: they see none.
+MMSEG_FIRST = os.environ | {'PYTHONPATH': str(ROOT / 'tests/no_transformers')}
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
+
+
+def pytest_configure():
+    import adala_mm  # noqa: F401  before mmseg, which would not import beside transformers 5 otherwise
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, MMSEG_FIRST, ROOT, tiny_vit
 
 CLASSES = 4
 # What a user imports first, and second; the last one meets adala_mm only through the prefix of its backbone.
@@ -100,7 +100,7 @@ def probe(first: str, then: str | None) -> dict:
 def found(request) -> dict:
     code = f'import json, test_mmcv_ext; print(json.dumps(test_mmcv_ext.probe{request.param}))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import sys; sys.path.insert(0, "tests"); {code}'],
-                          capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+                          capture_output=True, text=True, check=False, cwd=ROOT, timeout=300, env=MMSEG_FIRST)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
