@@ -130,27 +130,31 @@ def measure_costs(names: list[str], rounds: int = 4, dim: int = 384, heads: int 
 
 
 def draw(path: Path, data: dict) -> None:
-    """Quality against measured time and memory, one point per attention."""
+    """Quality against measured time and memory, one numbered point per attention."""
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    softmax = data['costs']['SoftmaxAttention']
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    softmax, grouped = data['costs']['SoftmaxAttention'], rows_by_name(data)
+    errors = {name: [statistics.mean(values) for values in zip(*(row['rel_error'] for row in rows), strict=True)]
+              for name, rows in grouped.items()}
     for axis, key, label in zip(axes, ('ms', 'mib'), ('time', 'peak memory'), strict=True):
-        axis.axhline(data['teacher'], color='grey', lw=0.8, ls='--')
         axis.axvline(1, color='grey', lw=0.8, ls='--')
-        for i, (name, rows) in enumerate(sorted(rows_by_name(data).items())):
-            x = data['costs'][name][key] / softmax[key]
-            y = [statistics.mean(values) for values in zip(*(row['miou'] for row in rows), strict=True)]
-            colour = f'C{i % 10}'
-            axis.plot([x, x], [y[1], y[2]], '-', color=colour, lw=0.7)
-            axis.plot(x, y[1], 'o', mfc='white', color=colour, ms=4)
-            axis.plot(x, y[2], 'o', color=colour, ms=6)
-            axis.annotate(name.removesuffix('Attention'), (x, y[2]), textcoords='offset points',
-                          xytext=(5, 3 if i % 2 else -8), fontsize=7, color=colour)
+        for i, name in enumerate(sorted(errors, key=lambda name: errors[name][-1])):
+            x, (_, one, both) = data['costs'][name][key] / softmax[key], errors[name]
+            colour = plt.get_cmap('tab20')(i % 20)
+            axis.plot([x, x], [max(one, 1e-3), both], '-', color=colour, lw=0.7)
+            axis.plot(x, both, 'o', color=colour, ms=11, label=f'{i + 1}  {name.removesuffix("Attention")}')
+            axis.annotate(str(i + 1), (x, both), ha='center', va='center', fontsize=7)
         axis.set_xscale('log')
+        axis.set_yscale('log')
+        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter('{x:g}')
+        axis.xaxis.set_minor_formatter('')
         axis.set_xlabel(f'{label} of one layer, 64 x 64 patches, softmax = 1')
-    axes[0].set_ylabel('mIoU under the teacher\'s head')
-    figure.suptitle('Filled: after stage 1 + 2. Open: after stage 1. Dashed: the softmax teacher')
+    axes[0].invert_yaxis()
+    axes[0].set_ylabel('relative feature error (better is higher)')
+    axes[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.0, 0.5), markerscale=0.5)
+    figure.suptitle('After stage 1 + 2 (points), from where stage 1 ended (lines)')
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
