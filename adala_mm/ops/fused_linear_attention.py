@@ -40,6 +40,11 @@ def supports(q: Tensor, feature_map: str, k: Tensor | None = None, v: Tensor | N
     return q.device.type == 'cpu'
 
 
+def needs_no_operator(x: Tensor) -> bool:
+    """Whether nobody watches (autograd, torch.compile) and the call of an operator, 0.1 ms on a CPU, can be saved."""
+    return x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @torch.library.custom_op('adala_mm::linear_attention', mutates_args=())
 def fused(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, N, D), and the state (B, H, D, D) and (B, H, D) that the backward pass wants."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adala_mm.ops import cpu_linear_attention
 from adala_mm.ops import fused_linear_attention as fused
 from adala_mm.ops.precision import in_float32
 
@@ -110,6 +111,9 @@ def linear_attention_packed(qkv: Tensor, feature_map: str = 'elu1', eps: float =
     """
     check_feature_map(feature_map)
     if fused.supports(qkv, feature_map) and not _few_tokens(qkv.device, qkv.shape[1], qkv.shape[1], qkv.shape[-1]):
+        if fused.needs_no_operator(qkv):
+            parts = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return cpu_linear_attention.forward(*parts, feature_map, eps)[0].transpose(1, 2)
         return fused.packed(qkv, feature_map, eps)[0]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return linear_attention_reference(q, k, v, feature_map, eps).transpose(1, 2)
