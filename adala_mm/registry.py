@@ -14,9 +14,11 @@ from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
 
+from adala_mm.utils.checkpoint import use_safe_loading  # noqa: E402
 from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
 
 provide_mmcv_ops()
+use_safe_loading()
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm', locations=['adala_mm.models'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])

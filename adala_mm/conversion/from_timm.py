@@ -1,22 +1,23 @@
-"""Weights of timm's VisionTransformer, a local file or ``timm://NAME``: our own names."""
+"""Weights of timm's VisionTransformer, a local file or ``timm://NAME``: its names are ours."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from timm.layers import get_act_layer, get_norm_layer
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from timm.layers import get_act_layer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.source import Source
 
+if TYPE_CHECKING:
+    from adala_mm.conversion.convert import Converted
+
 ACTIVATIONS = {'GELU': 'gelu', 'GELUTanh': 'gelu_tanh', 'QuickGELU': 'quick_gelu'}
-SAME = ['cls_token', 'reg_token', 'pos_embed', 'patch_embed.proj.*', 'norm_pre.*', 'norm.*', 'blocks.#.norm1.*',
-        'blocks.#.norm2.*', 'blocks.#.attn.qkv.*', 'blocks.#.attn.proj.*', 'blocks.#.mlp.fc1.*', 'blocks.#.mlp.fc2.*',
-        'blocks.#.ls1.gamma', 'blocks.#.ls2.gamma']
 
 
 def facts(name: str) -> dict[str, Any] | None:
@@ -29,18 +30,49 @@ def facts(name: str) -> dict[str, Any] | None:
     if not isinstance(model, VisionTransformer):
         return None
     cfg, block = model.pretrained_cfg, model.blocks[0]
-    return {'act': ACTIVATIONS.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
-            'norm_eps': block.norm1.eps, 'num_heads': block.attn.num_heads, 'licence': cfg.get('license'),
+    act = type(block.mlp.act).__name__
+    return {'name': name, 'act': ACTIVATIONS.get(act, act), 'norm_eps': block.norm1.eps,
+            'num_heads': block.attn.num_heads, 'licence': cfg.get('license'),
+            'notes': ' '.join(cfg.get('notes') or ()).lower(),
             'normalise': tuple(tuple(255 * value for value in cfg[part]) for part in ('mean', 'std'))}
 
 
-def build(converted) -> VisionTransformer:
-    """timm's ViT of the same structure, at native size and without a head."""
+def timm_vit(converted: Converted) -> VisionTransformer:
+    """timm's ViT of the same structure and native size, without a head; images of other sizes may come."""
     config, family = converted.config, converted.family
     return VisionTransformer(
         img_size=config['img_size'], patch_size=config['patch_size'], embed_dim=config['embed_dim'],
         depth=config['depth'], num_heads=config['num_heads'], mlp_ratio=config.get('mlp_ratio', 4.0), num_classes=0,
         global_pool='', class_token=family.class_token, reg_tokens=config.get('num_registers', 0),
         no_embed_class=family.no_embed_class, pre_norm=family.pre_norm, init_values=family.layer_scale,
-        norm_layer=get_norm_layer('layernorm', eps=family.norm_eps) if False else _norm(family.norm_eps),
-        act_layer=get_act_layer(family.act), dynamic_img_size=True).eval()
+        norm_layer=partial(nn.LayerNorm, eps=family.norm_eps), act_layer=get_act_layer(family.act),
+        dynamic_img_size=True)
+
+
+def load_trunk(model: VisionTransformer, state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Final tokens of timm's ``model`` with all the weights that it has of ``state``."""
+    model.load_state_dict({key: state[key].float() for key in model.state_dict() if key in state})
+    return model.eval().forward_features
+
+
+def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
+    """timm's own model of that name, or a ViT of the same structure for a file of an unknown one."""
+    if name is None or facts(name) is None:
+        return f'timm {timm.__version__} VisionTransformer', load_trunk(timm_vit(converted), state)
+    return f'timm {timm.__version__} {name}', load_trunk(timm.create_model(name, dynamic_img_size=True), state)
+
+
+TIMM = Source(
+    name='timm',
+    prefixes=('',),
+    mark=lambda keys: ({'patch_embed.proj.weight', 'blocks.0.norm1.weight'} <= keys
+                       and not keys & {'mask_token', 'register_tokens'}),
+    rename={key: key for key in (
+        'cls_token', 'reg_token', 'pos_embed', 'patch_embed.proj.*', 'norm_pre.*', 'norm.*', 'blocks.#.norm1.*',
+        'blocks.#.norm2.*', 'blocks.#.attn.qkv.*', 'blocks.#.attn.proj.*', 'blocks.#.mlp.fc1.*', 'blocks.#.mlp.fc2.*',
+        'blocks.#.ls1.gamma', 'blocks.#.ls2.gamma')},
+    drop={'head.*': 'classifier or projection', 'pre_logits.**': 'classifier or projection',
+          'fc_norm.*': 'norm of pooled features', 'attn_pool.**': 'attention pooling'},
+    families=tuple(FAMILIES),
+    any_size=tuple(FAMILIES),
+    reference=reference)

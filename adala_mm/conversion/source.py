@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Source:
     """One naming of a ViT's weights.
 
-    In templates of keys ``#`` is the number of a block, ``*`` is ``weight`` or ``bias``, and a final ``**`` is
-    anything.
+    In templates of keys ``#`` is the number of a block, ``@`` a number without meaning, ``*`` is ``weight`` or
+    ``bias``, and a final ``**`` is anything.
 
     Args:
         name: as it is reported.
@@ -55,11 +55,11 @@ class Source:
         return names[0] if names else ours
 
 
-@lru_cache(maxsize=None)
+@cache
 def pattern(template: str) -> re.Pattern:
     """Regular expression of a template."""
     text = re.escape(template)
-    for mark, group in ((r'\*\*', '.*'), (r'\#', r'(?P<block>\d+)'), (r'\*', '(?P<kind>weight|bias)')):
+    for mark, group in (('@', r'\d+'), (r'\*\*', '.*'), (r'\#', r'(?P<block>\d+)'), (r'\*', '(?P<kind>weight|bias)')):
         text = text.replace(mark, group, 1)
     return re.compile(text)
 

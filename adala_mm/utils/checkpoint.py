@@ -1,9 +1,11 @@
-"""Reads checkpoints without ever running code that came with them."""
+"""Reads checkpoints without ever running code that came with them, unless the user said so."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
@@ -27,8 +29,17 @@ SAFE_GLOBALS = [
 ]
 
 
-def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+# The user's word that this process may unpickle what it is told to load (`--trust-checkpoint`); also for its children.
+TRUST = 'ADALA_MM_TRUST_CHECKPOINT'
+
+
+def load_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict[str, Any]:
     """Reads a ``.safetensors`` file, or a ``torch.save`` file with ``weights_only=True``.
+
+    Args:
+        path: a local file.
+        map_location: as of ``torch.load``.
+        trust: unpickle whatever the file holds. It may run any code: for files of your own only.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -41,20 +52,24 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(path)
+        if trust or os.environ.get(TRUST) == '1':
+            return torch.load(path, map_location=map_location, weights_only=False)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for what is the same to the user
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if 'Unsupported' in line), lines[0])
         raise ValueError(f'cannot read the checkpoint {path}: it is truncated, not a checkpoint, or holds more than '
-                         f'tensors and plain values, which is never unpickled here ({reason})') from error
+                         f'tensors and plain values, which is never unpickled here ({reason}). If it is your own, and '
+                         'needs that, say --trust-checkpoint') from error
 
 
-def read_state_dict(path: str) -> dict[str, Tensor]:
+def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
     """Tensors of a checkpoint by name, unwrapped from ``state_dict`` / ``model`` and a DDP ``module.`` prefix.
 
     Args:
         path: a local file, or ``timm://NAME``, which is downloaded from the Hugging Face repository ``timm/NAME``.
+        trust: as of `load_checkpoint`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, and for a file without named tensors.
@@ -68,7 +83,9 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
             raise ValueError(f'cannot download {path}: no connection, or no such model. Fetch model.safetensors of '
                              f'https://huggingface.co/timm/{name} yourself and name that file as init_cfg.checkpoint '
                              f'({type(error).__name__})') from error
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, trust=trust)
+    if isinstance(state, torch.nn.Module):  # OpenAI's CLIP files, which are TorchScript and need trust
+        state = state.state_dict()
     for wrapper in ('state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -82,7 +99,20 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
 
 
 def use_safe_loading() -> None:
-    """Makes MMEngine read local files (``load_from``, ``resume``, ``init_cfg``) with `load_checkpoint`."""
+    """Makes MMEngine read local and downloaded files with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
+
+    Called when `adala_mm.registry` is imported, so that it holds wherever a model of ours is built.
+    """
+
+    def load_url(url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True) -> dict:
+        folder = Path(model_dir or Path(torch.hub.get_dir()) / 'checkpoints')
+        path = folder / url.rsplit('/', 1)[-1].split('?')[0]
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=progress)
+        return load_checkpoint(path, map_location)
+
+    mmengine.runner.checkpoint.load_url = load_url  # what all of its remote schemes end in
 
     @CheckpointLoader.register_scheme(prefixes='', force=True)
     def load_local(filename: str, map_location: Any) -> dict[str, Any]:

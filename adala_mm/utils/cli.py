@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 
-from adala_mm.utils.checkpoint import use_safe_loading
+from adala_mm.utils.checkpoint import TRUST, use_safe_loading
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -20,6 +20,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--data-root', help='use this folder wherever the config says data/')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override config entries, e.g. train_dataloader.batch_size=4 model.backbone.depth=2')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='unpickle whatever a checkpoint holds; it can run any code, so for files of your own only')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -35,6 +37,8 @@ def load_config(args: argparse.Namespace) -> Config:
     if not Path(args.config).is_file():
         raise FileNotFoundError(f'no config at {args.config}')
     use_safe_loading()
+    if args.trust_checkpoint:
+        os.environ[TRUST] = '1'
     cfg = Config.fromfile(args.config)
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))

@@ -1,0 +1,253 @@
+"""Pretrained weights as those of `AdaLAViT`: structure and family, other sizes, and comparison with the source."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor
+from torch.nn import functional as F
+
+from adala_mm.conversion.families import FAMILIES, Family
+from adala_mm.conversion.from_timm import TIMM, facts, load_trunk, timm_vit
+from adala_mm.conversion.keys import recognise, refuse, rename, require, some
+from adala_mm.conversion.source import Source
+from adala_mm.models.backbones.vit import AdaLAViT
+
+PATCH_METHODS = ('flexi', 'bicubic')
+# Heads by (width, width of the MLP) of the published plain ViTs; no weight shows them.
+HEADS = {(192, 768): 3, (256, 1024): 4, (384, 1536): 6, (512, 2048): 8, (640, 2560): 10, (768, 3072): 12,
+         (1024, 4096): 16, (1152, 4304): 16, (1280, 5120): 16, (1408, 6144): 16, (1536, 6144): 16, (1664, 8192): 16}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Weights under the keys of `AdaLAViT`, and what is known about them.
+
+    Args:
+        state: tensors in float32.
+        source, prefix: what they were recognised as, and the prefix of their keys.
+        family_name: key of `FAMILIES`.
+        licence: of the weights, and who says so if it is not `FAMILIES`.
+        config: arguments of `AdaLAViT` without attention and ``init_cfg``.
+        grid: (h, w) of the position embeddings.
+        report: what was done: (step, number of tensors, details).
+    """
+
+    state: dict[str, Tensor]
+    source: Source
+    prefix: str
+    family_name: str
+    licence: str
+    config: dict[str, Any]
+    grid: tuple[int, int]
+    report: tuple[tuple[str, int, str], ...]
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.family_name]
+
+
+def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int | None = None,
+            img_size: tuple[int, int] | None = None, name: str | None = None) -> Converted:
+    """Weights of any of `SOURCES` at their native size.
+
+    Args:
+        state: all tensors of the file.
+        family: key of `FAMILIES`; needed where keys and shapes fit several.
+        num_heads: needed for ViTs of unusual width only.
+        img_size: (height, width) in pixels; tells the grid of position embeddings that are not square.
+        name: timm's name of the model, whose facts are then timm's own.
+
+    Raises:
+        ValueError: for weights of no source or of several, unexplained, missing or mis-shaped keys, an architecture
+            that `AdaLAViT` is not, and for a family that is ambiguous, unknown or another one.
+    """
+    refuse(state)
+    source, prefix = recognise(state)
+    ours, report = rename(state, source, prefix)
+    known = facts(name) if name and source is TIMM else None
+    config, grid = read_structure(ours, source, img_size)
+    family_name = choose_family(ours, grid, source, family, known)
+    chosen = FAMILIES[family_name]
+    width, hidden = config['embed_dim'], ours['blocks.0.mlp.fc1.weight'].shape[0]
+    heads = num_heads or (known and known['num_heads']) or HEADS.get((width, hidden))
+    if heads is None:
+        raise ValueError(f'a ViT of width {width} with an MLP of {hidden} is none of the published ones, and no weight '
+                         'shows how many heads it has: say it with --num-heads')
+    config |= {'num_heads': heads, 'norm_eps': chosen.norm_eps}
+    for key in ('class_token', 'no_embed_class', 'pre_norm', 'layer_scale', 'act'):
+        if getattr(chosen, key) != getattr(Family, key):
+            config[key] = getattr(chosen, key)
+    if chosen.registers:
+        config['num_registers'] = ours['reg_token'].shape[1]
+        if ours['pos_embed'].shape[1] == grid[0] * grid[1] + 1:  # official and transformers: cls + pos[0]
+            position = ours['pos_embed']
+            ours['cls_token'], ours['pos_embed'] = ours['cls_token'] + position[:, :1], position[:, 1:]
+            report.append(('added', 1, "the class token's position is part of cls_token now"))
+    check_exactly(ours, config, source)
+    licence = f'{known["licence"]} (timm)' if known and known['licence'] else chosen.licence
+    return Converted(ours, source, prefix, family_name, licence, config, grid, tuple(report))
+
+
+def read_structure(ours: dict[str, Tensor], source: Source,
+                   img_size: tuple[int, int] | None) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Size of the ViT as arguments of `AdaLAViT`, and the grid of its position embeddings."""
+    require(ours, ('patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'), source)
+    kernel, positions = ours['patch_embed.proj.weight'], ours['pos_embed'].shape[1]
+    width, hidden = kernel.shape[0], len(ours['blocks.0.mlp.fc1.weight'])
+    if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f'{source.own_key("patch_embed.proj.weight")} has the shape {tuple(kernel.shape)}: not square '
+                         'patches of RGB images')
+    patch = kernel.shape[-1]
+    prefixes = sorted({0, int('cls_token' in ours)})
+    grids = [(side, side) for prefix in prefixes if (side := math.isqrt(positions - prefix)) ** 2 == positions - prefix]
+    if not grids and img_size is not None:
+        wanted = img_size[0] // patch, img_size[1] // patch
+        grids = [wanted for prefix in prefixes if math.prod(wanted) == positions - prefix]
+    if not grids or not grids[0][0]:
+        token = f'{"a" if "cls_token" in ours else "no"} class token ({source.own_key("cls_token")})'
+        raise ValueError(f'{source.own_key("pos_embed")} has {positions} entries, and there is {token}: that is no '
+                         'square grid. If the ViT is not square, say its native size with --img-size HEIGHT WIDTH')
+    grid = grids[0]
+    depth = 1 + max(int(key.split('.')[1]) for key in ours if key.startswith('blocks.'))
+    size = grid[0] * patch, grid[1] * patch
+    config = {'img_size': size[0] if size[0] == size[1] else size, 'patch_size': patch, 'embed_dim': width,
+              'depth': depth}
+    if hidden != 4 * width:
+        ratio = hidden / width
+        config['mlp_ratio'] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    return config, grid
+
+
+def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source, family: str | None,
+                  known: dict[str, Any] | None) -> str:
+    """The family that keys, shapes and what timm says leave; a ValueError if there are several, or none."""
+    registers, class_token = 'reg_token' in ours, 'cls_token' in ours
+    bare = ours['pos_embed'].shape[1] == math.prod(grid)
+    structure = {'class token': class_token, 'registers': registers,
+                 'LayerScale': any(key.endswith('ls1.gamma') for key in ours),
+                 'norm before the first block': any(key.startswith('norm_pre.') for key in ours),
+                 'positions for patches only': class_token and (registers or bare)}  # see `convert` for registers
+    fitting = {name: row for name, row in FAMILIES.items() if row.structure == structure}
+    seen = ', '.join(f'{"" if present else "no "}{part}' for part, present in structure.items())
+    if family is not None:
+        if family not in FAMILIES:
+            raise ValueError(f'unknown family {family!r}; choose one of {", ".join(FAMILIES)}')
+        if family not in fitting:
+            raise ValueError(f'these weights are not of the family {family}: they have {seen}. '
+                             f'Families like that: {", ".join(fitting) or "none"}')
+        return family
+    if not fitting:
+        raise ValueError(f'a ViT with {seen} is of no known family ({", ".join(FAMILIES)})')
+    fitting = {name: row for name, row in fitting.items() if name in source.families}
+    if known is not None:
+        if 'quickgelu' in known['notes'] and known['act'] != 'quick_gelu':
+            raise ValueError(f'timm runs {known["name"]} with GELU, but notes: {known["notes"]}. Convert that one, or '
+                             'choose with --family')
+        fitting = {name: row for name, row in fitting.items() if same_facts(row, known)}
+        if len(fitting) > 1:  # OpenAI's CLIP and OpenCLIP with its activation: the licence alone differs
+            fitting = {name: row for name, row in fitting.items() if ('openai' in name) == ('openai' in known['name'])}
+    if len(fitting) == 1:
+        return next(iter(fitting))
+    if not fitting:
+        raise ValueError(f'timm says act {known["act"]}, norm eps {known["norm_eps"]:g} and mean, std '
+                         f'{known["normalise"]}, which is no known family: choose the closest with --family'
+                         if known else f'no family of {source.name} has {seen}: choose one with --family')
+    raise ValueError('the weights do not show of which family they are; choose with --family:\n'
+                     + '\n'.join(f'  {name}: {row}' for name, row in fitting.items()))
+
+
+def same_facts(family: Family, known: dict[str, Any]) -> bool:
+    """Whether activation, norm and normalisation are those that timm states."""
+    return (family.act == known['act'] and family.norm_eps == known['norm_eps']
+            and torch.allclose(torch.tensor(family.normalise), torch.tensor(known['normalise']), atol=1e-3))
+
+
+def check_exactly(ours: dict[str, Tensor], config: dict[str, Any], source: Source) -> None:
+    """Raises ValueError, with the source's names, unless keys and shapes are those of the ViT that ``config`` makes."""
+    with torch.device('meta'):
+        wanted = AdaLAViT(**config, attention=dict(type='adala_mm.SoftmaxAttention')).state_dict()
+    require(ours, wanted, source)
+    extra = [source.own_key(key) for key in ours if key not in wanted]
+    if extra:
+        raise ValueError(f'{len(extra)} keys of {source.name} weights that this ViT has no place for: {some(extra)}')
+    reshaped = [f'{source.own_key(key)} {tuple(ours[key].shape)} instead of {tuple(value.shape)}'
+                for key, value in wanted.items() if ours[key].shape != value.shape]
+    if reshaped:
+        raise ValueError(f'{len(reshaped)} tensors of {source.name} weights have another shape: {some(reshaped)}')
+
+
+def resample(converted: Converted, patch_size: int | None = None, method: str = 'flexi',
+             img_size: tuple[int, int] | None = None) -> Converted:
+    """The same ViT for other patches and another size.
+
+    Args:
+        patch_size: P; None keeps it.
+        method: ``flexi``, the pseudo-inverse of FlexiViT as in timm: tokens of a resized image stay what they were.
+            ``bicubic`` resizes the kernel as a picture: tokens grow by about the ratio of the patch areas.
+        img_size: (height, width) to which the position embeddings are resized, bicubic with antialiasing as in timm.
+            None keeps their grid, so another patch size changes the image size.
+
+    Raises:
+        ValueError: for an unknown method, or a size that the patch does not divide.
+    """
+    if method not in PATCH_METHODS:
+        raise ValueError(f'unknown patch method {method!r}; choose one of {", ".join(PATCH_METHODS)}')
+    state, report, old = dict(converted.state), list(converted.report), converted.config['patch_size']
+    patch = patch_size or old
+    if patch != old:
+        key = 'patch_embed.proj.weight'
+        state[key] = (resample_patch_embed(state[key], [patch, patch]) if method == 'flexi' else
+                      F.interpolate(state[key], size=(patch, patch), mode='bicubic', align_corners=False))
+        report.append(('resampled', 1, f'patch kernel {old} -> {patch}, {method}'))
+    grid = converted.grid
+    if img_size is not None:
+        if any(side < patch or side % patch for side in img_size):
+            fits = ' x '.join(str(max(patch, round(side / patch) * patch)) for side in img_size)
+            raise ValueError(f'an image of {img_size[0]} x {img_size[1]} cannot be cut into patches of {patch}; '
+                             f'{fits} can')
+        grid = img_size[0] // patch, img_size[1] // patch
+    if grid != converted.grid:
+        prefix = 1 if 'cls_token' in state and not converted.family.no_embed_class else 0
+        state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], list(grid), old_size=list(converted.grid),
+                                                    num_prefix_tokens=prefix)
+        report.append(('resampled', 1, f'positions {"x".join(map(str, converted.grid))} -> '
+                                       f'{"x".join(map(str, grid))}, bicubic, antialiased'))
+    size = grid[0] * patch, grid[1] * patch
+    config = converted.config | {'patch_size': patch, 'img_size': size[0] if size[0] == size[1] else size}
+    return replace(converted, state=state, config=config, grid=grid, report=tuple(report))
+
+
+@torch.no_grad()
+def compare(converted: Converted, state: dict[str, Tensor], image: Tensor, name: str | None = None
+            ) -> tuple[str, float, float]:
+    """Final tokens of `AdaLAViT` against those of the source library's model with the same weights.
+
+    Args:
+        converted: what `convert` made of ``state``, at native size.
+        image: (B, 3, H, W), normalised.
+        name: timm's name of the model, if known.
+
+    Returns:
+        With what it was compared, the greatest difference, and the greatest value.
+    """
+    note, theirs = reference_of(converted, state, name)
+    ours = AdaLAViT(**converted.config, attention=dict(type='adala_mm.SoftmaxAttention'))
+    ours.load_state_dict(converted.state)
+    wanted = theirs(image)
+    difference = (ours.eval().forward_features(image) - wanted).abs().max()
+    return note, difference.item(), wanted.abs().max().item()
+
+
+def reference_of(converted: Converted, state: dict[str, Tensor], name: str | None = None
+                 ) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The source library's model; timm's with the converted weights where that library is missing."""
+    try:
+        return converted.source.reference(converted, state, name)
+    except ImportError as error:
+        return (f'timm with the converted weights, as {error.name or error} is not installed',
+                load_trunk(timm_vit(converted), converted.state))

@@ -1,0 +1,103 @@
+"""Weights of Hugging Face transformers: DINOv2 with and without registers, CLIP and SigLIP."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from adala_mm.conversion.source import Source
+
+if TYPE_CHECKING:
+    from adala_mm.conversion.convert import Converted
+
+ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
+CLASSES = {'dinov2': 'Dinov2', 'dinov2_reg': 'Dinov2WithRegisters', 'siglip': 'SiglipVision',
+           'siglip_tanh': 'SiglipVision'}  # all others are CLIPVision
+
+
+def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
+    """The model of transformers; raises ImportError without it, ValueError for a grid that is not square."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    config, family = converted.config, converted.family
+    if not isinstance(config['img_size'], int):
+        raise ValueError('transformers has ViTs for square images only: there is nothing to compare with')
+    own = {key.removeprefix(converted.prefix): value.float() for key, value in state.items()
+           if key.startswith(converted.prefix)}
+    own = {key: value for key, value in own.items() if not key.endswith('position_ids')}
+    mlp_ratio = config.get('mlp_ratio', 4.0)
+    if family.layer_scale is None:
+        extra = {'intermediate_size': int(config['embed_dim'] * mlp_ratio)}
+    else:
+        extra = {'mlp_ratio': mlp_ratio if mlp_ratio % 1 else int(mlp_ratio)}
+    if family.registers:
+        extra['num_register_tokens'] = config['num_registers']
+        own.setdefault('embeddings.mask_token', own['embeddings.cls_token'][:, 0])  # never used, always wanted
+    elif family.layer_scale is not None:
+        extra['use_mask_token'] = 'embeddings.mask_token' in own
+    elif not family.class_token:
+        extra['vision_use_head'] = 'head.probe' in own
+    kind = CLASSES.get(converted.family_name, 'CLIPVision')
+    model, info = getattr(transformers, f'{kind}Model').from_pretrained(
+        None, state_dict=own, output_loading_info=True, attn_implementation='sdpa',
+        config=getattr(transformers, f'{kind}Config')(
+            hidden_size=config['embed_dim'], num_hidden_layers=config['depth'],
+            num_attention_heads=config['num_heads'], image_size=config['img_size'], patch_size=config['patch_size'],
+            hidden_act=ACTIVATIONS[family.act], layer_norm_eps=family.norm_eps, **extra))
+    if info['missing_keys'] or info['mismatched_keys']:
+        raise ValueError(f'transformers does not load these weights: {info}')
+    model.eval()
+
+    def tokens(image: Tensor) -> Tensor:
+        final = model(pixel_values=image).last_hidden_state
+        return model.post_layernorm(final) if kind == 'CLIPVision' else final  # CLIP's normalises the class token only
+
+    return f'transformers {transformers.__version__} {kind}Model', tokens
+
+
+BLOCK = {'norm1.*': 'norm1.*', 'norm2.*': 'norm2.*', 'mlp.fc1.*': 'mlp.fc1.*', 'mlp.fc2.*': 'mlp.fc2.*',
+         'layer_scale1.lambda1': 'ls1.gamma', 'layer_scale2.lambda1': 'ls2.gamma',
+         # as files have it, and as transformers 5 has it in memory
+         'attention.attention.query.*': 'attn.q.*', 'attention.q_proj.*': 'attn.q.*',
+         'attention.attention.key.*': 'attn.k.*', 'attention.k_proj.*': 'attn.k.*',
+         'attention.attention.value.*': 'attn.v.*', 'attention.v_proj.*': 'attn.v.*',
+         'attention.output.dense.*': 'attn.proj.*', 'attention.o_proj.*': 'attn.proj.*'}
+
+TRANSFORMERS_DINOV2 = Source(
+    name='transformers, DINOv2',
+    prefixes=('', 'dinov2.', 'dinov2_with_registers.'),
+    mark=lambda keys: {'embeddings.patch_embeddings.projection.weight', 'encoder.layer.0.norm1.weight'} <= keys,
+    rename={
+        'embeddings.cls_token': 'cls_token',
+        'embeddings.register_tokens': 'reg_token',
+        'embeddings.position_embeddings': 'pos_embed',
+        'embeddings.patch_embeddings.projection.*': 'patch_embed.proj.*',
+        'layernorm.*': 'norm.*',
+        **{f'encoder.layer.#.{theirs}': f'blocks.#.{ours}' for theirs, ours in BLOCK.items()}},
+    drop={'embeddings.mask_token': 'mask token, for pretraining only'},
+    outside={'classifier.*': 'classifier or projection'},
+    families=('dinov2', 'dinov2_reg'),
+    any_size=('dinov2_reg',),  # without registers it interpolates without antialiasing
+    reference=reference)
+
+TRANSFORMERS_CLIP = Source(
+    name='transformers, CLIP and SigLIP',
+    prefixes=('', 'vision_model.'),
+    mark=lambda keys: {'embeddings.patch_embedding.weight', 'embeddings.position_embedding.weight'} <= keys,
+    rename={
+        'embeddings.class_embedding': 'cls_token',
+        'embeddings.position_embedding.weight': 'pos_embed',
+        'embeddings.patch_embedding.*': 'patch_embed.proj.*',
+        'pre_layrnorm.*': 'norm_pre.*',
+        'post_layernorm.*': 'norm.*',
+        **{f'encoder.layers.#.{theirs}': f'blocks.#.{ours}' for theirs, ours in {
+            'layer_norm1.*': 'norm1.*', 'layer_norm2.*': 'norm2.*', 'mlp.fc1.*': 'mlp.fc1.*',
+            'mlp.fc2.*': 'mlp.fc2.*', 'self_attn.q_proj.*': 'attn.q.*', 'self_attn.k_proj.*': 'attn.k.*',
+            'self_attn.v_proj.*': 'attn.v.*', 'self_attn.out_proj.*': 'attn.proj.*'}.items()}},
+    drop={'embeddings.position_ids': 'counter of positions', 'head.**': 'attention pooling'},
+    outside={
+        'text_model.**': 'text tower', 'text_projection.weight': 'text tower',
+        'visual_projection.weight': 'projection to the space of text', 'classifier.*': 'classifier or projection',
+        **dict.fromkeys(('logit_scale', 'logit_bias'), 'scale of the contrastive loss')},
+    families=('clip_openai', 'openclip', 'openclip_quickgelu', 'openclip_half', 'siglip_tanh'),
+    reference=reference)

@@ -1,0 +1,117 @@
+"""From a file's keys to ours: each one is renamed, dropped by a named rule, or an error that names it."""
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from adala_mm.conversion.from_dinov2 import DINOV2
+from adala_mm.conversion.from_mmpretrain import MMPRETRAIN
+from adala_mm.conversion.from_openai import OPENAI
+from adala_mm.conversion.from_timm import TIMM
+from adala_mm.conversion.from_transformers import TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2
+from adala_mm.conversion.source import Source, reason_to_drop
+
+SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN)
+SWIGLU = 'its MLP is a SwiGLU (DINOv2 ViT-g), and that of AdaLAViT is not'
+NAFLEX = ('the NaFlex form of SigLIP 2 embeds flattened patches of images of any aspect; convert a fixed-resolution '
+          'one, such as siglip2-large-patch16-512')
+POOLED = 'its last norm comes after pooling, so that the backbone has none'
+# What no plain ViT has, by the beginning of a key.
+REFUSED = {re.compile(pattern): reason for pattern, reason in {
+    r'backbone\.(blocks|patch_embed\.proj)\.':
+        'these are under our own keys already; name the file as init_cfg.checkpoint',
+    r'visual\.trunk\.': 'an OpenCLIP model around a timm ViT; save model.visual.trunk.state_dict() and convert that',
+    r'(.*\.)?(dist_token|head_dist)\b': 'distilled DeiT has a distillation token, which AdaLAViT has not',
+    r'.*\.mlp\.(w12|gate_proj|weights_in|fc1_g)\.|.*\.ffn\.w12\.': SWIGLU,
+    r'(.*\.)?(rope|rel_pos|relative_position|storage_tokens)':
+        'rotary or relative positions (DINOv3, EVA, BEiT), which AdaLAViT has not',
+    r'.*\.(q_norm|k_norm)\.': 'queries and keys are normalised, which AdaLAViT does not do',
+}.items()}
+
+
+def refuse(state: dict[str, Tensor]) -> None:
+    """Raises ValueError, with the key and the reason, for what is known not to fit `AdaLAViT`."""
+    for key, value in state.items():
+        reason = next((reason for pattern, reason in REFUSED.items() if pattern.match(key)), None)
+        if key.endswith('embeddings.patch_embedding.weight') and value.ndim == 2:
+            reason = NAFLEX
+        elif key.endswith('.mlp.fc1.weight'):
+            back = state.get(key.replace('fc1', 'fc2'))
+            reason = SWIGLU if back is not None and len(value) == 2 * back.shape[-1] else reason  # gate and value
+        elif key.startswith('fc_norm.') and 'norm.weight' not in state:
+            reason = POOLED
+        if reason:
+            raise ValueError(f'cannot convert weights with {key}: {reason}')
+
+
+def recognise(state: dict[str, Tensor]) -> tuple[Source, str]:
+    """The one of `SOURCES` whose marks the keys bear, and their prefix; a ValueError for none and for several."""
+    found = [(source, prefix) for source in SOURCES for prefix in source.prefixes
+             if source.mark({key.removeprefix(prefix) for key in state if key.startswith(prefix)})]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError('weights of several models in one file: ' + ', '.join(
+            f'{source.name} under {prefix + "*"!r}' for source, prefix in found) + '; save one of them')
+    raise ValueError(f'weights of no known source ({", ".join(source.name for source in SOURCES)}); the '
+                     f'{len(state)} keys are {some(state)}')
+
+
+def rename(state: dict[str, Tensor], source: Source, prefix: str) -> tuple[dict[str, Tensor], list]:
+    """Tensors under our keys and in our shapes, and what was done; a ValueError names keys that nothing explains."""
+    ours: dict[str, Tensor] = {}
+    dropped, unexplained, converted = defaultdict(list), [], 0
+    for key, value in state.items():
+        inside, short = key.startswith(prefix), key.removeprefix(prefix)
+        new = source.our_key(short) if inside else None
+        reason = reason_to_drop(short, source.drop if inside else source.outside)
+        if new is not None:
+            if new in ours:
+                raise ValueError(f'two keys of {source.name} weights are {new}, one of them {key}')
+            converted += value.dtype != torch.float32
+            ours[new] = value.float()
+        elif reason is not None:
+            dropped[reason].append(key)
+        else:
+            unexplained.append(key)
+    if unexplained:
+        raise ValueError(f'{len(unexplained)} keys of {source.name} weights that nothing explains: '
+                         f'{some(unexplained)}. Is it a plain ViT?')
+    report = [('loaded', len(ours), f'{source.name}' + (f', keys under {prefix}' if prefix else ''))]
+    joined = join_qkv(ours, source)
+    if joined:
+        report.append(('joined', 3 * joined, f'q, k and v to {joined} tensors qkv'))
+    for key in ('cls_token', 'reg_token', 'pos_embed'):
+        if key in ours:
+            ours[key] = ours[key].reshape(1, -1, ours[key].shape[-1])
+    if converted:
+        report.append(('cast', converted, 'to float32'))
+    report += [('dropped', len(keys), f'{reason}: {some(keys, 2)}') for reason, keys in dropped.items()]
+    return ours, report
+
+
+def join_qkv(ours: dict[str, Tensor], source: Source) -> int:
+    """Puts ``attn.q``, ``attn.k`` and ``attn.v`` together as ``attn.qkv``, in place; returns how many it made."""
+    parts = sorted({re.sub(r'\.attn\.[qkv]\.', '.attn.{}.', key) for key in ours if re.search(r'\.attn\.[qkv]\.', key)})
+    for template in parts:
+        names = [template.format(part) for part in 'qkv']
+        require(ours, names, source)
+        ours[template.format('qkv')] = torch.cat([ours.pop(name) for name in names])
+    return len(parts)
+
+
+def require(ours: dict[str, Tensor], keys: Iterable[str], source: Source) -> None:
+    """Raises ValueError with the source's names of missing keys: the file is cut, or not of a whole ViT."""
+    missing = [source.own_key(key) for key in keys if key not in ours]
+    if missing:
+        raise ValueError(f'{len(missing)} keys of {source.name} weights are missing: {some(missing)}')
+
+
+def some(names: Iterable[str], count: int = 6) -> str:
+    """The first names of many."""
+    names = list(names)
+    return ', '.join(names[:count]) + (', ...' if len(names) > count else '')
