@@ -16,6 +16,7 @@ tolerate_transformers_5()
 def __getattr__(name: str):
     if name not in ('align', 'linearize'):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from importlib import import_module
-    globals()[name] = function = getattr(import_module(f'{__name__}.{name}'), name)
-    return function
+    from adala_mm.align import align
+    from adala_mm.linearize import linearize
+    globals().update(align=align, linearize=linearize)  # both: importing them has put their modules there
+    return globals()[name]

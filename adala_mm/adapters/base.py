@@ -1,0 +1,172 @@
+"""What turns one attention of a foreign ViT into a layer of ours, in place of its own softmax."""
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from adala_mm.models.attentions import Attention, LinearAttention, build_attention
+
+PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
+PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
+OUTPUTS = ('proj', 'o_proj', 'out_proj')
+
+
+class Layout:
+    """Where the tokens of the image in hand lie: one per model, shared by its adapters.
+
+    A forward hook on the convolution that cuts the patches, which sees the grid (h, w) whichever method of the model
+    is called, padded or not. The last image counts, so one model must not run in two threads at a time.
+
+    Args:
+        num_prefix: number of class and register tokens.
+    """
+
+    def __init__(self, num_prefix: int) -> None:
+        self.num_prefix = num_prefix
+        self.hw: tuple[int, int] | None = None
+
+    def __call__(self, conv: nn.Module, args: tuple, output: Tensor) -> None:
+        self.hw = tuple(output.shape[-2:])
+
+    def of(self, x: Tensor) -> tuple[tuple[int, int], int]:
+        """Patch grid and number of prefix tokens of x (B, N, C), or a ValueError if they do not give N."""
+        if self.hw is None or x.shape[1] != self.num_prefix + self.hw[0] * self.hw[1]:
+            raise ValueError(f'{x.shape[1]} tokens, where the patch embedding has announced a grid of {self.hw}, and '
+                             f'{self.num_prefix} class and register tokens: linearized attentions need all patches (no '
+                             'patch dropout), from the patch embedding of their own model')
+        return self.hw, self.num_prefix
+
+
+class Packed:
+    """Stands in for `Attention.qkv` where a model has one projection each for queries, keys and values."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.linears = linears
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)  # (B, N, 3 C)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([linear.weight for linear in self.linears])
+
+    @property
+    def bias(self) -> Tensor | None:
+        if all(linear.bias is None for linear in self.linears):
+            return None
+        return torch.cat([linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+                          for linear in self.linears])
+
+
+class Adapter:
+    """Mixed into one of our attentions, it makes this the attention of a foreign model.
+
+    The layer takes over the parameters and submodules of the attention it replaces, under their own names, beside
+    what it adds. So state dicts of the model still load, and one of a timm ViT has the keys of `AdaLAViT`. A subclass
+    is one family of models: it has the signature of their attention, and does what they do before and after mixing.
+    """
+
+    options: tuple[str, ...] = ()  # plain attributes of the model's attention that are needed
+
+    @staticmethod
+    def check(source: nn.Module) -> str | None:
+        """Why ``source`` cannot be replaced, or None."""
+        return None
+
+    @staticmethod
+    def finishes(theirs: frozenset[str]) -> bool:
+        """Whether `finish` does anything, if the model's attention has these parts."""
+        return False
+
+    @classmethod
+    def replace(cls, source: nn.Module, cfg: dict, layout: Layout, grid: tuple[int, int] | None) -> Attention:
+        """The layer that ``cfg`` describes, with the weights, device, dtype and mode of ``source``.
+
+        Raises:
+            TypeError: for an attention with another width inside than outside, with grouped queries, or whose names
+                clash with those that the layer adds.
+            ValueError: for one that drops attention weights: a linear one has none.
+        """
+        proj = _find(source, OUTPUTS)
+        if proj.in_features != proj.out_features or getattr(source, 'num_kv_groups', 1) > 1:
+            raise TypeError(f'{type(source).__name__} has {proj.in_features} channels inside and {proj.out_features} '
+                            f'outside, {getattr(source, "num_kv_groups", 1)} heads of queries for one of keys: only '
+                            'plain multi-head attention can be replaced')
+        for name in ('attn_drop', 'attention_dropout', 'dropout'):
+            rate = getattr(getattr(source, name, 0.0), 'p', getattr(source, name, 0.0))  # a number or nn.Dropout
+            if rate:
+                raise ValueError(f'{type(source).__name__} drops attention weights ({name}={rate}), which '
+                                 'linear attention never forms: set this dropout to 0')
+        if problem := cls.check(source):
+            raise TypeError(f'{type(source).__name__} {problem}')
+        heads = getattr(source, 'num_heads', None) or source.num_attention_heads
+        layer = build_attention(cfg, proj.in_features, heads, grid=grid, num_prefix=layout.num_prefix)
+        del layer.qkv, layer.proj
+        layer.to(proj.weight)
+        theirs = frozenset(name for kind in PARTS for name, part in getattr(source, kind).items()
+                           if part is not None and not isinstance(part, nn.Identity))
+        if clash := theirs & {name for kind in PARTS for name in getattr(layer, kind)}:
+            raise TypeError(f'{type(layer).__name__} and {type(source).__name__} both have {", ".join(clash)}: they '
+                            'cannot share a module')
+        for kind in PARTS:
+            getattr(layer, kind).update((name, part) for name, part in getattr(source, kind).items() if name in theirs)
+        layer._non_persistent_buffers_set |= source._non_persistent_buffers_set
+        for name in cls.options:
+            setattr(layer, name, getattr(source, name))
+        layer.theirs, layer.layout = theirs, layout
+        # The short cut of this one does not call `project`, and thus not `finish`.
+        layer.long_way = cls.finishes(theirs) and type(layer).attend is LinearAttention.attend
+        layer.__class__ = _join(cls, type(layer))
+        return layer.train(source.training)
+
+    @property
+    def qkv(self) -> nn.Module | Packed:
+        return self._modules.get('qkv') or Packed([self._modules[name] for name in PROJECTIONS])
+
+    @property
+    def proj(self) -> nn.Module:
+        return _find(self, OUTPUTS)
+
+    def apply_their(self, name: str, x: Tensor) -> Tensor:
+        """x through a submodule taken over from the model's attention, or x itself if there is none."""
+        return self._modules[name](x) if name in self.theirs else x
+
+    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model does to its queries, keys and values (B, H, N, D) before it mixes them."""
+        return q, k, v
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.finish(*super().project(x))
+
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        return Attention.attend(self, x, hw, num_prefix) if self.long_way else super().attend(x, hw, num_prefix)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """Our layer, with its output projection, (B, N, C) to (B, N, C)."""
+        return super().forward(x, *self.layout.of(x))
+
+    def __reduce_ex__(self, protocol: int):  # the class is made at run time: copies and pickles name its two parts
+        return _blank, type(self).__bases__, self.__dict__
+
+
+@cache
+def _join(family: type[Adapter], layer: type[Attention]) -> type:
+    return type(f'{family.__name__}{layer.__name__}', (family, layer), {'__module__': __name__})
+
+
+def _blank(family: type[Adapter], layer: type[Attention]) -> Adapter:
+    cls = _join(family, layer)
+    return cls.__new__(cls)
+
+
+def _find(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    return next(module._modules[name] for name in names if name in module._modules)
+
+
+def refuse(what: str, given: object) -> None:
+    """ValueError if ``given`` is anything but None or False."""
+    if given is not None and given is not False:
+        raise ValueError(f'{what} needs attention weights, which a linearized block never forms: leave it out, or keep '
+                         'softmax in all blocks')

@@ -1,0 +1,213 @@
+"""The ViTs that can be linearized: where their parts are, and how their attentions are called."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adala_mm.adapters.base import Adapter, Layout, refuse
+from adala_mm.models.attentions import Attention, build_attention
+from adala_mm.models.attentions.base import split_heads
+
+
+class Timm(Adapter):
+    """timm's ``Attention``: query, key and output norms, and a sigmoid gate, if the model has them."""
+
+    @staticmethod
+    def finishes(theirs: frozenset[str]) -> bool:
+        return not theirs.isdisjoint(('q_norm', 'k_norm'))
+
+    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.apply_their('q_norm', q), self.apply_their('k_norm', k), v
+
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        out = self.apply_their('norm', super().attend(x, hw, num_prefix))
+        return out * self._modules['gate'](x).sigmoid() if 'gate' in self.theirs else out
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        refuse('attn_mask', attn_mask)
+        refuse('is_causal', is_causal)
+        return self.apply_their('proj_drop', self.mixed(x))
+
+
+class TimmRotary(Timm):
+    """timm's ``EvaAttention`` and ``AttentionRope``: separate biases, and patches of q and k turned by their place."""
+
+    options = ('num_prefix_tokens', 'rotate_half')
+    rope: Tensor | None = None
+
+    @staticmethod
+    def finishes(theirs: frozenset[str]) -> bool:
+        return True
+
+    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if 'q_bias' in self.theirs:  # keys have none
+            q, v = (x + split_heads(bias[None, None], self.num_heads) for x, bias in
+                    ((q, self.q_bias), (v, self.v_bias)))
+        q, k, v = super().finish(q, k, v)
+        return self.rotate(q).type_as(v), self.rotate(k).type_as(v), v
+
+    def rotate(self, x: Tensor) -> Tensor:
+        if self.rope is None:
+            return x
+        from timm.layers import apply_rot_embed_cat
+        prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=2)
+        if patches.shape[2] != self.rope.shape[-2]:
+            raise ValueError(f'{type(self).__name__} projects {patches.shape[2]} patches, and the model has rotary '
+                             f'positions for {self.rope.shape[-2]}: no padding, please')
+        return torch.cat([prefix, apply_rot_embed_cat(patches, self.rope, half=self.rotate_half)], dim=2)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        self.rope = rope  # of this call, on its way to `finish`
+        try:
+            return super().forward(x, attn_mask, is_causal)
+        finally:
+            self.rope = None
+
+
+class Transformers(Adapter):
+    """Attentions of transformers 5: three projections, and a second result where attention weights would be: None."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+        refuse('attention_mask', attention_mask)
+        refuse('output_attentions', kwargs.get('output_attentions'))
+        return self.mixed(hidden_states), None
+
+
+class MMPretrain(Adapter):
+    """mmpretrain's ``MultiheadAttention``, which has LayerScale and drop path inside."""
+
+    @staticmethod
+    def check(source: nn.Module) -> str | None:
+        return 'adds its values to its output (v_shortcut)' if source.v_shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ('proj_drop', 'gamma1', 'out_drop'):
+            x = self.apply_their(name, self.mixed(x) if name == 'proj_drop' else x)
+        return x
+
+
+class Own:
+    """`AdaLAViT` tells its layers the grid itself: they need no adapter."""
+
+    @staticmethod
+    def replace(source: Attention, cfg: dict, layout: Layout, grid: tuple[int, int]) -> Attention:
+        layer = build_attention(cfg, source.proj.in_features, source.num_heads, grid=grid,
+                                num_prefix=layout.num_prefix).to(source.proj.weight)
+        layer.qkv, layer.proj = source.qkv, source.proj
+        return layer.train(source.training)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a ViT are.
+
+    Args:
+        name: for messages.
+        models, attentions: qualified names of classes, subclasses of the models included, of the attentions not.
+        adapter: for its attentions.
+        blocks, attention, patches: names of the list of blocks in the model, of the attention in a block, of the
+            convolution that cuts patches, None if the blocks are told the grid.
+        grid: patch grid (h, w) of the images that the model was built for, or None.
+        num_prefix: number of class and register tokens.
+        features: final normalised tokens (B, N, C) of images (B, 3, H, W).
+    """
+
+    name: str
+    models: tuple[str, ...]
+    attentions: tuple[str, ...]
+    adapter: type[Adapter] | type[Own]
+    blocks: str
+    attention: str
+    patches: str | None
+    grid: Callable[[nn.Module], tuple[int, int] | None]
+    num_prefix: Callable[[nn.Module], int]
+    features: Callable[[nn.Module, Tensor], Tensor]
+
+    def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
+        """The attention of each block."""
+        return [getattr(block, self.attention, None) for block in self.blocks_of(vit)]
+
+    def blocks_of(self, vit: nn.Module) -> nn.ModuleList:
+        try:
+            return vit.get_submodule(self.blocks)
+        except AttributeError:
+            raise TypeError(f'{type(vit).__name__} has no {self.blocks}: is it of another version of its library than '
+                            'the tested ones (timm 1.0.31, transformers 5.23, mmpretrain 1.3.6)?') from None
+
+
+def _class_names(obj: object) -> set[str]:
+    return {f'{cls.__module__}.{cls.__qualname__}' for cls in type(obj).__mro__}
+
+
+def _config_grid(vit: nn.Module) -> tuple[int, int]:
+    sides = ((side, side) if isinstance(side, int) else side for side in (vit.config.image_size, vit.config.patch_size))
+    return tuple(image // patch for image, patch in zip(*sides, strict=True))
+
+
+def _mmpretrain_features(vit: nn.Module, images: Tensor) -> Tensor:
+    found = []  # what the model returns depends on its out_type
+    last = vit.ln1 if vit.final_norm else vit.layers[-1]
+    handle = last.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        vit(images)
+    finally:
+        handle.remove()
+    return found[-1]
+
+
+def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapter: type[Adapter]) -> Family:
+    return Family(name, models, attentions, adapter, 'blocks', 'attn', 'patch_embed.proj',
+                  grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
+                  features=lambda vit, images: vit.forward_features(images))
+
+
+HF = 'transformers.models.'
+FAMILIES = (
+    _timm('timm VisionTransformer', ('timm.models.vision_transformer.VisionTransformer',),
+          ('timm.layers.attention.Attention',), Timm),
+    _timm('timm Eva (DINOv3, EVA-02, PE)', ('timm.models.eva.Eva',),
+          ('timm.models.eva.EvaAttention', 'timm.layers.attention.AttentionRope'), TimmRotary),
+    Family('transformers Dinov2Model, Dinov2WithRegistersModel',
+           (f'{HF}dinov2.modeling_dinov2.Dinov2Model',
+            f'{HF}dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel'),
+           (f'{HF}dinov2.modeling_dinov2.Dinov2Attention',
+            f'{HF}dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersAttention'),
+           Transformers, 'encoder.layer', 'attention', 'embeddings.patch_embeddings.projection', grid=_config_grid,
+           num_prefix=lambda vit: 1 + getattr(vit.config, 'num_register_tokens', 0),
+           features=lambda vit, images: vit(pixel_values=images)[0]),
+    Family('transformers CLIPVisionModel', (f'{HF}clip.modeling_clip.CLIPVisionModel',),
+           (f'{HF}clip.modeling_clip.CLIPAttention',), Transformers, 'encoder.layers', 'self_attn',
+           'embeddings.patch_embedding', grid=_config_grid, num_prefix=lambda vit: 1,
+           features=lambda vit, images: vit.post_layernorm(vit(pixel_values=images, interpolate_pos_encoding=True)[0])),
+    Family('transformers SiglipVisionModel', (f'{HF}siglip.modeling_siglip.SiglipVisionModel',),
+           (f'{HF}siglip.modeling_siglip.SiglipAttention',), Transformers, 'encoder.layers', 'self_attn',
+           'embeddings.patch_embedding', grid=_config_grid, num_prefix=lambda vit: 0,
+           features=lambda vit, images: vit(pixel_values=images, interpolate_pos_encoding=True)[0]),
+    Family('mmpretrain VisionTransformer', ('mmpretrain.models.backbones.vision_transformer.VisionTransformer',),
+           ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, 'layers', 'attn',
+           'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
+           num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
+    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
+           ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, 'blocks', 'attn', None,
+           grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
+           features=lambda vit, images: vit.forward_features(images)),
+)
+
+
+def find_vit(model: nn.Module) -> tuple[nn.Module, Family]:
+    """The one supported ViT in ``model``, which may be that ViT itself, and its family.
+
+    Raises:
+        TypeError: if there is none, or more than one.
+    """
+    found = [(module, family) for module in model.modules() for family in FAMILIES
+             if _class_names(module) & set(family.models)]
+    if len(found) != 1:
+        raise TypeError(f'{type(model).__name__} holds {len(found) or "no"} ViTs that can be linearized'
+                        f'{", pass one of them" if found else ""}. Supported: '
+                        f'{"; ".join(family.name for family in FAMILIES)}; or a model with one of them inside')
+    return found[0]

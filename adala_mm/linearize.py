@@ -1,0 +1,113 @@
+"""`linearize`: a pretrained ViT of timm, transformers or mmpretrain gets linear attention."""
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+
+from torch import nn
+
+from adala_mm.adapters import Adapter, Family, Layout, find_vit
+from adala_mm.models.attentions import Attention
+from adala_mm.registry import ATTENTIONS
+
+
+def linearize(model: nn.Module, attention: str | dict | type[Attention] = 'linear', keep_softmax: Iterable[int] = (),
+              inplace: bool = False) -> nn.Module:
+    """Replaces the softmax attentions of a pretrained ViT.
+
+    ``out = proj(mix(q, k, v))``, where mix is the new attention's and everything else the model's own: projections and
+    their names, norms and rotary positions of queries and keys, LayerScale, dropout of outputs, call signatures and
+    results. A state dict of the original loads (``strict=False`` if the attention has parameters of its own, which
+    stand beside the projections), and one of a timm ViT has the keys of `AdaLAViT`. Any image size that the model
+    takes. Without training, the new model knows little of the old one: see `adala_mm.align`.
+
+    Args:
+        model: timm ``VisionTransformer`` or ``Eva``, transformers ``Dinov2Model``, ``Dinov2WithRegistersModel``,
+            ``CLIPVisionModel`` or ``SiglipVisionModel``, mmpretrain ``VisionTransformer``, our ``AdaLAViT``; or a model
+            with one of them inside, such as a classifier or ``CLIPModel``.
+        attention: class name without "Attention" in any case (``linear``, ``hedgehog``, ``rala``, ...), a registered
+            name, ``dict(type=..., <options>)``, or a subclass of `adala_mm.models.attentions.Attention`.
+        keep_softmax: blocks that stay as they are, negative ones counted from the end. So do blocks that have been
+            replaced before: two calls give two kinds of attention.
+        inplace: change ``model`` instead of a copy. Hooks on the replaced attentions are lost either way.
+
+    Returns:
+        The model, with ``num_linear_blocks`` as an attribute. Only softmax attention can serve masks, causal attention
+        and ``output_attentions``: they raise ValueError when asked for.
+
+    Raises:
+        TypeError: for a model that is not supported, or an attention in it that is not.
+        ValueError: for an unknown attention, a block that does not exist, a model without softmax blocks, or one that
+            drops attention weights in training.
+    """
+    vit, family = find_vit(model if inplace else (model := copy.deepcopy(model)))
+    attentions = family.attentions_of(vit)
+    depth, keep = len(attentions), list(keep_softmax)
+    if wrong := [i for i in keep if not -depth <= i < depth]:
+        raise ValueError(f'keep_softmax={keep}: there is no block {wrong[0]} in a ViT of {depth} blocks')
+    if all(is_replaced(attn) for attn in attentions):
+        raise ValueError(f'no block of {type(vit).__name__} has its softmax attention any more: nothing to replace')
+    chosen = [i for i in range(depth) if i not in keep and i - depth not in keep and not is_replaced(attentions[i])]
+    for i in chosen:
+        _check_supported(attentions[i], i, family)
+
+    layout = next((attn.layout for attn in attentions if isinstance(attn, Adapter)), None)
+    new_layout = layout is None
+    layout = Layout(family.num_prefix(vit)) if new_layout else layout
+    cfg, grid = find_attention(attention), family.grid(vit)
+    replaced = {i: family.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
+    for i, attn in replaced.items():  # only now that all have been built
+        setattr(family.blocks_of(vit)[i], family.attention, attn)
+    if replaced and new_layout and family.patches is not None:
+        vit.get_submodule(family.patches).register_forward_hook(layout)
+    model.num_linear_blocks = sum(is_linear(attn) for attn in family.attentions_of(vit))
+    say(f'{type(vit).__name__}: {model.num_linear_blocks} of {depth} blocks linear')
+    return model
+
+
+def find_attention(attention: str | dict | type[Attention]) -> dict:
+    """What `build_attention` takes, for a short name, a registered name, a dict or a class."""
+    if isinstance(attention, dict):
+        return {**attention, **find_attention(attention['type'])} if 'type' in attention else attention
+    ATTENTIONS.import_from_location()
+    short = str(attention).removeprefix('adala_mm.').lower().removesuffix('attention')
+    names = {name.lower().removesuffix('attention'): name for name in ATTENTIONS.module_dict}
+    return {'type': names.get(short, attention) if isinstance(attention, str) else attention}
+
+
+def is_linear(attn: nn.Module) -> bool:
+    return isinstance(attn, Attention) and not attn.is_softmax
+
+
+def is_replaced(attn: nn.Module) -> bool:
+    return isinstance(attn, Adapter) or is_linear(attn)
+
+
+def say(message: str) -> None:
+    """Logs to ``adala_mm``, and to stderr if nobody has set logging up."""
+    logger = logging.getLogger('adala_mm')
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+    logger.info(message)
+
+
+def _check_supported(attn: nn.Module | None, i: int, family: Family) -> None:
+    kind = type(attn)
+    if f'{kind.__module__}.{kind.__qualname__}' not in family.attentions:
+        names = ' or '.join(name.rsplit('.', 1)[1] for name in family.attentions)
+        raise TypeError(f'block {i} has {kind.__name__ if attn is not None else f"no {family.attention}"} where '
+                        f'{names} is supported ({family.name})')
+
+
+class CallableModule(ModuleType):
+    """Once imported, a submodule hides the function of its name in the package: it can be called in its place."""
+
+    def __call__(self, *args, **kwargs):
+        return vars(self)[self.__name__.rpartition('.')[2]](*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = CallableModule
