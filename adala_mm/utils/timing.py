@@ -1,6 +1,7 @@
 """Time and memory of functions that are to be compared, and the words in which a benchmark tells them."""
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -58,7 +59,7 @@ def gpu_timer(device: torch.device) -> Timer:
     return seconds
 
 
-def take_turns(functions: dict[str, Call], timer: Timer, seconds: float, least: int = 3,
+def take_turns(functions: dict[str, Call], timer: Timer, seconds: float, least: int = 5,
                most: int = 50) -> dict[str, float]:
     """Median seconds of each function. All take turns, in the reverse order every other round.
 
@@ -143,6 +144,11 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     triton = importlib.import_module('triton').__version__ if importlib.util.find_spec('triton') else 'none'
     return facts | dict(device=torch.cuda.get_device_name(device), driver=driver or 'unknown', cuda=torch.version.cuda,
                         triton=triton)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The options that a record depends on: all but places on this machine."""
+    return {name: value for name, value in vars(args).items() if name not in ('out', 'data_root', 'config')}
 
 
 def save(path: str | Path, data: dict) -> None:

@@ -1,0 +1,149 @@
+"""Speed and memory of whole ViTs at growing image sizes: softmax attention against linear or any other one.
+
+    python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all] [--dtype fp32 bf16]
+        [--compile] [--best-batch]
+
+Random weights, patch 16, batch 1 unless --best-batch is given. All attentions of a size take turns; times are what one
+waits for, launches included. Writes JSON, and says where linear attention begins to be faster.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+
+import torch
+from torch import Tensor
+
+from adala_mm.models.backbones import AdaLAViT
+from adala_mm.registry import ATTENTIONS
+from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.timing import (
+    Allowance,
+    Timer,
+    default_device,
+    failure,
+    hardware,
+    model_speed_table,
+    peak_memory,
+    save,
+    settings,
+    take_turns,
+    total_memory,
+    wall_timer,
+)
+
+ARCHS = dict(S=dict(embed_dim=384, depth=12, num_heads=6), B=dict(embed_dim=768, depth=12, num_heads=12),
+             L=dict(embed_dim=1024, depth=24, num_heads=16))
+SIZES = [224, 384, 512, 768, 1024, 1536, 2048]
+QUICK_SIZES = [224, 512, 1024]
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+SOFTMAX = 'SoftmaxAttention'
+
+
+def build(arch: str, size: int, attention: str, compile: bool = False) -> AdaLAViT:
+    model = AdaLAViT(img_size=size, **ARCHS[arch], attention=dict(type=attention), compile=compile)
+    return model.eval().requires_grad_(False)
+
+
+def count(arch: str, size: int, attention: str) -> dict:
+    """What does not depend on the device: blocks, parameters, multiply-adds."""
+    with torch.device('meta'):
+        model, image = build(arch, size, attention), torch.empty(1, 3, size, size)
+    return dict(softmax_blocks=model.num_softmax_blocks, linear_blocks=len(model.blocks) - model.num_softmax_blocks,
+                parameters=sum(p.numel() for p in model.parameters()), gmac=multiply_adds(lambda: model(image)) / 1e9)
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: torch.device,
+            allowance: Allowance) -> list[dict]:
+    """One row per attention and mode. All models have the softmax ViT's weights, in one place."""
+    image = torch.randn(1, 3, size, size, device=device, dtype=DTYPES[dtype])
+    timer, shared, models, rows = wall_timer(device), None, {}, {}
+    torch.compiler.reset()
+    for compiled in (False, True) if args.compile else (False,):
+        for attention in args.attentions:
+            mode = f'{dtype}, compiled' if compiled else dtype
+            row = dict(arch=arch, size=size, mode=mode, attention=attention) | count(arch, size, attention)
+            name = f'{arch} {mode} {attention}'
+            rows[name] = row
+            if note := allowance.refuse(name, row['gmac']):
+                row['note'] = note
+                continue
+            with torch.device(device):
+                model = build(arch, size, attention, compiled).to(DTYPES[dtype])
+            shared = shared or model.state_dict()
+            model.load_state_dict(shared, strict=False, assign=True)
+            if note := failure(functools.partial(model, image), device):
+                row['note'] = note
+            else:
+                models[name] = model
+    calls = {name: functools.partial(model, image) for name, model in models.items()}
+    seconds = take_turns(calls, timer, args.seconds)
+    peaks = {name: peak_memory(call, device) for name, call in calls.items()}
+    for name, own in seconds.items():
+        allowance.learn(name, rows[name]['gmac'], own)
+        weights = sum(p.nbytes for p in models[name].parameters())
+        softmax = seconds.get(f'{arch} {rows[name]["mode"]} {SOFTMAX}')
+        rows[name].update(ms=1000 * own, softmax_ms=1000 * softmax if softmax else None,
+                          mib=(weights + peaks[name]) / 2 ** 20)
+    if args.best_batch:
+        for name, (batch, rate) in best_batches(models, image, seconds, peaks, timer, args).items():
+            rows[name].update(best_batch=batch, best_images_per_s=rate)
+    print(f'ViT-{arch}, {size} pixels: ' + ', '.join(f'{name.split(" ", 1)[1]} {1000 * own:.1f} ms'
+                                                     for name, own in seconds.items()), flush=True)
+    return list(rows.values())
+
+
+def best_batches(models: dict[str, AdaLAViT], image: Tensor, seconds: dict[str, float], peaks: dict[str, int],
+                 timer: Timer, args: argparse.Namespace) -> dict[str, tuple[int, float]]:
+    """Batch size and images/s: doubled until memory or patience ends, or images/s no longer rise by 2 %."""
+    device, going, batch = image.device, list(models), 2
+    best = {name: (1, 1 / own) for name, own in seconds.items()}
+    while going:
+        images = image.expand(batch, -1, -1, -1).contiguous()
+        calls = {name: functools.partial(models[name], images) for name in going
+                 if batch * peaks[name] < 0.9 * total_memory(device) and batch / best[name][1] < args.time_limit}
+        calls = {name: call for name, call in calls.items() if not failure(call, device)}
+        rates = {name: batch / own for name, own in take_turns(calls, timer, args.seconds).items()}
+        going = [name for name, rate in rates.items() if rate > 1.02 * best[name][1]]
+        best.update({name: (batch, rates[name]) for name in going})
+        batch *= 2
+    return best
+
+
+def main() -> None:
+    ATTENTIONS.import_from_location()
+    known = sorted(ATTENTIONS.module_dict)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--quick', action='store_true', help='ViT-S at three sizes, little time for each')
+    parser.add_argument('--arch', nargs='+', choices=ARCHS, help='S B L, with --quick S')
+    parser.add_argument('--sizes', nargs='+', type=int, help='sides of the image in pixels, instead of 224 ... 2048')
+    parser.add_argument('--attentions', nargs='+', metavar='NAME', default=['LinearAttention'],
+                        help='registered names to be measured with softmax attention, or all')
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'])
+    parser.add_argument('--compile', action='store_true', help='compiled models too')
+    parser.add_argument('--best-batch', action='store_true', help='images/s at the best batch size too')
+    parser.add_argument('--time-limit', type=float, default=20.0, help='skip what would take more seconds for one call')
+    parser.add_argument('--seconds', type=float, help='of measurements for each size; 3, with --quick 1')
+    parser.add_argument('--out', default='work_dirs/benchmarks/model.json')
+    args = parser.parse_args()
+    names = known if 'all' in args.attentions else [name.removeprefix('adala_mm.') for name in args.attentions]
+    if unknown := set(names) - set(known):
+        parser.error(f'{", ".join(sorted(unknown))}: no registered attention; there are {", ".join(known)}')
+    args.attentions = [SOFTMAX, *(name for name in names if name != SOFTMAX)]
+    args.seconds = args.seconds or (1.0 if args.quick else 3.0)
+    # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))
+    device, rows = default_device(), []
+    for arch in args.arch or (['S'] if args.quick else ARCHS):
+        for dtype in args.dtype:
+            allowance = Allowance(args.time_limit)
+            for size in sorted(args.sizes or (QUICK_SIZES if args.quick else SIZES)):
+                rows += measure(args, arch, size, dtype, device, allowance)
+    data = dict(rows=rows, settings=settings(args), machine=hardware(device))
+    save(args.out, data)
+    print(model_speed_table(data))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,230 @@
+"""Speed and memory of training steps of stages 1 and 2, against a straightforward loop over two networks.
+
+    python tools/analysis_tools/benchmark_training.py [--quick] [--arch B] [--size 512] [--batch 8] [--dtype fp32 bf16]
+        [--compile] [--depths 12 24] [--config configs/adala/stage1_dinov2l_coco.py --data-root DATA]
+
+Synthetic images and random weights. The straightforward loop is PyTorch without tricks: two ViTs in eager float32,
+linear attention by its formula, and in stage 1 hooks that record what each block's attention reads and writes. All
+versions take turns. With --config, also the images/s of a real data loader. Writes JSON.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from benchmark_model import ARCHS
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adala_mm.models.attentions import Attention, LinearAttention
+from adala_mm.models.backbones import AdaLAViT
+from adala_mm.ops import linear_attention_reference
+from adala_mm.registry import MODELS
+from adala_mm.utils.cli import check_data, relocate
+from adala_mm.utils.timing import (
+    default_device,
+    depth_table,
+    failure,
+    hardware,
+    peak_memory,
+    save,
+    settings,
+    take_turns,
+    training_speed_table,
+    wall_timer,
+)
+
+SOFTMAX, LINEAR = dict(type='adala_mm.SoftmaxAttention'), dict(type='adala_mm.LinearAttention')
+BASELINE = 'straightforward'
+
+
+class Training(NamedTuple):
+    step: Callable[[], object]
+    modules: list[nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def held_bytes(self) -> int:
+        """Weights, frozen ones too, and the optimizer's state."""
+        tensors = [t for module in self.modules for t in itertools.chain(module.parameters(), module.buffers())]
+        tensors += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class PlainLinearAttention(LinearAttention):
+    """Linear attention as the formula says, by PyTorch's own operators."""
+
+    attend = Attention.attend
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        return linear_attention_reference(q, k, v, self.feature_map, self.eps)
+
+
+def two_networks(stage: int, vit: dict, init_cfg: dict, images: Tensor) -> Training:
+    """The straightforward loop."""
+    teacher = AdaLAViT(**vit, attention=SOFTMAX, init_cfg=init_cfg)
+    student = AdaLAViT(**vit, attention=dict(type=PlainLinearAttention), init_cfg=init_cfg,
+                       trainable=r'attn\.qkv\.' if stage == 1 else None)
+    for network in (teacher, student):
+        network.init_weights()
+        network.to(images.device)
+    teacher.eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
+    records: list[tuple] = []
+    if stage == 1:
+        for block in teacher.blocks:
+            block.attn.register_forward_hook(lambda module, inputs, output: records.append((inputs, output)))
+
+    def step() -> None:
+        with torch.no_grad():
+            wanted = teacher.forward_features(images)
+        if stage == 1:
+            loss = sum(F.mse_loss(block.attn(*inputs), output)
+                       for block, (inputs, output) in zip(student.blocks, records, strict=True))
+        else:
+            loss = F.mse_loss(student.forward_features(images), wanted)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        records.clear()
+
+    return Training(step, [teacher, student], optimizer)
+
+
+def registered(stage: int, vit: dict, init_cfg: dict, images: Tensor, dtype: str, compile: bool) -> Training:
+    """What tools/train.py runs for a config of this stage, with --amp if it is to be bf16."""
+    backbone = dict(type='adala_mm.AdaLAViT', **vit, attention=LINEAR, init_cfg=init_cfg, compile=compile)
+    kind = dict(type='adala_mm.AttentionAlignment') if stage == 1 else dict(
+        type='adala_mm.FeatureAlignment', teacher=dict(backbone, attention=SOFTMAX))
+    model = MODELS.build(dict(kind, backbone=backbone))
+    model.init_weights()
+    model.to(images.device).train()
+    wrapper = build_optim_wrapper(model, dict(
+        optimizer=dict(type='AdamW', lr=1e-5),
+        **dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0) if dtype == 'bf16' else {}))
+    step = functools.partial(model.train_step, dict(inputs=images), wrapper)
+    return Training(step, [model, *model.frozen.values()], wrapper.optimizer)
+
+
+def versions(args: argparse.Namespace) -> dict[str, Callable[..., Training]]:
+    """By name, functions of a stage, a ViT, its weights and images. The baseline comes first."""
+    return {BASELINE: two_networks} | {
+        f'ours, {dtype}' + compiled * ', compiled': functools.partial(registered, dtype=dtype, compile=compiled)
+        for compiled in ((False, True) if args.compile else (False,)) for dtype in args.dtype}
+
+
+def save_weights(vit: dict, folder: str) -> dict:
+    """``init_cfg`` of a softmax ViT with random weights."""
+    model, path = AdaLAViT(**vit, attention=SOFTMAX), Path(folder) / 'softmax.pth'
+    model.init_weights()
+    torch.save(model.state_dict(), path)
+    return dict(type='Pretrained', checkpoint=str(path))
+
+
+def synthetic(args: argparse.Namespace, device: torch.device) -> Tensor:
+    return torch.randn(args.batch, 3, args.size, args.size, device=device)
+
+
+def measure(args: argparse.Namespace, stage: int, device: torch.device) -> list[dict]:
+    """One row per version."""
+    vit, images = dict(ARCHS[args.arch], img_size=args.size), synthetic(args, device)
+    trainings, rows = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        init_cfg = save_weights(vit, folder)
+        for name, build in versions(args).items():
+            def first_step(name=name, build=build) -> None:
+                trainings[name] = build(stage, vit, init_cfg, images)
+                trainings[name].step()
+            rows[name] = dict(stage=stage, version=name)
+            if note := failure(first_step, device):
+                rows[name]['note'] = note
+                trainings.pop(name, None)
+    seconds = take_turns({name: training.step for name, training in trainings.items()}, wall_timer(device),
+                         args.seconds)
+    for name, training in trainings.items():
+        held, step = training.held_bytes(), peak_memory(training.step, device)
+        rows[name].update(ms=1000 * seconds[name], held_mib=held / 2 ** 20, mib=(held + step) / 2 ** 20)
+        print(f'stage {stage}, {name}: {args.batch / seconds[name]:.2f} images/s', flush=True)
+    return list(rows.values())
+
+
+def measure_depths(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Memory of a step of stage 1 in ViTs of other depths."""
+    rows, images = [], synthetic(args, device)
+    for depth in args.depths:
+        vit = dict(ARCHS[args.arch], img_size=args.size, depth=depth)
+        with tempfile.TemporaryDirectory() as folder:
+            init_cfg = save_weights(vit, folder)
+            for name, build in versions(args).items():
+                training = build(1, vit, init_cfg, images)
+                training.step()  # makes the optimizer's state
+                rows.append(dict(depth=depth, version=name, held_mib=training.held_bytes() / 2 ** 20,
+                                 step_mib=peak_memory(training.step, device) / 2 ** 20))
+    return rows
+
+
+def loader_speed(path: str, data_root: str | None, batches: int) -> dict:
+    """Images/s of a config's train_dataloader, its start-up not counted."""
+    cfg = Config.fromfile(path)
+    if data_root:
+        cfg.merge_from_dict(relocate(cfg.to_dict(), data_root))
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    check_data(cfg, ('train_dataloader',))
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    stream = itertools.chain.from_iterable(itertools.repeat(loader))
+    next(stream)
+    start, images = time.perf_counter(), 0
+    for batch in itertools.islice(stream, batches):
+        images += len(batch['inputs'])
+    return dict(config=Path(path).stem, workers=cfg.train_dataloader.num_workers,
+                images_per_s=images / (time.perf_counter() - start))
+
+
+def main() -> None:
+    device = default_device()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--quick', action='store_true', help='ViT-S, two images of 224 pixels, little time')
+    parser.add_argument('--arch', choices=ARCHS, help='B, with --quick S')
+    parser.add_argument('--size', type=int, help='side of the images in pixels; 512, with --quick 224')
+    parser.add_argument('--batch', type=int, help='8, with --quick 2')
+    parser.add_argument('--dtype', nargs='+', choices=['fp32', 'bf16'], default=['fp32'],
+                        help='of ours; bf16 is automatic mixed precision and needs a GPU')
+    parser.add_argument('--compile', action='store_true', help='ours compiled, too')
+    parser.add_argument('--depths', nargs='+', type=int, default=[], help='memory of stage 1 at these depths, too')
+    parser.add_argument('--seconds', type=float, help='of measurements for each stage; 10, with --quick 5')
+    parser.add_argument('--config', help='measure the train_dataloader of this config, too')
+    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+    parser.add_argument('--batches', type=int, default=20, help='of the data loader')
+    parser.add_argument('--out', default='work_dirs/benchmarks/training.json')
+    args = parser.parse_args()
+    if 'bf16' in args.dtype and device.type == 'cpu':
+        parser.error('--dtype bf16: mixed precision needs a GPU')
+    quick = dict(arch='S', size=224, batch=2, seconds=5.0)
+    full = dict(arch='B', size=512, batch=8, seconds=10.0)
+    for name, value in (quick if args.quick else full).items():
+        setattr(args, name, getattr(args, name) or value)
+    logging.disable(logging.INFO)  # MMEngine lists every parameter
+    data = dict(rows=[row for stage in (1, 2) for row in measure(args, stage, device)],
+                depths=measure_depths(args, device), settings=settings(args), machine=hardware(device))
+    print(training_speed_table(data))
+    if args.depths:
+        print(depth_table(data))
+    if args.config:
+        data['loader'] = loader_speed(args.config, args.data_root, args.batches)
+        print('{config}: {images_per_s:.1f} images/s from the data loader, {workers} workers'.format(**data['loader']))
+    save(args.out, data)
+
+
+if __name__ == '__main__':
+    main()
