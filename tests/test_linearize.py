@@ -369,7 +369,7 @@ def two_vits() -> nn.Module:
     (timm_vit, dict(attention={'type': 'linear', 'featuremap': 'relu'}), TypeError, 'featuremap'),
     (timm_vit, dict(keep_softmax=[3]), ValueError, 'no block 3 in a ViT of 3 blocks'),
     (timm_vit, dict(keep_softmax=[0, -4]), ValueError, 'no block -4'),
-], ids=str)
+])
 def test_wrong_arguments(model, options, error, message):
     model = model()
     before = [type(module) for module in model.modules()]
@@ -583,7 +583,7 @@ def test_bfloat16_autocast(stage):
     (dict(steps=1, teacher=lambda: nn.Linear(2, 2)), TypeError, 'no ViTs'),
     (dict(steps=1, teacher=lambda: timm_vit().to('meta')), ValueError, 'on cpu, its teacher on meta'),
     (dict(steps=1, stage=2, teacher=lambda: timm_vit(embed_dim=16)), ValueError, r'17, 32.*17, 16'),
-], ids=str)
+])
 def test_wrong_arguments_of_align(options, error, message):
     options = dict(model=lambda: linearize(timm_vit()), teacher=timm_vit, dataloader=batches(1)) | options
     model, teacher = options.pop('model')(), options.pop('teacher')()

@@ -13,13 +13,31 @@ from torch.nn import functional as F
 
 CHUNK = 384  # tokens; a few hundred kB for the heads of a ViT
 
-# phi, and its derivative at a point from phi there. elu(x) + 1 = max(exp(min(x, 0)), x + 1).
-PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    'elu1': (lambda x: torch.maximum(x.clamp(max=0).exp_(), x + 1), lambda phi: phi.clamp(max=1)),
-    'relu': (F.relu, lambda phi: (phi > 0).to(phi.dtype)),
-    'softplus': (F.softplus, lambda phi: -torch.expm1(-phi)),
-    'identity': (lambda x: x, torch.ones_like),
+def _elu1(x: Tensor, out: Tensor, spare: Tensor) -> None:
+    torch.clamp(x, max=0, out=out).exp_()  # elu(x) + 1 = max(exp(min(x, 0)), x + 1)
+    torch.maximum(out, torch.add(x, 1, out=spare), out=out)
+
+
+# phi, written into its second argument, and its derivative at a point from phi there.
+PHI: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], Callable[[Tensor], Tensor]]] = {
+    'elu1': (_elu1, lambda phi: phi.clamp(max=1)),
+    'relu': (lambda x, out, spare: torch.clamp(x, min=0, out=out), lambda phi: (phi > 0).to(phi.dtype)),
+    'softplus': (lambda x, out, spare: out.copy_(F.softplus(x)), lambda phi: -torch.expm1(-phi)),
+    'identity': (lambda x, out, spare: out.copy_(x), torch.ones_like),
 }
+
+
+def _features(q: Tensor, k: Tensor, phi: Callable, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """phi of a chunk (H, c, D), in memory that all chunks share: fresh memory costs more than the arithmetic."""
+    size = min(CHUNK, max(q.shape[2], k.shape[2]))
+    first, second = q.new_empty(2, q.shape[1], size, q.shape[3], dtype=dtype).unbind(0)
+
+    def features(x: Tensor) -> Tensor:
+        out, spare = first[:, :x.shape[1]], second[:, :x.shape[1]]
+        phi(x.to(dtype), out, spare)
+        return out
+
+    return features
 
 
 def _chunks(length: int) -> Iterator[slice]:
@@ -39,18 +57,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
     Returns:
         out, ``sum_j phi(k_j)^T v_j`` (B, H, D, D) and ``sum_j phi(k_j)`` (B, H, D), both float32 or float64.
     """
-    phi, dtype = PHI[feature_map][0], _wide(q.dtype)
+    dtype = _wide(q.dtype)
+    phi = _features(q, k, PHI[feature_map][0], dtype)
     b, h, n, d = q.shape
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     state, total = q.new_zeros(b, h, d, d, dtype=dtype), q.new_zeros(b, h, d, dtype=dtype)
     with torch.autocast('cpu', enabled=False):
         for i in range(b):
             for part in _chunks(k.shape[2]):
-                features = phi(k[i, :, part].to(dtype))  # (H, c, D)
+                features = phi(k[i, :, part])  # (H, c, D)
                 state[i].baddbmm_(features.transpose(1, 2), v[i, :, part].to(dtype))
                 total[i] += features.sum(1)
             for part in _chunks(n):
-                features = phi(q[i, :, part].to(dtype))
+                features = phi(q[i, :, part])
                 weight = torch.bmm(features, total[i].unsqueeze(-1)).add_(eps)
                 out[i, :, part] = torch.bmm(features, state[i]).div_(weight)
     return out, state, total
@@ -59,13 +78,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total: Tensor,
              grads: tuple[Tensor, Tensor, Tensor], feature_map: str, eps: float) -> None:
     """Writes the gradients of q, k and v into ``grads``, tensors of their shapes; see the Triton kernels."""
-    (phi, phi_grad), dtype = PHI[feature_map], _wide(q.dtype)
+    dtype, phi_grad = _wide(q.dtype), PHI[feature_map][1]
+    phi = _features(q, k, PHI[feature_map][0], dtype)
     grad_q, grad_k, grad_v = grads
     with torch.autocast('cpu', enabled=False):
         for i in range(len(q)):
             grad_state, grad_total = torch.zeros_like(state[i]), torch.zeros_like(total[i])
             for part in _chunks(q.shape[2]):
-                features = phi(q[i, :, part].to(dtype))
+                features = phi(q[i, :, part])
                 weight = torch.bmm(features, total[i].unsqueeze(-1)).add_(eps)
                 grad_sum = grad[i, :, part].to(dtype) / weight
                 out = torch.bmm(features, state[i]).div_(weight)  # the stored one may be rounded to half precision
@@ -76,7 +96,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total
                 grad_state.baddbmm_(features.transpose(1, 2), grad_sum)
                 grad_total += torch.bmm(grad_weight.transpose(1, 2), features).squeeze(1)
             for part in _chunks(k.shape[2]):
-                features = phi(k[i, :, part].to(dtype))
+                features = phi(k[i, :, part])
                 grad_v[i, :, part] = torch.bmm(features, grad_state)
                 grad_features = torch.bmm(v[i, :, part].to(dtype), grad_state.transpose(1, 2))
                 grad_k[i, :, part] = grad_features.add_(grad_total.unsqueeze(1)).mul_(phi_grad(features))

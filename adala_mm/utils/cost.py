@@ -4,6 +4,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,8 @@ def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> 
     Counted by PyTorch as operators are dispatched, with softmax attention taken apart: of its fused kernels the
     counter knows CUDA's only.
     """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # With gradients on, fused attention is one operator, whose cost is known, and not the calls that it consists of.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         function()
     counts = counter.get_flop_counts().get('Global', {})
     return sum(flops for op, flops in counts.items() if convolutions or 'conv' not in str(op)) // 2

@@ -18,5 +18,6 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     labels=dict(type='adala_mm.LabelCheckHook'),
+    weights=dict(type='adala_mm.WeightsCheckHook'),
     redraw=dict(type='adala_mm.RedrawFeaturesHook'),  # for attentions with random features
     visualization=dict(type='mmseg.SegVisualizationHook'))

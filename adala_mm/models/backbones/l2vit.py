@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions.l2vit import L2ViTAttention, LocalConcentration, WindowAttention
-from adala_mm.models.backbones.weights import read_backbone
+from adala_mm.models.backbones.weights import note_loaded, read_backbone
 from adala_mm.registry import MODELS
 
 ARCHS = {
@@ -196,6 +196,7 @@ class L2ViT(BaseModule):
             problems = '\n'.join(line[:300] for line in str(error).splitlines()[1:20])
             raise ValueError(f'{path} does not fit this L2ViT:\n{problems}\nDoes arch name the size that was '
                              'trained?') from error
+        note_loaded(self, [key for key in state if key not in new])
         print_log(f'L2ViT: {len(state) - len(new)} tensors from {path}'
                   + (f'; dropped {", ".join(unused)}' if unused else '')
                   + (f'; new: {", ".join(new)}' if new else ''), logger='current')

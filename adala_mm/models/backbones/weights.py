@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from adala_mm.models.attentions.parts import GridTable
 from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from adala_mm.models.backbones.vit import AdaLAViT
@@ -66,11 +68,19 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
         raise ValueError('\n'.join([f'{path} does not fit this ViT:', *problems, 'Is it the model family that the '
                                     'config describes (width, depth, class token, registers, LayerScale)?']))
     model.load_state_dict(state, strict=False)
+    note_loaded(model, state)
     new = [key for key in wanted if key not in state]
     print_log(f'AdaLAViT: {len(state)} tensors from {path}'
               + (f'; dropped {", ".join(dropped)}' if dropped else '')
               + (f'; {"; ".join(notes)}' if notes else '')
-              + (f'; new in this variant: {len(new)} tensors' if new else ''), logger='current')
+              + (f'; new in this variant: {len(new)} tensors' if new else '')
+              + f'; fingerprint {model.loaded[1]}', logger='current')
+
+
+def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
+    """Puts keys and fingerprint of loaded tensors down in ``model.loaded``, for `WeightsCheckHook`."""
+    state = model.state_dict()
+    model.loaded = tuple(keys), fingerprint({key: state[key] for key in keys})
 
 
 def is_extra(key: str) -> bool:
