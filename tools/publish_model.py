@@ -1,0 +1,49 @@
+"""Makes a checkpoint fit for publishing: weights and what describes them, the hash of the file in its name.
+
+    python tools/publish_model.py work_dirs/mask2former_dinov2l_ade20k/epoch_20.pth published/mask2former_dinov2l_ade20k
+
+writes published/mask2former_dinov2l_ade20k-<first 8 digits of SHA-256>.pth.
+"""
+import argparse
+import hashlib
+from pathlib import Path
+
+import torch
+
+from adala_mm.utils.checkpoint import load_checkpoint
+
+KEPT = ('state_dict', 'meta')  # not the optimizer, schedulers, log buffers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('checkpoint', type=Path, help='what tools/train.py wrote')
+    parser.add_argument('out', type=Path, help='path of the result, without hash and suffix')
+    parser.add_argument('--ema', action='store_true', help='publish the averaged weights instead of the last')
+    args = parser.parse_args()
+    checkpoint = load_checkpoint(args.checkpoint)
+    if 'state_dict' not in checkpoint:
+        parser.error(f'{args.checkpoint} has no state_dict: it is not a checkpoint of a training run')
+    kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
+    if args.ema:
+        averaged = {key.removeprefix('module.'): value for key, value in checkpoint.get('ema_state_dict', {}).items()
+                    if key.startswith('module.')}
+        if not averaged:
+            parser.error(f'{args.checkpoint} holds no averaged weights (ema_state_dict)')
+        kept['state_dict'] = averaged
+    kept['state_dict'] = {key: value.cpu() for key, value in kept['state_dict'].items()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_name(f'{args.out.name}.partial')
+    torch.save(kept, part)
+    out = args.out.with_name(f'{args.out.name}-{hashlib.sha256(part.read_bytes()).hexdigest()[:8]}.pth')
+    if out.exists():
+        part.unlink()
+        parser.error(f'{out} exists already; nothing is overwritten')
+    part.rename(out)
+    size = [path.stat().st_size / 2 ** 20 for path in (args.checkpoint, out)]
+    dropped = sorted(set(checkpoint) - set(kept))
+    print(f'{out}: {len(kept["state_dict"])} tensors, {size[1]:.1f} MiB of {size[0]:.1f}; dropped {", ".join(dropped)}')
+
+
+if __name__ == '__main__':
+    main()
