@@ -26,6 +26,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_default_scope():
+    """Runners, inferencers and tools set MMEngine's default scope and leave it to whoever comes next."""
+    from mmengine.registry import DefaultScope
+    before = DefaultScope._instance_dict.copy()
+    yield
+    DefaultScope._instance_dict = before
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
     """Folder with small real weights and photographs; tests that need it are skipped without it."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import LINEAR, ROOT, tiny_vit
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import TRUST, read_state_dict
@@ -66,7 +65,6 @@ def by_url(path, tmp_path, monkeypatch):
 
 def by_inferencer(path, tmp_path, monkeypatch):
     from mmseg.apis import init_model
-    monkeypatch.setattr(DefaultScope, '_instance_dict', DefaultScope._instance_dict.copy())  # init_model leaves its own
     cfg = Config.fromfile(ROOT / 'configs/demo/teacher_demo_beacons.py')
     cfg.model.backbone = tiny_vit()
     cfg.model.decode_head.update(in_channels=32, channels=32)
