@@ -102,7 +102,7 @@ def test_warning_names_packages_and_install_line(monkeypatch):
     with pytest.warns(UserWarning) as record:
         stack.warn_about_stack()
     missing, untested = (str(w.message) for w in record)
-    assert 'mmseg' in missing and 'timm' not in missing and stack.INSTALL in missing
+    assert 'not installed: mmseg. ' in missing and stack.INSTALL in missing
     assert 'timm 0.9' in untested and 'mmseg' not in untested and stack.INSTALL in untested
 
 
@@ -111,6 +111,8 @@ def test_require_stack_names_the_missing_packages(monkeypatch):
     with pytest.raises(ImportError, match='mmengine, mmpretrain') as error:
         stack.require_stack()
     assert stack.INSTALL in str(error.value) and 'timm' not in str(error.value)
+    with pytest.raises(ImportError, match='needs mmengine, which'):
+        stack.require_stack(stack.CORE)
 
 
 def test_install_line_names_existing_files_and_extra():
@@ -144,6 +146,30 @@ except ModuleNotFoundError as error:
 '''
     # The last line shows that the blocker works.
     assert python(code).splitlines() == ['True', 'blocked mmengine']
+
+
+def test_linearize_and_align_need_no_openmmlab_but_mmengine():
+    code = '''
+import sys
+for name in ('mmcv', 'mmseg', 'mmdet', 'mmpretrain'):
+    sys.modules[name] = None  # as if it were not installed
+from adala_mm.utils import stack
+installed = stack.installed_version
+stack.installed_version = lambda names: installed(names) if names[0].split('-')[-1] in (*stack.CORE, 'timm') else None
+import timm, torch
+from adala_mm import align, linearize
+teacher = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2)
+model = linearize(teacher)
+for stage in (1, 2):
+    align(model, teacher, [torch.randn(2, 3, 32, 32)], stage=stage, steps=1)
+print(model.num_linear_blocks, *stack.stack_problems()[0])
+try:
+    stack.require_stack()
+except ImportError as error:
+    print(error)
+'''
+    counted, refused = python(code).splitlines()[-2:]
+    assert counted == '2 mmcv mmseg mmdet mmpretrain' and 'needs mmcv, mmseg, mmdet, mmpretrain, which' in refused
 
 
 def test_setup_metadata(monkeypatch):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ SAFE_GLOBALS = [
     *{type(np.dtype(t)) for t in '?bBhHiIlLqQefdFDUS'},
 ]
 
+
+# Where training scripts keep a model's weights in their checkpoints, in order of preference.
+WRAPPERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
+# What wrappers of modules put into the names of weights, and what averaging counts its steps with.
+WRAPPED = re.compile(r'^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+COUNTERS = ('n_averaged', 'steps')
 
 # The user's word that this process may unpickle what it is told to load (`--trust-checkpoint`); also for its children.
 TRUST = 'ADALA_MM_TRUST_CHECKPOINT'
@@ -59,40 +66,57 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = F
     except Exception as error:  # torch and safetensors raise a dozen types for what is the same to the user
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if 'Unsupported' in line), lines[0])
+        if 'TorchScript' in reason:
+            reason = 'a TorchScript archive, which is code'
         raise ValueError(f'cannot read the checkpoint {path}: it is truncated, not a checkpoint, or holds more than '
                          f'tensors and plain values, which is never unpickled here ({reason}). If it is your own, and '
                          'needs that, say --trust-checkpoint') from error
 
 
-def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by name, unwrapped from ``state_dict`` / ``model`` and a DDP ``module.`` prefix.
+def local_file(path: str) -> Path:
+    """Where the checkpoint of that name lies on this machine.
 
     Args:
-        path: a local file, or ``timm://NAME``, which is downloaded from the Hugging Face repository ``timm/NAME``.
+        path: a local file, or ``timm://NAME``: the Hugging Face repository ``timm/NAME``, downloaded once.
+
+    Raises:
+        ValueError: if it cannot be downloaded.
+    """
+    if not path.startswith('timm://'):
+        return Path(path).expanduser()
+    from huggingface_hub import hf_hub_download
+    name = path.removeprefix('timm://')
+    try:
+        return Path(hf_hub_download(f'timm/{name}', 'model.safetensors'))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'cannot download {path}: no connection, or no such model. Fetch model.safetensors of '
+                         f'https://huggingface.co/timm/{name} yourself and name that file as init_cfg.checkpoint '
+                         f'({type(error).__name__})') from error
+
+
+def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name, without what training wraps around a model.
+
+    They are taken from the first of `WRAPPERS` that the file has; averaged weights (EMA) only where there are no others
+    (MMEngine's hook keeps them under ``state_dict`` already). Names lose the parts that DDP, ``torch.compile``, FSDP,
+    activation checkpointing and averaging add; states of optimizers are left where they are.
+
+    Args:
+        path: as of `local_file`.
         trust: as of `load_checkpoint`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, and for a file without named tensors.
     """
-    if path.startswith('timm://'):
-        from huggingface_hub import hf_hub_download
-        name = path.removeprefix('timm://')
-        try:
-            path = hf_hub_download(f'timm/{name}', 'model.safetensors')
-        except (OSError, ValueError) as error:
-            raise ValueError(f'cannot download {path}: no connection, or no such model. Fetch model.safetensors of '
-                             f'https://huggingface.co/timm/{name} yourself and name that file as init_cfg.checkpoint '
-                             f'({type(error).__name__})') from error
-    state = load_checkpoint(path, trust=trust)
+    state = load_checkpoint(local_file(path), trust=trust)
     if isinstance(state, torch.nn.Module):  # OpenAI's CLIP files, which are TorchScript and need trust
         state = state.state_dict()
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    while isinstance(state, dict) and (inner := [state[w] for w in WRAPPERS if isinstance(state.get(w), dict)]):
+        state = inner[0]
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not named tensors')
-    tensors = {key.removeprefix('module.'): value for key, value in state.items()
-               if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {WRAPPED.sub('', key): value for key, value in state.items()
+               if isinstance(key, str) and isinstance(value, Tensor) and key not in COUNTERS}
     if not tensors:
         raise ValueError(f'{path} holds no named tensors, only: {", ".join(map(str, list(state)[:8]))}')
     return tensors

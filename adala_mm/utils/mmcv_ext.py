@@ -48,12 +48,12 @@ def provide_mmcv_ops() -> bool:
     """Puts the stand-in in place unless mmcv has compiled ops.
 
     Returns:
-        True if the stand-in is (or already was) in use, False if mmcv has its own compiled ops.
+        True if the stand-in is (or already was) in use, False if mmcv has its own compiled ops, or is not installed.
     """
     present = sys.modules.get('mmcv._ext')
     if present is not None:
         return isinstance(present, _StandIn)
-    if importlib.util.find_spec('mmcv._ext') is not None:
+    if importlib.util.find_spec('mmcv') is None or importlib.util.find_spec('mmcv._ext') is not None:
         return False
     stand_in = _StandIn('mmcv._ext')
     stand_in.__spec__ = ModuleSpec('mmcv._ext', loader=None)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 # import name -> (names of the distributions that provide it, tested versions).
@@ -15,6 +16,7 @@ STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'mmdet': (('onedl-mmdetection', 'mmdet'), ('3.5.1',)),
     'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), ('1.3.6',)),
 }
+CORE = ('torch', 'timm', 'mmengine')  # what layers, backbones and alignment import
 INSTALL = 'pip install -c requirements/constraints.txt -e ".[onedl]"   (in a clone of adala_mm)'
 
 
@@ -26,6 +28,11 @@ def installed_version(distributions: tuple[str, ...]) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def stack_versions() -> dict[str, str | None]:
+    """Installed version of every package of the stack; None where there is none."""
+    return {name: installed_version(distributions) for name, (distributions, _) in STACK.items()}
 
 
 def stack_problems() -> tuple[list[str], list[str]]:
@@ -41,18 +48,19 @@ def stack_problems() -> tuple[list[str], list[str]]:
 
 
 def warn_about_stack() -> None:
-    """Warns once about missing packages and untested versions; ``adala_mm.ops`` works with torch alone."""
+    """Warns once about missing packages and untested versions."""
     missing, untested = stack_problems()
     if missing:
-        warnings.warn(f'adala_mm: not installed: {", ".join(missing)}. adala_mm.ops needs torch alone, everything '
-                      f'else needs the whole stack. Install it with: {INSTALL}', stacklevel=3)
+        warnings.warn(f'adala_mm: not installed: {", ".join(missing)}. adala_mm.ops needs torch alone, linearize and '
+                      f'align need {", ".join(CORE)}, configs and tools the whole stack. Install it with: {INSTALL}',
+                      stacklevel=3)
     if untested:
         warnings.warn(f'adala_mm: untested versions: {"; ".join(untested)}. For the tested ones: {INSTALL}',
                       stacklevel=3)
 
 
-def require_stack() -> None:
-    """Raises ImportError naming every missing package and the line that installs them."""
-    missing, _ = stack_problems()
+def require_stack(names: Iterable[str] = STACK) -> None:
+    """Raises ImportError naming every package of ``names`` that is missing, and the line that installs them."""
+    missing = [name for name in stack_problems()[0] if name in names]
     if missing:
         raise ImportError(f'adala_mm needs {", ".join(missing)}, which cannot be found. Install with: {INSTALL}')

@@ -16,6 +16,7 @@ from adala_mm.utils.fingerprint import fingerprint
 if TYPE_CHECKING:
     from adala_mm.models.backbones.vit import AdaLAViT
 
+LINES = 24  # of a table of keys
 # What a timm or mmpretrain ViT has behind its last block and a backbone has not.
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 
@@ -58,15 +59,10 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
     notes = _resample(model, state, own)
 
     wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state and not is_extra(key)]
-    unexpected = [key for key in state if key not in wanted]
-    reshaped = [f'{key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}' for key in wanted
-                if key in state and wanted[key].shape != state[key].shape]
-    if missing or unexpected or reshaped:
-        problems = [f'  {name} ({len(keys)}): {", ".join(keys[:6])}{", ..." if len(keys) > 6 else ""}' for name, keys in
-                    (('missing', missing), ('unexpected', unexpected), ('other shape', reshaped)) if keys]
-        raise ValueError('\n'.join([f'{path} does not fit this ViT:', *problems, 'Is it the model family that the '
-                                    'config describes (width, depth, class token, registers, LayerScale)?']))
+    if table := misfits({key: tuple(value.shape) for key, value in state.items()},
+                        {key: tuple(value.shape) for key, value in wanted.items()}):
+        raise ValueError(f'{path} does not fit this ViT:\n{table}\nIs it the model family that the config describes '
+                         '(width, depth, class token, registers, LayerScale)?')
     model.load_state_dict(state, strict=False)
     note_loaded(model, state)
     new = [key for key in wanted if key not in state]
@@ -75,6 +71,30 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
               + (f'; {"; ".join(notes)}' if notes else '')
               + (f'; new in this variant: {len(new)} tensors' if new else '')
               + f'; fingerprint {model.loaded[1]}', logger='current')
+
+
+def misfits(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
+    """A table of missing, unexpected and mis-shaped keys, alike ones of all blocks in one line; empty if all fit.
+
+    Args:
+        found, wanted: shapes by key, in the file and in the model. Keys that only an attention variant has may miss.
+    """
+    rows: dict[tuple, list[str]] = {}
+    for key in [*wanted, *(key for key in found if key not in wanted)]:
+        if found.get(key) == wanted.get(key) or (key not in found and is_extra(key)):
+            continue
+        problem = 'missing' if key not in found else 'unexpected' if key not in wanted else 'other shape'
+        name = re.sub(r'\bblocks\.\d+\.', 'blocks.*.', key)
+        rows.setdefault((problem, name, found.get(key, '-'), wanted.get(key, '-')), []).append(key)
+    if not rows:
+        return ''
+    lines = [('', 'key', 'in the file', 'in the model')]
+    lines += [(problem, f'{name}  (x {len(keys)})' if len(keys) > 1 else keys[0], str(here), str(there))
+              for (problem, name, here, there), keys in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    shown = ['  ' + '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+             for line in lines[:LINES + 1]]
+    return '\n'.join(shown + [f'  ... and {len(rows) - LINES} more'] * (len(rows) > LINES))
 
 
 def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
