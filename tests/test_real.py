@@ -13,6 +13,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -20,6 +21,7 @@ from mmseg.visualization import SegLocalVisualizer
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from adala_mm import align, linearize
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint, use_safe_loading
 from adala_mm.utils.cli import check_data, relocate
@@ -194,3 +196,38 @@ def test_mask2former_on_street_frames(place, shared_data, stage2, weights, twin)
     assert moved(run)  # the backbone is fine-tuned
     (score,) = scores(run)
     assert score['step'] == 2 and 0 <= score['mIoU'] <= 100 and 0 <= score['aAcc'] <= 100
+
+
+def test_align_does_to_timm_s_model_what_the_configs_do(shared_data, weights):
+    """Three steps of each stage on the same photographs, learning rates and all: the same losses, the same model."""
+    paths = sorted((shared_data / 'caltech101/unlabelled').rglob('*.jpg'))[::160]
+    pictures = [torch.from_numpy(cv2.resize(cv2.imread(str(path)), (224, 224))).permute(2, 0, 1) for path in paths]
+    batches = [pictures[i:i + 4] for i in range(0, 24, 4)]
+    teacher = timm.create_model('deit_tiny_patch16_224', pretrained=False).eval()
+    teacher.load_state_dict(weights)
+    student = linearize(teacher)
+    state = None
+    for stage in (1, 2):
+        cfg = Config.fromfile(ROOT / f'configs/real/stage{stage}_deitt_caltech.py')
+        cfg.merge_from_dict(relocate(cfg.to_dict(), str(shared_data)))
+        model = MODELS.build(cfg.model).train()
+        model.init_weights() if stage == 1 else model.prepare_teacher()
+        if stage == 2:
+            model.backbone.load_state_dict(state)
+        learn = [p for p in model.parameters() if p.requires_grad]
+        optimizer = OptimWrapper(torch.optim.AdamW(learn, lr=1e-3, weight_decay=0.05))
+        inputs, losses = [], []
+        for i, batch in enumerate(batches[:3] if stage == 1 else batches[3:]):
+            inputs.append(model.data_preprocessor(dict(inputs=batch))['inputs'])
+            if stage == 2:  # align lets it fall from the first step on
+                optimizer.optimizer.param_groups[0]['lr'] = 1e-3 * (1 - i / 3) ** 0.9
+            losses.append(model.train_step(dict(inputs=batch), optimizer)['loss'].item())
+        scale = cfg.model.get('loss_scale', 1.0)
+        history = align(student, teacher, inputs, stage=stage, steps=3, lr=1e-3, loss_scale=scale, log_interval=1)
+        assert [row['loss'] for row in history] == pytest.approx(losses, rel=1e-3), stage
+        assert losses[-1] < losses[0]
+        state = model.backbone.state_dict()
+        got, began = (torch.cat([net[key].flatten() for key in state]) for net in (student.state_dict(), weights))
+        wanted = torch.cat([value.flatten() for value in state.values()])
+        # AdamW's first steps are as long for a gradient that is next to nothing, where rounding decides on the sign.
+        assert (got - wanted).norm() < 0.02 * (wanted - began).norm() != 0, stage
