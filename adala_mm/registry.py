@@ -3,28 +3,36 @@
 MMEngine imports ``<scope>.registry`` when it meets a prefixed type, so ``type='adala_mm.AdaLAViT'`` resolves in any
 mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix.
 """
-from adala_mm.utils.stack import require_stack
+from adala_mm.utils.stack import CORE, require_stack
 
-require_stack()
+require_stack(CORE)
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import METRICS as MMENGINE_METRICS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS  # noqa: E402
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS  # noqa: E402
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
 
+from adala_mm.utils.atomic import use_atomic_saving  # noqa: E402
 from adala_mm.utils.checkpoint import use_safe_loading  # noqa: E402
 from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
 
 provide_mmcv_ops()
 use_safe_loading()
+use_atomic_saving()
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm', locations=['adala_mm.models'])
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm',
+                  locations=['adala_mm.models', 'adala_mm.models.heads'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='adala_mm', locations=['adala_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim_wrapper_constructor', parent=MMENGINE_CONSTRUCTORS, scope='adala_mm',
                                       locations=['adala_mm.engine'])
+OPTIM_WRAPPERS = Registry('optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='adala_mm',
+                          locations=['adala_mm.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='adala_mm', locations=['adala_mm.evaluation'])
+RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='adala_mm', locations=['adala_mm.engine'])
 # A tree of its own: a list of what may stand in `attention=dict(type=...)`, and nothing else.
 ATTENTIONS = Registry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])

@@ -423,7 +423,7 @@ def command(tool: str, *words: str, **options) -> list[str | Path]:
 
 def scores(work_dir: Path) -> dict:
     """What the newest test run in the work dir has written."""
-    return json.loads(max(work_dir.glob('*/*.json')).read_text())
+    return json.loads(max(work_dir.glob('*/[0-9]*.json')).read_text())
 
 
 def first_score(work_dir: Path) -> dict:

@@ -5,27 +5,22 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 from pathlib import Path
 
-from adala_mm.utils.records import machine, read_scalars
-
-LOGGED_BESIDE_SCORES = {'step', 'iter', 'time', 'data_time', 'epoch'}
+from adala_mm.utils.fingerprint import file_sha256
+from adala_mm.utils.records import machine, read_scalars, read_scores
 
 
 def record(run: Path) -> dict:
     """What a table needs to know about one work dir."""
-    rows = read_scalars(run)
-    scores = [{k: v for k, v in row.items() if k not in LOGGED_BESIDE_SCORES} | dict(step=row['step']) for row in rows
-              if 'loss' not in row]
     newest = (run / 'last_checkpoint').read_text().strip()
     config = next(run.glob('*.py'))
     return dict(config=config.stem, seed=int(re.search(r'seed=(\d+)', config.read_text())[1]),
-                iterations=max(row['step'] for row in rows if 'loss' in row),
-                scores=scores, checkpoint=Path(newest).name,
-                sha256=hashlib.sha256((run / Path(newest).name).read_bytes()).hexdigest()[:16])
+                iterations=max(row['step'] for row in read_scalars(run) if 'loss' in row),
+                scores=read_scores(run), checkpoint=Path(newest).name,
+                sha256=file_sha256(run / Path(newest).name)[:16])
 
 
 def main() -> None:

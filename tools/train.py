@@ -1,9 +1,14 @@
 """Trains any config of this repository: alignment stages, segmentors and classifiers alike.
 
-    python tools/train.py configs/adala/mask2former_dinov2l_ade20k.py [--work-dir DIR] [--resume] [--amp]
+    python tools/train.py configs/adala/mask2former_dinov2l_ade20k.py [--work-dir DIR] [--resume] [--amp] \
+        [--seed N] [--deterministic]
 """
-from mmengine.runner import Runner
+import os
 
+import torch
+from mmengine.registry import RUNNERS
+
+from adala_mm.engine.provenance import outcome_recorded
 from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config
 
 
@@ -11,21 +16,38 @@ def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue from the newest checkpoint in the work dir, or from the one given')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision in bfloat16 (needs a GPU)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision in bfloat16')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help="scale the learning rate to this run's total batch size")
+    parser.add_argument('--seed', type=int, help="of all random numbers, instead of the config's")
+    parser.add_argument('--deterministic', action='store_true',
+                        help='deterministic algorithms only: slower; equal runs are bitwise equal on a CPU')
     args = parser.parse_args()
+    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
+        parser.error(f'--seed must be within 0 and 2^32 - 1, got {args.seed}')
     cfg = load_config(args)
     if args.amp:
-        # bfloat16 has float32's range: gradients need no scaling, and nothing in a Mask2Former head overflows.
-        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+        # bfloat16 has float32's range: gradients need no scaling.
+        kind = 'AmpOptimWrapper' if torch.cuda.is_available() else 'adala_mm.CPUAmpOptimWrapper'
+        cfg.optim_wrapper.update(type=kind, dtype='bfloat16', loss_scale=1.0)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.auto_scale_lr:
+        if 'auto_scale_lr' not in cfg:
+            parser.error(f'--auto-scale-lr: {args.config} does not say which total batch its learning rate is for; add '
+                         'auto_scale_lr = dict(enable=False, base_batch_size=...)')
         cfg.auto_scale_lr.enable = True
+    cfg.randomness = dict(cfg.get('randomness', {}))
+    if args.seed is not None:
+        cfg.randomness.update(seed=args.seed)
+    if args.deterministic:
+        cfg.randomness.update(deterministic=True)
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it, cuBLAS refuses to be deterministic
     check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    Runner.from_cfg(cfg).train()
+    runner = RUNNERS.build(cfg)  # MMEngine's Runner, unless the config names a runner_type
+    with outcome_recorded(runner):
+        runner.train()
     leave_processes()
 
 

@@ -1,9 +1,21 @@
+from adala_mm.engine.corrupt_images import CorruptImagesHook
+from adala_mm.engine.cpu_amp import CPUAmpOptimWrapper
+from adala_mm.engine.dead_loss import DeadLossHook
+from adala_mm.engine.early_stopping import EarlyStoppingHook
+from adala_mm.engine.exact_resume import ExactResumeHook
 from adala_mm.engine.label_check import LabelCheckHook
 from adala_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from adala_mm.engine.non_finite import NonFiniteHook
+from adala_mm.engine.preemption import PreemptionHook
 from adala_mm.engine.progressive_resolution import ProgressiveResolutionHook
+from adala_mm.engine.provenance import ProvenanceHook
 from adala_mm.engine.redraw_features import RedrawFeaturesHook
+from adala_mm.engine.sharded_runner import ShardedRunner
+from adala_mm.engine.teacher_drift import TeacherDriftHook
 from adala_mm.engine.val_before_train import ValBeforeTrainHook
 from adala_mm.engine.weights_check import WeightsCheckHook
 
-__all__ = ['LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'ProgressiveResolutionHook', 'RedrawFeaturesHook',
+__all__ = ['CPUAmpOptimWrapper', 'CorruptImagesHook', 'DeadLossHook', 'EarlyStoppingHook', 'ExactResumeHook',
+           'LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'NonFiniteHook', 'PreemptionHook',
+           'ProgressiveResolutionHook', 'ProvenanceHook', 'RedrawFeaturesHook', 'ShardedRunner', 'TeacherDriftHook',
            'ValBeforeTrainHook', 'WeightsCheckHook']

@@ -1,3 +1,4 @@
 from adala_mm.evaluation.alignment import AlignmentMetric
+from adala_mm.evaluation.knn import KNNMetric
 
-__all__ = ['AlignmentMetric']
+__all__ = ['AlignmentMetric', 'KNNMetric']

@@ -19,7 +19,8 @@ class AlignmentMetric(BaseMetric):
     default_prefix = 'align'
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        self.results.extend(data_samples)
+        keys = ('error', 'energy', 'cosine', 'agree')
+        self.results.extend({key: sample[key] for key in keys if key in sample} for sample in data_samples)
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         def mean(key: str) -> float:

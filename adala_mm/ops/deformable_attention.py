@@ -1,12 +1,15 @@
 """Multi-scale deformable attention in PyTorch (Deformable DETR, Zhu et al. 2021, eq. 3), for mmcv without its ops."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def ms_deform_attn(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+def ms_deform_attn(value: Tensor, shapes: Tensor | Sequence[tuple[int, int]], locations: Tensor,
+                   weights: Tensor) -> Tensor:
     """Weighted sum of values sampled bilinearly at a few points on every level.
 
     ``out_q = sum_l sum_p weights[q, l, p] * bilinear(value_l, locations[q, l, p])`` per head; a point (x, y) in [0, 1]
@@ -14,7 +17,7 @@ def ms_deform_attn(value: Tensor, shapes: Tensor, locations: Tensor, weights: Te
 
     Args:
         value: (B, sum_l h_l * w_l, H, D), levels one after the other, each row-major.
-        shapes: (L, 2) integers, (h_l, w_l).
+        shapes: (L, 2) integers, (h_l, w_l); or pairs, which may be symbolic.
         locations: (B, Q, H, L, P, 2), (x, y).
         weights: (B, Q, H, L, P).
 
@@ -23,7 +26,7 @@ def ms_deform_attn(value: Tensor, shapes: Tensor, locations: Tensor, weights: Te
     """
     batch, _, heads, dim = value.shape
     _, queries, _, levels, points, _ = locations.shape
-    sizes = [(int(h), int(w)) for h, w in shapes.tolist()]
+    sizes = [(int(h), int(w)) for h, w in shapes.tolist()] if isinstance(shapes, Tensor) else shapes
     out = value.new_zeros(batch * heads, dim, queries)
     for level, part in enumerate(value.split([h * w for h, w in sizes], dim=1)):
         grid = part.permute(0, 2, 3, 1).reshape(batch * heads, dim, *sizes[level])

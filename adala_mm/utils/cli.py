@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from mmengine.config import Config, DictAction
 
 from adala_mm.utils.checkpoint import TRUST, use_safe_loading
+from adala_mm.utils.stack import require_stack
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -36,6 +39,7 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not Path(args.config).is_file():
         raise FileNotFoundError(f'no config at {args.config}')
+    require_stack()
     use_safe_loading()
     if args.trust_checkpoint:
         os.environ[TRUST] = '1'
@@ -61,35 +65,59 @@ def relocate(node: Any, root: str) -> Any:
     return node
 
 
-def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Raises FileNotFoundError, naming loader, path and fix, if a data set is not there or one of its folders is empty.
+def absent_data(cfg: Config, loader: str) -> Iterator[tuple[Path, str]]:
+    """What a loader's data set names that is not there: paths, with 'does not exist' or 'is empty'.
 
-    Data sets of adala_mm draw themselves and are left to themselves.
+    The embedded data set draws itself and is left to itself.
     """
+    dataset = (cfg.get(loader) or {}).get('dataset', {})
+    while 'dataset' in dataset:  # wrappers such as RepeatDataset
+        dataset = dataset['dataset']
+    if not dataset.get('data_root') or dataset.get('type') == 'adala_mm.BeaconsDataset':
+        return
+    root = Path(dataset['data_root'])
+    prefix = dataset.get('data_prefix') or ''
+    parts = [*(prefix.values() if isinstance(prefix, dict) else [prefix]), dataset.get('ann_file') or '']
+    if str(dataset.get('type')).endswith('ImageNet'):
+        parts.append(dataset.get('split') or '')
+    inside = [root / part for part in parts if part]
+    for path in ([root] if not root.exists() else inside or [root]):
+        if not path.exists():
+            yield path, 'does not exist'
+        elif path.is_dir() and not any(path.iterdir()):
+            yield path, 'is empty'
+
+
+def data_advice(loader: str) -> str:
+    """What to do about data that `absent_data` misses."""
+    return ('Put the data set there (configs/adala/README.md shows the layouts), or name its place with --data-root '
+            f'DIR or --cfg-options {loader}.dataset.data_root=DIR')
+
+
+def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
+    """Raises FileNotFoundError, naming loader, path and fix, for the first thing that `absent_data` misses."""
     for loader in loaders:
-        dataset = (cfg.get(loader) or {}).get('dataset', {})
-        while 'dataset' in dataset:  # wrappers such as RepeatDataset
-            dataset = dataset['dataset']
-        if not dataset.get('data_root') or str(dataset.get('type')).startswith('adala_mm.'):
-            continue
-        root = Path(dataset['data_root'])
-        prefix = dataset.get('data_prefix') or ''
-        parts = [*(prefix.values() if isinstance(prefix, dict) else [prefix]), dataset.get('ann_file') or '']
-        if str(dataset.get('type')).endswith('ImageNet'):
-            parts.append(dataset.get('split') or '')
-        inside = [root / part for part in parts if part]
-        for path in ([root] if not root.exists() else inside or [root]):
-            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-                state = 'is empty' if path.exists() else 'does not exist'
-                raise FileNotFoundError(
-                    f'{loader}: {path} {state}. Put the data set there (configs/adala/README.md shows the layouts), or '
-                    f'name its place with --data-root DIR or --cfg-options {loader}.dataset.data_root=DIR')
+        for path, state in absent_data(cfg, loader):
+            raise FileNotFoundError(f'{loader}: {path} {state}. {data_advice(loader)}')
 
 
 def join_cpu_processes(cfg: Config) -> None:
-    """Connects the processes of a run without GPUs by gloo; MMEngine itself would ask CUDA for a device."""
-    if cfg.launcher != 'pytorch' or torch.cuda.is_available():
+    """Connects the processes of a run without GPUs by gloo; MMEngine itself would ask CUDA for a device.
+
+    Raises:
+        ValueError: if the launcher is Slurm, but srun has not started this process.
+    """
+    if cfg.launcher not in ('pytorch', 'slurm') or torch.cuda.is_available():
         return
+    if cfg.launcher == 'slurm':
+        if 'SLURM_PROCID' not in os.environ:
+            raise ValueError('--launcher slurm: this process was not started by srun; use tools/slurm_train.sh')
+        for name, source in dict(RANK='PROCID', LOCAL_RANK='LOCALID', WORLD_SIZE='NTASKS').items():
+            os.environ[name] = os.environ[f'SLURM_{source}']
+        os.environ.setdefault('MASTER_PORT', '29500')
+        if 'MASTER_ADDR' not in os.environ:
+            hosts = subprocess.check_output(['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']], text=True)
+            os.environ['MASTER_ADDR'] = hosts.split()[0]
     torch.distributed.init_process_group('gloo')
     cfg.sync_bn = None  # PyTorch's synchronised BatchNorm is for GPUs only
     cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,

@@ -1,8 +1,9 @@
-"""A short name for the exact contents of some tensors."""
+"""Short names for the exact contents of tensors and files."""
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,3 +17,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file in hex digits, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while piece := file.read(2 ** 24):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -19,5 +19,12 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     labels=dict(type='adala_mm.LabelCheckHook'),
     weights=dict(type='adala_mm.WeightsCheckHook'),
+    corrupt=dict(type='adala_mm.CorruptImagesHook'),
+    preemption=dict(type='adala_mm.PreemptionHook'),
+    resume=dict(type='adala_mm.ExactResumeHook'),
+    provenance=dict(type='adala_mm.ProvenanceHook'),
     redraw=dict(type='adala_mm.RedrawFeaturesHook'),  # for attentions with random features
+    non_finite=dict(type='adala_mm.NonFiniteHook', policy='stop'),
+    drift=dict(type='adala_mm.TeacherDriftHook', interval=1000),
+    dead_loss=dict(type='adala_mm.DeadLossHook', policy='warn'),
     visualization=dict(type='mmseg.SegVisualizationHook'))

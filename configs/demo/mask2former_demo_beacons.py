@@ -16,6 +16,7 @@ model['neck'].update(embed_dim=96)
 model['decode_head'].update(num_classes=6, in_channels=[96] * 4, strides=[2, 4, 8, 16], num_queries=20)
 model['decode_head']['loss_cls'].update(class_weight=[1.0] * 6 + [0.1])
 train_dataloader.update(batch_size=8)
+auto_scale_lr.update(base_batch_size=8)
 optim_wrapper['optimizer'].update(lr=2e-3)
 optim_wrapper.update(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
 custom_hooks = []

@@ -15,5 +15,5 @@ optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3, 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
 custom_hooks = [dict(type='adala_mm.ValBeforeTrainHook')]
 log_processor.update(by_epoch=False)
-default_hooks['checkpoint'] = dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=1)
+default_hooks['checkpoint'] = dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=2)
 default_hooks['logger'] = dict(type='LoggerHook', interval=10, log_metric_by_epoch=False)

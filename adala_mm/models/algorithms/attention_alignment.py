@@ -66,7 +66,8 @@ def differentiate(loss: Tensor, parameters: list[Tensor], scale: float) -> Tenso
     """
     with torch.autocast(loss.device.type, enabled=False):  # as for any backward pass
         grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-    grads = [torch.zeros_like(p) if g is None else g.div_(scale) for p, g in zip(parameters, grads, strict=True)]
+    # Not in place: autograd may hand out one tensor for two parameters, or one number for all elements of one.
+    grads = [torch.zeros_like(p) if g is None else g.div(scale) for p, g in zip(parameters, grads, strict=True)]
     return _Differentiated.apply(loss.detach(), grads, *parameters)
 
 
@@ -103,7 +104,7 @@ class AttentionAlignment(Alignment):
         head, data_preprocessor: see `Alignment`.
 
     Logs ``rel_error``, the mean over blocks of ``||linear - softmax|| / ||softmax||``, and ``rel_error_worst``, the
-    largest of them.
+    largest of them; all are in ``block_errors`` until the next batch.
 
     Raises:
         ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them, a backbone of
@@ -180,7 +181,7 @@ class AttentionAlignment(Alignment):
                 scale = 2.0 ** round(math.log2(got.numel() / math.sqrt(got[..., 0].numel())))
                 loss = differentiate(loss, [p for p in block.attn.parameters() if p.requires_grad], scale)
             losses.append(loss)
-        errors = torch.stack(errors)
+        errors = self.block_errors = torch.stack(errors)
         return {'loss': torch.stack(losses).mean(), 'rel_error': errors.mean(), 'rel_error_worst': errors.max()}
 
     @torch.no_grad()

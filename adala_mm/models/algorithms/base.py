@@ -117,8 +117,12 @@ class Alignment(BaseModel):
         all_reduce_dict(log, op='mean')
         return loss, log
 
-    def compare(self, student: Tensor, teacher: Tensor) -> list[dict[str, float]]:
-        """Scores of each image, for `AlignmentMetric`: squared error and norm of the tokens, mean cosine, agreement."""
+    def compare(self, student: Tensor, teacher: Tensor) -> list[dict]:
+        """What metrics read of each image.
+
+        For `AlignmentMetric` squared error and norm of the tokens, mean cosine, agreement; for `KNNMetric` one feature
+        (C,) of both, ``pooled``.
+        """
         student, teacher = student.float(), teacher.float()
         columns = {
             'error': (student - teacher).square().sum(dim=(1, 2)),
@@ -127,10 +131,13 @@ class Alignment(BaseModel):
         }
         if 'head' in self.frozen:
             columns['agree'] = (self._top_class(student) == self._top_class(teacher)).float()
-        return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()),
-                                                                   strict=True)]
+        pooled = zip(*(self._pool(tokens, self.backbone.class_token).cpu() for tokens in (student, teacher)),
+                     strict=True)
+        return [dict(zip(columns, row, strict=True), pooled=pair)
+                for row, pair in zip(zip(*(c.tolist() for c in columns.values()), strict=True), pooled, strict=True)]
+
+    def _pool(self, tokens: Tensor, on_class_token: bool) -> Tensor:
+        return tokens[:, 0] if on_class_token else tokens[:, self.backbone.num_prefix:].mean(dim=1)
 
     def _top_class(self, tokens: Tensor) -> Tensor:
-        on_class_token = self.head['out_type'] == 'cls_token'
-        pooled = tokens[:, 0] if on_class_token else tokens[:, self.backbone.num_prefix:].mean(dim=1)
-        return self.frozen['head'](pooled).argmax(dim=-1)
+        return self.frozen['head'](self._pool(tokens, self.head['out_type'] == 'cls_token')).argmax(dim=-1)

@@ -13,5 +13,4 @@ train_dataloader = dict(
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='mmpretrain.CustomDataset', data_root='data/coco', data_prefix='train2017', with_label=False,
-        pipeline=train_pipeline))
+        type='adala_mm.ImageFiles', data_root='data/coco', data_prefix='train2017', pipeline=train_pipeline))

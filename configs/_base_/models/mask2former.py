@@ -9,7 +9,7 @@ model = dict(
         type='Feature2Pyramid', embed_dim=1024, rescales=[4, 2, 1, 0.5],
         norm_cfg=dict(type='GN', num_groups=32)),
     decode_head=dict(
-        type='Mask2FormerHead',
+        type='adala_mm.Mask2FormerHead',
         in_channels=[1024] * 4,
         strides=[4, 8, 16, 32],
         feat_channels=256,
@@ -18,7 +18,7 @@ model = dict(
         num_transformer_feat_level=3,
         align_corners=False,
         pixel_decoder=dict(
-            type='mmdet.MSDeformAttnPixelDecoder',
+            type='adala_mm.MSDeformAttnPixelDecoder',
             num_outs=3,
             norm_cfg=dict(type='GN', num_groups=32),
             act_cfg=dict(type='ReLU'),

@@ -9,5 +9,6 @@ param_scheduler = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iters, val_interval=iters)
 custom_hooks = [dict(type='adala_mm.ValBeforeTrainHook')]
 log_processor = dict(by_epoch=False)
-checkpoint_hook = dict(type='CheckpointHook', by_epoch=False, interval=iters, max_keep_ckpts=1)
+checkpoint_hook = dict(type='CheckpointHook', by_epoch=False, interval=iters, max_keep_ckpts=2)
 logger_hook = dict(type='LoggerHook', interval=10, log_metric_by_epoch=False)
+auto_scale_lr = dict(enable=False, base_batch_size=32)  # on one process

@@ -7,6 +7,6 @@ param_scheduler = [
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iters, val_interval=16000)
 log_processor = dict(by_epoch=False)
-checkpoint_hook = dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=1)
+checkpoint_hook = dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=2)
 logger_hook = dict(type='LoggerHook', interval=50, log_metric_by_epoch=False)
 auto_scale_lr = dict(enable=False, base_batch_size=16)

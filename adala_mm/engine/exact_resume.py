@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from adala_mm.registry import HOOKS
+from adala_mm.utils.atomic import PART
+from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.randomness import seed_all
+
+SAMPLES, STEPS = range(2)  # what a key is for
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """A run that was killed and resumed computes what an uninterrupted one computes, to the last bit on a CPU.
+
+    No generator's state is saved. Instead every random number is a function of where it is used: a training step draws
+    from (seed, iteration, process), the pipeline of a sample from (seed, epoch, position of the sample in it). So
+    neither the number of workers nor a restart shows, and processes that share a batch augment it as one process would.
+
+    On resume
+    - the newest whole checkpoint is taken: a torn one, and what a killed process had half written, is passed over with
+      a message;
+    - the sampler starts at the next sample, also inside an epoch, without reading what was seen;
+    - a validation that was due when the checkpoint was written, and may have been lost, is done (again) first.
+
+    ``max_keep_ckpts=1`` becomes 2: the only checkpoint would be deleted before the next one is written.
+
+    Raises:
+        ValueError: if no checkpoint of a work dir can be read.
+    """
+
+    priority = 'LOWEST'  # a step's seed is set after every other hook, a due validation done when they are ready
+
+    def before_run(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1:
+                runner.logger.warning('CheckpointHook deletes old checkpoints before it writes a new one: with '
+                                      'max_keep_ckpts=1 nothing would be left if that fails. Keeping 2')
+                hook.max_keep_ckpts = 2
+        if runner._resume and runner._load_from is None:
+            found = [newest_checkpoint(Path(runner.work_dir), runner.logger.warning) if is_main_process() else None]
+            broadcast_object_list(found)
+            if found[0] is None:
+                runner.logger.info(f'nothing to resume in {runner.work_dir}: starting at the beginning')
+            else:
+                runner._load_from = str(found[0])
+
+    def before_train(self, runner: Runner) -> None:
+        loop, loader = runner.train_loop, runner.train_dataloader
+        if isinstance(loader.dataset, IterableDataset):
+            runner.logger.warning('a stream of samples has no positions: a resumed run reads it from its beginning')
+            return
+        batches = loader.batch_sampler
+        if not runner._randomness_cfg.get('diff_rank_seed') and hasattr(batches.sampler, 'seed'):
+            batches.sampler.seed = runner.seed  # that of the checkpoint, where the config has none
+        batches.sampler = stream = PositionedSampler(batches.sampler, loader)
+        loader.dataset.__getitems__ = functools.partial(draw_samples, loader.dataset, runner.seed)
+        if runner.iter == 0:
+            return
+        if isinstance(loop, EpochBasedTrainLoop):
+            if seen := runner.iter - runner.epoch * len(loader):
+                stream.start = seen * batches.batch_size
+                count_from(loop, seen)
+        elif isinstance(loop, IterBasedTrainLoop):  # it calls skip itself, of whichever of the two samplers has it
+            loop.dataloader_iterator._epoch = runner.iter // len(loader)
+            stream.start = runner.iter * batches.batch_size
+        if validation_is_due(runner):
+            runner.logger.info('Validation that was due when the checkpoint was written:')
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        seed_all(STEPS, runner.seed, runner.iter, get_rank())
+
+
+class Position(int):
+    """Index of a sample that also knows where it stands: ``key`` is (epoch, position among all processes' samples)."""
+
+    key: tuple[int, int]
+
+
+class PositionedSampler(Sampler):
+    """What another sampler yields, as `Position`; can start anywhere in it."""
+
+    def __init__(self, sampler: Sampler, loader: DataLoader) -> None:
+        self.sampler = sampler
+        self.batches, self.batch_size = len(loader), loader.batch_sampler.batch_size
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Position]:
+        epoch, rank, world = getattr(self.sampler, 'epoch', 0), get_rank(), get_world_size()
+        start, self.start = self.start, 0
+        already_there = hasattr(self.sampler, 'skip')
+        for i, index in enumerate(self.sampler, start if already_there else 0):
+            if i >= start:
+                position = Position(index)
+                position.key = epoch, i * world + rank
+                yield position
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def skip(self, num_samples: int) -> None:
+        """Called by MMEngine's iteration-based loop when it resumes, if the other sampler has no ``skip``."""
+        epoch, seen = divmod(num_samples // self.batch_size, self.batches)
+        self.sampler.set_epoch(epoch)
+        self.start = seen * self.batch_size
+
+
+def draw_samples(dataset: Any, seed: int, positions: list[Position]) -> list:
+    """The dataset's ``__getitems__``, which PyTorch calls in whichever process loads a batch."""
+    samples = []
+    for position in positions:
+        seed_all(SAMPLES, seed, *position.key)
+        samples.append(dataset[int(position)])
+    return samples
+
+
+def count_from(loop: EpochBasedTrainLoop, seen: int) -> None:
+    """Makes hooks see the first epoch's batches numbered from ``seen``: the loop counts what the loader yields."""
+    epoch, run_iter = loop.epoch, loop.run_iter
+    loop.run_iter = lambda idx, batch: run_iter(idx + seen if loop.epoch == epoch else idx, batch)
+
+
+def validation_is_due(runner: Runner) -> bool:
+    """Whether an uninterrupted run would validate now, between two steps; a checkpoint is written before that."""
+    loop = runner.train_loop
+    by_epoch = isinstance(loop, EpochBasedTrainLoop)
+    if runner.val_loop is None or (by_epoch and runner.iter != runner.epoch * len(runner.train_dataloader)):
+        return False
+    loop._decide_current_val_interval()
+    done, end = (runner.epoch, loop.max_epochs) if by_epoch else (runner.iter, loop.max_iters)
+    return done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
+
+
+def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
+    """The newest checkpoint of a run that can be read from end to end, or None if there is no checkpoint at all.
+
+    Half-written files are deleted. ``warn`` is called with a line for each file that is passed over.
+
+    Raises:
+        ValueError: if there are checkpoints, and none of them can be read.
+    """
+    for part in work_dir.glob(f'*.pth{PART}'):
+        warn(f'deleted {part}: a process was stopped while it wrote it')
+        part.unlink()
+    found = sorted((path for pattern in ('epoch_*.pth', 'iter_*.pth', 'preempted.pth')
+                    for path in work_dir.glob(pattern)), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        if (problem := damage(path)) is None:
+            return path
+        warn(f'{path} is damaged ({problem}): taking the one before it')
+    if found:
+        raise ValueError(f'none of the {len(found)} checkpoints in {work_dir} can be read, the newest being '
+                         f'{found[0].name}: move them away to start at the beginning')
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of ``torch.save``, all of which is read; None if nothing is."""
+    try:
+        if not zipfile.is_zipfile(path):  # torn, or of PyTorch < 1.6
+            load_checkpoint(path)
+            return None
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f'its part {broken} has a wrong checksum' if broken else None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        return str(error).splitlines()[0]

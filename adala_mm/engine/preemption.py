@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from adala_mm.registry import HOOKS
+
+FILE = 'preempted.pth'
+
+
+@HOOKS.register_module()
+class PreemptionHook(Hook):
+    """SIGTERM, with which clusters announce the end of a job, saves a checkpoint and ends the run: nothing is lost.
+
+    The checkpoint, ``preempted.pth`` in the work dir, is what ``--resume`` takes up, in the middle of an epoch or of a
+    validation too. Processes agree on the iteration after which they stop, a multiple of accumulation steps.
+
+    Args:
+        signals: names of the signals; ``SIGUSR1`` suits ``sbatch --signal=USR1@120``.
+        interval: iterations between two questions whether another process was told to stop; a single process needs
+            none. A process' own answer is a tensor of one element, so 10 is free of cost and quick enough for the 30
+            seconds that a cluster leaves at least.
+
+    Raises:
+        SystemExit: with 128 + the signal's number, after saving.
+    """
+
+    priority = 'LOWEST'  # after logging and scheduling of the step
+
+    def __init__(self, signals: tuple[str, ...] = ('SIGTERM',), interval: int = 10) -> None:
+        self.signals = [getattr(signal, name) for name in signals]
+        self.interval = interval
+        self.received = 0
+        self.before: dict[int, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        self.received = 0
+        if threading.current_thread() is threading.main_thread():  # the only one that signals reach
+            self.before = {number: signal.signal(number, self.note) for number in self.signals}
+
+    def after_train(self, runner: Runner) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if is_main_process():
+            Path(runner.work_dir, FILE).unlink(missing_ok=True)  # the run has ended well, and has newer ones
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        done, accumulated = runner.iter + 1, getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if done % accumulated:
+            return  # gradients that are being summed up would be lost
+        if get_world_size() > 1:
+            if done // accumulated % self.interval:
+                return
+            agreed = torch.tensor(self.received)
+            all_reduce(agreed, op='max')
+            self.received = int(agreed)
+        if self.received:
+            self.save_and_leave(runner, done)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self.received:  # no process waits for another here, and each has been told
+            self.save_and_leave(runner, runner.iter)
+
+    def save_and_leave(self, runner: Runner, done: int) -> None:
+        name = signal.Signals(self.received).name
+        runner.logger.warning(f'{name}: saving {FILE} after iteration {done}, then leaving; continue with --resume')
+        runner.save_checkpoint(runner.work_dir, FILE, meta=dict(epoch=runner.epoch, iter=done), by_epoch=False)
+        barrier()
+        raise SystemExit(128 + self.received)

@@ -1,0 +1,295 @@
+"""A killed and resumed run computes what an uninterrupted one computes: every weight, to the last bit."""
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LINEAR, ROOT, tiny_vit
+from mmcv.transforms import LoadImageFromFile
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmseg.visualization import SegLocalVisualizer
+from PIL import Image
+from saboteur import Killed
+
+from adala_mm.datasets.beacons import draw_scene
+from adala_mm.engine.exact_resume import newest_checkpoint
+from adala_mm.utils.atomic import write_atomically
+from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.randomness import seed_all
+from adala_mm.utils.records import curve
+
+IMAGES, BATCH, STEPS = 10, 2, 15  # three epochs of five batches; a checkpoint after each
+
+
+@contextlib.contextmanager
+def fresh_process() -> Iterator[None]:
+    """What MMEngine keeps for a process' lifetime is put back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for manager in (MMLogger, MessageHub, SegLocalVisualizer):
+            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        yield
+
+
+def train(cfg: Config, work_dir: Path, resume: bool = False, harm: dict | None = None) -> None:
+    with fresh_process():
+        cfg = cfg.copy()
+        cfg.work_dir, cfg.resume, cfg.experiment_name = str(work_dir), resume, f'{work_dir.parent.name}{work_dir.name}'
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='Diary')]
+        if harm:
+            cfg.custom_hooks.append(dict(type='Saboteur', **harm))
+        init_default_scope(cfg.default_scope)
+        Runner.from_cfg(cfg).train()
+
+
+def kill(cfg: Config, work_dir: Path, at: int, when: str = 'step') -> None:
+    with pytest.raises(Killed):
+        train(cfg, work_dir, harm=dict(what='raise', when=when, at=at))
+
+
+def diary(work_dir: Path) -> dict[int, list]:
+    """The last word on each step: a step after the last checkpoint is done twice."""
+    lines = map(json.loads, (work_dir / 'diary.jsonl').read_text().splitlines())
+    return {step: rest for step, *rest in lines}
+
+
+def assert_same_run(whole: Path, pieces: Path, final: str) -> None:
+    one, two = (load_checkpoint(run / final) for run in (whole, pieces))
+    assert one['state_dict'].keys() == two['state_dict'].keys()
+    for key, value in one['state_dict'].items():
+        assert torch.equal(value, two['state_dict'][key]), key
+    assert diary(whole) == diary(pieces) and len(diary(whole)) == STEPS
+    assert one['meta']['iter'] == two['meta']['iter'] == STEPS
+    for mine, other in zip(one['optimizer']['state'].values(), two['optimizer']['state'].values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(other[key])) for key in mine)
+    assert one['param_schedulers'] == two['param_schedulers']
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('scenes')
+    for split, count in (('train', IMAGES), ('val', 3)):
+        for kind in ('images', 'labels'):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, label = draw_scene(np.random.default_rng([count, i]), 32)
+            Image.fromarray(image).save(root / f'images/{split}/{i:04d}.png')
+            Image.fromarray(label).save(root / f'labels/{split}/{i:04d}.png')
+    return root
+
+
+def config(name: str, scenes: Path, init_cfg: dict, by_epoch: bool, workers: int = 0) -> Config:
+    """A config of the demo on a tiny ViT, with random flips and drop path, saving and validating within the run."""
+    cfg = Config.fromfile(ROOT / f'configs/demo/{name}_demo_beacons.py')
+    cfg.train_dataloader.update(
+        batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0,
+        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True))
+    cfg.val_dataloader.update(batch_size=2)
+    vit = tiny_vit(attention=LINEAR, drop_path_rate=0.3, init_cfg=init_cfg)
+    if name == 'mask2former':
+        for loader, split in ((cfg.train_dataloader, 'train'), (cfg.val_dataloader, 'val')):
+            loader.dataset = dict(
+                type='BaseSegDataset', data_root=str(scenes), img_suffix='.png', pipeline=loader.dataset.pipeline,
+                data_prefix=dict(img_path=f'images/{split}', seg_map_path=f'labels/{split}'),
+                metainfo=dict(classes=list('abcdef'), palette=[[i] * 3 for i in range(6)]))
+        cfg.model.backbone = dict(vit, out_indices=[-1] * 4)
+        cfg.model.data_preprocessor.size = (32, 32)
+        cfg.model.neck.embed_dim = 32
+        cfg.model.decode_head.update(in_channels=[32] * 4, num_queries=5)
+    else:
+        cfg.model.backbone = vit
+        cfg.train_dataloader.dataset.pipeline[1:-1] = [
+            dict(type='mmpretrain.RandomFlip', prob=0.5, direction='horizontal'),
+            dict(type='mmpretrain.ColorJitter', brightness=0.5)]
+        for loader in (cfg.train_dataloader, cfg.val_dataloader):
+            loader.dataset.data_root = str(scenes)
+    if name == 'stage2':
+        cfg.model.teacher = tiny_vit(init_cfg=init_cfg)
+    for key, value in (('by_epoch', by_epoch), ('interval', 1 if by_epoch else 5), ('save_last', False)):
+        cfg.default_hooks.checkpoint[key] = value
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 2
+    if by_epoch:
+        cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3, val_interval=1)
+        cfg.param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=2, by_epoch=True)]
+        cfg.log_processor = dict(by_epoch=True)
+    else:
+        cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=STEPS, val_interval=5)
+        cfg.param_scheduler = [dict(type='PolyLR', power=0.9, end=STEPS, by_epoch=False)]
+    return cfg
+
+
+def last(by_epoch: bool) -> str:
+    return 'epoch_3.pth' if by_epoch else 'iter_15.pth'
+
+
+LOOPS = pytest.mark.parametrize('by_epoch', [False, True], ids=['iterations', 'epochs'])
+
+
+@pytest.fixture(scope='module')
+def whole_runs(tmp_path_factory):
+    """Uninterrupted runs by config, each made once."""
+    runs: dict[tuple, Path] = {}
+
+    def run(cfg: Config, *key) -> Path:
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp('whole') / 'run'
+            train(cfg, runs[key])
+        return runs[key]
+    return run
+
+
+@pytest.mark.parametrize(('name', 'by_epoch', 'last_step'), [
+    ('stage1', False, 2), ('stage1', False, 4), ('stage1', True, 13), ('stage2', False, 13), ('stage2', True, 4),
+    ('stage2', True, 7)])
+def test_killed_and_resumed(scenes, sharp_pretrained, tmp_path, whole_runs, name, by_epoch, last_step):
+    cfg = config(name, scenes, sharp_pretrained, by_epoch)
+    whole = whole_runs(cfg, name, by_epoch)
+    kill(cfg, tmp_path / 'run', at=last_step)
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(whole, tmp_path / 'run', last(by_epoch))
+
+
+@LOOPS
+def test_terminated_in_the_middle_and_resumed(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
+    """SIGTERM saves where the run is, inside an epoch too: no step is done twice, and none left out."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    whole, work_dir = whole_runs(cfg, 'stage2', by_epoch), tmp_path / 'run'
+    with pytest.raises(SystemExit) as left:
+        train(cfg, work_dir, harm=dict(what='terminate', when='step', at=6))
+    assert left.value.code == 128 + signal.SIGTERM and (work_dir / 'preempted.pth').is_file()
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    assert len((work_dir / 'diary.jsonl').read_text().splitlines()) == STEPS
+    assert not (work_dir / 'preempted.pth').exists()  # three newer ones are there
+
+
+@LOOPS
+def test_killed_in_validation(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
+    """The checkpoint is older than the validation that follows it: a resumed run does that first."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    whole, work_dir = whole_runs(cfg, 'stage2', by_epoch), tmp_path / 'run'
+    kill(cfg, work_dir, at=10, when='validation')
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    (*_, steps), (*_, errors) = zip(*[curve(run, 'align/rel_error') for run in (whole, work_dir)], strict=True)
+    assert steps == [10, 15] and errors == curve(whole, 'align/rel_error')[1][-2:]
+
+
+@LOOPS
+def test_workers_do_not_show(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
+    """Two workers, killed and resumed, draw the same augmentation as none."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    whole = whole_runs(cfg, 'stage2', by_epoch)
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch, workers=2)
+    kill(cfg, tmp_path / 'run', at=7)
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(whole, tmp_path / 'run', last(by_epoch))
+
+
+def test_finite_sampler_in_an_iteration_based_run(scenes, sharp_pretrained, tmp_path, whole_runs, monkeypatch):
+    """Epochs come round inside the run; the images that were seen are not read again."""
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=False)
+    cfg.train_dataloader.sampler.type = 'DefaultSampler'
+    whole = whole_runs(cfg, 'finite')
+    kill(cfg, tmp_path / 'run', at=11)
+    read = []
+    load = LoadImageFromFile.transform
+    monkeypatch.setattr(LoadImageFromFile, 'transform', lambda self, results: read.append(1) or load(self, results))
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(whole, tmp_path / 'run', last(False))
+    assert len(read) == BATCH * 5 + 2 * 3  # five steps and two validations
+
+
+def test_mask2former_resumes(scenes, sharp_pretrained, tmp_path):
+    """Its loss samples random points on the device."""
+    cfg = config('mask2former', scenes, sharp_pretrained, by_epoch=False)
+    train(cfg, tmp_path / 'whole')
+    kill(cfg, tmp_path / 'run', at=6)
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'run', last(False))
+
+
+@LOOPS
+def test_the_newest_whole_checkpoint_is_taken(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    whole, work_dir = whole_runs(cfg, 'stage2', by_epoch), tmp_path / 'run'
+    kill(cfg, work_dir, at=11)
+    newest, before = sorted(work_dir.glob('*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    (work_dir / 'last_checkpoint').write_text('')  # killed while writing that one, too
+    (work_dir / f'{newest.name}.part').write_bytes(b'half')
+    train(cfg, work_dir, resume=True)
+    printed = ''.join(path.read_text() for path in work_dir.glob('*/*.log'))
+    assert f'{newest} is damaged' in printed and f'Load checkpoint from {before}' in printed
+    assert f'deleted {newest}.part' in printed
+    assert_same_run(whole, work_dir, last(by_epoch))
+
+
+def test_damage_anywhere_in_a_file_is_found(tmp_path):
+    warnings: list[str] = []
+    assert newest_checkpoint(tmp_path, warnings.append) is None
+    for i in range(3):
+        torch.save(dict(state_dict=dict(weight=torch.full((500,), float(i)))), tmp_path / f'iter_{i}.pth')
+        os.utime(tmp_path / f'iter_{i}.pth', (i, i))
+    assert newest_checkpoint(tmp_path, warnings.append).name == 'iter_2.pth' and not warnings
+    whole = bytearray((tmp_path / 'iter_2.pth').read_bytes())
+    whole[whole.index(torch.tensor(2.0).numpy().tobytes() * 10) + 500] ^= 1  # one bit of one weight
+    (tmp_path / 'iter_2.pth').write_bytes(whole)
+    (tmp_path / 'iter_1.pth').write_bytes(b'')
+    os.utime(tmp_path / 'iter_1.pth', (1, 1))
+    os.utime(tmp_path / 'iter_2.pth', (2, 2))
+    assert newest_checkpoint(tmp_path, warnings.append).name == 'iter_0.pth'
+    assert 'iter_2.pth is damaged' in warnings[0] and 'checksum' in warnings[0] and 'iter_1.pth' in warnings[1]
+    (tmp_path / 'iter_0.pth').write_bytes(b'PK')
+    with pytest.raises(ValueError, match='none of the 3 checkpoints .* move them away'):
+        newest_checkpoint(tmp_path, warnings.append)
+
+
+def test_nothing_to_resume_starts_at_the_beginning(scenes, sharp_pretrained, tmp_path, whole_runs):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(whole_runs(cfg, 'stage2', True), tmp_path / 'run', last(True))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    write_atomically(tmp_path / 'iter_1.pth', b'good')
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr('os.fsync', full)
+    with pytest.raises(OSError, match=r'no space for .*iter_1.pth: it needs .* MiB, .* untouched.*--resume'):
+        write_atomically(tmp_path / 'iter_1.pth', b'newer')
+    assert [path.name for path in tmp_path.iterdir()] == ['iter_1.pth']
+    assert (tmp_path / 'iter_1.pth').read_bytes() == b'good'
+
+
+def test_one_kept_checkpoint_becomes_two(scenes, sharp_pretrained, tmp_path):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=False)
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 1
+    train(cfg, tmp_path / 'run')
+    assert sorted(path.name for path in tmp_path.glob('run/*.pth')) == ['iter_10.pth', 'iter_15.pth']
+
+
+def test_keys_give_unrelated_and_repeatable_numbers():
+    def draw(*key):
+        seed_all(*key)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    drawn = [draw(0, seed, i) for seed in range(3) for i in range(50)]
+    assert len({value for numbers in drawn for value in numbers}) == 3 * len(drawn)
+    assert np.abs(np.corrcoef(np.array(drawn).T)[0, 1:]).max() < 0.3
+    assert draw(0, 1, 7) == drawn[57] and draw(1, 1, 7) != drawn[57]

@@ -1,0 +1,161 @@
+"""Images/s of a config's training data, reading, decoding and augmenting, at several numbers of worker processes.
+
+    python tools/analysis_tools/benchmark_loader.py configs/adala/stage2_dinov2l_in22k.py [--workers 0 1 2 4 8]
+        [--data-root DATA] [--cfg-options KEY=VALUE ...] [--training work_dirs/benchmarks/training.json]
+
+Measures whatever the config trains on, once its workers have started and filled their queues. Images/s per core are
+images per second of processor time, of all processes together: they hold on a busy machine, too, and exceed images/s
+where the disk is waited for. With --training, a record of benchmark_training.py, says whether its training steps would
+wait for the loader. The first run also lists the images and keeps that list, if the config has an ``index_dir``.
+Writes JSON.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
+from torch.utils.data import DataLoader
+
+from adala_mm.registry import DATASETS
+from adala_mm.utils.cli import check_data, relocate
+from adala_mm.utils.tables import markdown_table
+from adala_mm.utils.timing import hardware, save, settings
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def core_seconds(wall: float, workers: int) -> float:
+    """Processor time that this process and its workers have had so far; without /proc, as if none ever waited."""
+    if not Path('/proc/self/stat').exists():
+        return wall * min(max(workers, 1), cores())
+    ticks = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user and in system mode
+    return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def make_loader(cfg: Config, dataset: object, workers: int, batch: int | None) -> DataLoader:
+    options = cfg.train_dataloader.to_dict() | dict(dataset=dataset, num_workers=workers)
+    options['batch_size'] = batch or options['batch_size']
+    if not workers:  # there is nobody to keep or to read ahead
+        options = {key: value for key, value in options.items() if key not in ('persistent_workers', 'prefetch_factor')}
+    return Runner.build_dataloader(options, seed=0)
+
+
+def endless(loader: DataLoader) -> Iterator[dict]:
+    for epoch in itertools.count():
+        if hasattr(loader.sampler, 'set_epoch'):
+            loader.sampler.set_epoch(epoch)
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(f'{len(loader.dataset):,} images do not fill a batch of {loader.batch_size}: give a '
+                             'smaller --batch')
+
+
+def measure(loader: DataLoader, seconds: float) -> dict:
+    """Images/s once the workers' queues are full, and how many of them stand in for unreadable ones."""
+    stream, workers = endless(loader), loader.num_workers
+    for _ in range(1 + workers * (loader.prefetch_factor or 0)):  # what was read before it was asked for
+        next(stream)
+    images = corrupt = 0
+    start, busy = time.perf_counter(), core_seconds(time.perf_counter(), workers)
+    for batch in stream:
+        images += len(batch['inputs'])
+        corrupt += sum('corrupt' in sample for sample in batch.get('data_samples') or [])
+        if (spent := time.perf_counter() - start) >= seconds:
+            break
+    busy = core_seconds(time.perf_counter(), workers) - busy
+    del stream  # ends the workers
+    return dict(workers=workers, images=images, seconds=spent, core_seconds=busy, corrupt=corrupt,
+                images_per_s=images / spent, images_per_s_per_core=images / max(busy, 0.01))
+
+
+def loader_table(rows: list[dict]) -> str:
+    return markdown_table(['workers', 'images/s', 'images/s per core', 'unreadable'],
+                          [[str(row['workers']), f'{row["images_per_s"]:.1f}', f'{row["images_per_s_per_core"]:.1f}',
+                            f'{row["corrupt"]:,} of {row["images"]:,}'] for row in rows])
+
+
+def demands(training: dict) -> dict[str, float]:
+    """Images/s that each training step of a record of benchmark_training.py takes."""
+    return {f'stage {row["stage"]}, {row["version"]}': 1000 * training['settings']['batch'] / row['ms']
+            for row in training['rows'] if 'ms' in row}
+
+
+def verdict(name: str, wanted: float, rows: list[dict]) -> str:
+    """Whether the measured loader keeps up with a training step, and how many cores would."""
+    best = max(rows, key=lambda row: row['images_per_s'])
+    needed = math.ceil(wanted / max(row['images_per_s_per_core'] for row in rows))
+    text = f'{name}, {wanted:.1f} images/s: '
+    if best['images_per_s'] >= wanted:
+        enough = min(row['workers'] for row in rows if row['images_per_s'] >= wanted)
+        return text + f'the loader keeps up with {enough} workers ({needed} cores)'
+    waiting = 100 * (1 - best['images_per_s'] / wanted)
+    return text + (f'would wait for data {waiting:.0f} % of the time with {best["workers"]} workers; '
+                   f'needs {needed} cores at the measured speed of one')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='config file; its train_dataloader is measured')
+    parser.add_argument('--workers', nargs='+', type=int, help='0, 1, 2, 4 ... up to the number of cores')
+    parser.add_argument('--batch', type=int, help="images in a batch; the config's if unset")
+    parser.add_argument('--seconds', type=float, default=10.0, help='of measurement for each number of workers')
+    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='as of tools/train.py')
+    parser.add_argument('--training', help='record of benchmark_training.py; says whether its steps would wait')
+    parser.add_argument('--out', default='work_dirs/benchmarks/loader.json')
+    args = parser.parse_args()
+    if not Path(args.config).is_file():
+        parser.error(f'no config at {args.config}')
+    if args.training and not Path(args.training).is_file():
+        parser.error(f'--training: no record at {args.training}; tools/analysis_tools/benchmark_training.py writes one')
+    args.workers = args.workers or [0] + [2 ** i for i in range(cores().bit_length())]
+
+    cfg = Config.fromfile(args.config)
+    if args.data_root:
+        cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
+    cfg.merge_from_dict(args.cfg_options or {})
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    set_multi_processing(**cfg.get('env_cfg', {}).get('mp_cfg', {}))
+    torch.set_num_threads(1)  # as in the workers
+    check_data(cfg, ('train_dataloader',))
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset.full_init()
+    print(f'{len(dataset):,} images, {cores()} cores', flush=True)
+    rows = []
+    for workers in args.workers:
+        rows.append(measure(make_loader(cfg, dataset, workers, args.batch), args.seconds))
+        print(f'{workers} workers: {rows[-1]["images_per_s"]:.1f} images/s', flush=True)
+    record = dict(config=Path(args.config).stem, images=len(dataset), rows=rows, machine=hardware(torch.device('cpu')),
+                  settings={key: value for key, value in settings(args).items() if key != 'training'} | dict(
+                      batch=args.batch or cfg.train_dataloader.batch_size), cores=cores())
+    print(loader_table(rows))
+    if args.training:
+        record['demands'] = demands(json.loads(Path(args.training).read_text()))
+        for name, wanted in record['demands'].items():
+            print(f'- {verdict(name, wanted, rows)}')
+    save(args.out, record)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,123 @@
+"""Exports a trained model: ONNX, torch.export, timm or transformers, by the suffix of OUT; see docs/export.md.
+
+    python tools/export.py CONFIG [CHECKPOINT] OUT.onnx [--part model] [--size H W] [--fixed-size]
+    python tools/export.py CONFIG [CHECKPOINT] OUT.pt2
+    python tools/export.py CONFIG [CHECKPOINT] OUT.safetensors     # timm
+    python tools/export.py CONFIG [CHECKPOINT] FOLDER              # transformers
+
+What was written is read back and compared with the model; nothing is left if it differs.
+"""
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from mmengine.config import DictAction
+
+from adala_mm import export
+from adala_mm.conversion import FAMILIES
+from adala_mm.export.graphs import OPSET, require_packages
+from adala_mm.export.parity import shapes
+from adala_mm.export.speed import SIZES
+from adala_mm.utils.cli import load_config
+
+FORMATS = {'.onnx': 'ONNX', '.pt2': 'torch.export', '.safetensors': 'timm', '': 'transformers'}
+TOLERANCE = 1e-4
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', nargs='?', help="unset: what the backbone's init_cfg names")
+    parser.add_argument('out', type=Path, help='new file: .onnx, .pt2, .safetensors for timm, or a folder for '
+                        'transformers')
+    parser.add_argument('--part', choices=export.PARTS, default='backbone',
+                        help='backbone alone, or the whole model, head included; %(default)s if unset')
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
+                        help="size to trace and to compare at; the config's img_size if unset")
+    parser.add_argument('--fixed-size', action='store_true', help='tie a graph to that size')
+    parser.add_argument('--opset', type=int, default=OPSET, help='of ONNX; %(default)s if unset, no less')
+    parser.add_argument('--family', choices=list(FAMILIES), help='of the ViT, for timm and transformers')
+    parser.add_argument('--tolerance', type=float, default=TOLERANCE,
+                        help='allowed difference, of the greatest output or of 1; %(default)g if unset')
+    parser.add_argument('--benchmark', type=int, nargs='+', default=list(SIZES), metavar='S',
+                        help='sides at which ONNX Runtime is timed')
+    parser.add_argument('--no-benchmark', action='store_true', help='do not time ONNX Runtime')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it is a file')
+    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override config entries')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='unpickle whatever a checkpoint holds; it can run any code, so for files of your own only')
+    parser.set_defaults(launcher='none', local_rank=0, work_dir=None)
+    args = parser.parse_intermixed_args()
+    if args.out.suffix not in FORMATS:
+        parser.error(f'{args.out}: the suffix says the format, and is one of .onnx, .pt2, .safetensors (timm), or none '
+                     '(a folder for transformers)')
+    args.format = FORMATS[args.out.suffix]
+    if args.format in ('timm', 'transformers') and args.part == 'model':
+        parser.error(f'--part model: {args.format} has no place for heads of OpenMMLab; .onnx and .pt2 have')
+    if args.out.is_dir():
+        parser.error(f'{args.out} is a folder that exists already; nothing is overwritten')
+    if args.out.exists() and not args.overwrite:
+        parser.error(f'{args.out} exists already; nothing is overwritten without --overwrite')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        run(args)
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        raise SystemExit(f'{args.config}: {error}') from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """Builds, writes under another name, reads back, compares, renames; a failure leaves nothing behind."""
+    if args.format == 'ONNX':
+        require_packages()
+    cfg = load_config(args)
+    target = export.assemble(cfg, args.part, args.size)
+    export.load(target, cfg, args.checkpoint)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.out.with_name(f'{args.out.stem}.partial{args.out.suffix}')
+    dynamic = not args.fixed_size
+    try:
+        if args.format == 'ONNX':
+            exported = export.export_onnx(target, partial, dynamic, args.opset)
+        elif args.format == 'torch.export':
+            exported = export.export_torch(target, partial, dynamic)
+        elif args.format == 'timm':
+            exported = export.export_timm(target, partial, args.family)
+        else:
+            exported = export.export_transformers(target, partial, args.family)
+            dynamic = False  # transformers resizes positions in its own way
+        model = target.module
+        if args.format in ('timm', 'transformers'):
+            def model(image: torch.Tensor) -> tuple[torch.Tensor]:
+                return (target.backbone.forward_features(image),)
+        size = target.size
+        if args.format == 'transformers':
+            size = tuple(side * target.backbone.patch_size for side in target.backbone.pos_grid)
+        found = export.differences(model, exported, shapes(size, target.multiple, dynamic))
+        print(export.difference_table(found), '\n', sep='\n')
+        export.check(found, args.tolerance)
+        partial.rename(args.out)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+    print(f'{args.out}: {args.format}, {args.part} with {target.notes["attention"]}, '
+          + (f'any batch, sizes: {"multiples of " + str(target.multiple) if dynamic else target.size}'
+             if args.format in ('ONNX', 'torch.export') else 'see docs/export.md for how to load it'))
+    if args.format != 'ONNX' or args.no_benchmark:
+        return
+    if not target.attentions or target.is_softmax:
+        print('no linear attention to compare with softmax')
+        return
+    rows = export.measure(target, cfg, exported, args.benchmark, dynamic, args.opset)
+    print(f'\n{export.speed_report(rows, target.notes["attention"])}')
+
+
+if __name__ == '__main__':
+    main()
