@@ -8,6 +8,8 @@ from torch import Tensor
 from adala_mm.conversion.source import Source
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from adala_mm.conversion.convert import Converted
 
 ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
@@ -15,7 +17,7 @@ CLASSES = {'dinov2': 'Dinov2', 'dinov2_reg': 'Dinov2WithRegisters', 'siglip': 'S
            'siglip_tanh': 'SiglipVision'}  # all others are CLIPVision
 
 
-def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
+def pretrained(converted: Converted, state: dict[str, Tensor]) -> PreTrainedModel:
     """The model of transformers; raises ImportError without it, ValueError for a grid that is not square."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
@@ -46,13 +48,21 @@ def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
             hidden_act=ACTIVATIONS[family.act], layer_norm_eps=family.norm_eps, **extra))
     if info['missing_keys'] or info['mismatched_keys']:
         raise ValueError(f'transformers does not load these weights: {info}')
-    model.eval()
+    return model.eval()
+
+
+def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
+    """`pretrained`, what it is, and its final tokens."""
+    import transformers
+    model = pretrained(converted, state)
+    kind = type(model).__name__
 
     def tokens(image: Tensor) -> Tensor:
         final = model(pixel_values=image).last_hidden_state
-        return model.post_layernorm(final) if kind == 'CLIPVision' else final  # CLIP's normalises the class token only
+        # CLIP's own normalises the class token only.
+        return model.post_layernorm(final) if kind == 'CLIPVisionModel' else final
 
-    return f'transformers {transformers.__version__} {kind}Model', tokens
+    return f'transformers {transformers.__version__} {kind}', tokens
 
 
 BLOCK = {'norm1.*': 'norm1.*', 'norm2.*': 'norm2.*', 'mlp.fc1.*': 'mlp.fc1.*', 'mlp.fc2.*': 'mlp.fc2.*',

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from adala_mm.ops import cpu_linear_attention
+from adala_mm.ops.exporting import exporting
 
 MAPS = tuple(cpu_linear_attention.PHI)
 HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -31,9 +32,7 @@ def supports(q: Tensor, feature_map: str, k: Tensor | None = None, v: Tensor | N
     if k is not None and (k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]
                           or not q.dtype == k.dtype == v.dtype):
         return False
-    # Exported graphs must not need this package. (`is_exporting()` is true for Dynamo when it only compiles.)
-    exporting = getattr(torch.compiler, '_is_exporting_flag', False)
-    if feature_map not in MAPS or exporting or torch.onnx.is_in_onnx_export():
+    if feature_map not in MAPS or exporting():
         return False
     if q.device.type == 'cuda':
         return HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128

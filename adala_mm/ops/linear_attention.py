@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from adala_mm.ops import cpu_linear_attention
 from adala_mm.ops import fused_linear_attention as fused
+from adala_mm.ops.exporting import exporting
 from adala_mm.ops.precision import in_float32
 
 Features = tuple[Tensor, Tensor]
@@ -47,7 +48,7 @@ def weighted_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     What kernel attentions have in common; how they divide the one by the other is what they differ in. ``q (k^T v)``
     takes (Nq + Nk) F D multiply-adds, ``(q k^T) v`` takes Nq Nk (F + D): less if there are fewer tokens than channels
-    (N < D if F = D), as in a window.
+    (N < D if F = D), as in a window. In an exported graph, whose N is open, it is always the former.
 
     Args:
         q, k: features (B, H, N, F).
@@ -57,7 +58,7 @@ def weighted_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         (B, H, N, D) and (B, H, N, 1), as many as q.
     """
     (nq, f), (nk, d) = q.shape[-2:], v.shape[-2:]
-    if nq * nk * (f + d) < (nq + nk) * f * d:
+    if not exporting() and nq * nk * (f + d) < (nq + nk) * f * d:
         scores = q @ k.transpose(-2, -1)  # (B, H, Nq, Nk)
         return scores @ v, scores.sum(dim=-1, keepdim=True)
     return q @ (k.transpose(-2, -1) @ v), q @ k.sum(dim=-2).unsqueeze(-1)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention, merge_heads
-from adala_mm.ops import in_float32, weighted_sums
+from adala_mm.ops import exporting, in_float32, weighted_sums
 from adala_mm.registry import ATTENTIONS
 
 
@@ -100,20 +100,25 @@ class WindowAttention(Attention):
 
     def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         (h, w), s = hw, self.window_size
-        rows, columns, margin = -(-h // s), -(-w // s), (0, -w % s, 0, -h % s)
+        rows, columns = (h + s - 1) // s, (w + s - 1) // s
+        margin = 0, columns * s - w, 0, rows * s - h
 
         def windows(a: Tensor) -> Tensor:  # patches (B, H, h' w', D) to (B, H W, s s, D): each window a head
             return a[:, :, num_prefix:].unflatten(2, (rows, s, columns, s)).transpose(3, 4).flatten(4, 5).flatten(1, 3)
         def with_prefix(a: Tensor) -> Tensor:  # (B, H, P + h' w', D) to (B, H W, P + s s, D)
-            return torch.cat([a[:, :, :num_prefix].repeat_interleave(rows * columns, dim=1), windows(a)], dim=2)
+            prefix = a[:, :, None, :num_prefix].expand(-1, -1, rows * columns, -1, -1).flatten(1, 2)
+            return torch.cat([prefix, windows(a)], dim=2)
 
         grid = F.pad(x[:, num_prefix:].unflatten(1, hw), (0, 0, *margin)).flatten(1, 2)
         q, k, v = self.project(torch.cat([x[:, :num_prefix], grid], dim=1))
         real = F.pad(F.pad(x.new_ones(h, w), margin).flatten(), (num_prefix, 0), value=1)[None, None, :, None] > 0
-        mask = with_prefix(real).mT.repeat(1, self.num_heads, 1, 1) if self.mask_padding and any(margin) else None
+        padded = exporting() or any(margin)  # a branch would tie an exported graph to one size
+        mask = with_prefix(real).mT.repeat(1, self.num_heads, 1, 1) if self.mask_padding and padded else None
         out = F.scaled_dot_product_attention(windows(q), with_prefix(k), with_prefix(v), attn_mask=mask)
-        out = out.unflatten(1, (-1, rows, columns)).unflatten(4, (s, s)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-        out = out[:, :, :h, :w].flatten(2, 3)  # (B, H, h w, D)
+        out = out.unflatten(1, (-1, rows, columns)).unflatten(4, (s, s)).transpose(3, 4).flatten(2, 5)
+        if padded:
+            place = torch.arange(h, device=x.device)[:, None] * (columns * s) + torch.arange(w, device=x.device)
+            out = out.index_select(2, place.flatten())  # (B, H, h w, D)
         if num_prefix:
             out = torch.cat([F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, attn_mask=real.mT), out], dim=2)
         return merge_heads(out)

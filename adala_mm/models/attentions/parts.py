@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adala_mm.ops import exporting
+
 
 def require_grid(kind: str, grid: tuple[int, int] | None) -> tuple[int, int]:
     """``grid`` itself, or a ValueError that says how ``kind`` gets one: `AdaLAViT` gives its own."""
@@ -43,7 +45,7 @@ class GridTable(nn.Module):
 
     def fit(self, table: Tensor, hw: tuple[int, int]) -> Tensor:
         """``table`` (K, h0, w0) as (K, h, w)."""
-        if table.shape[-2:] == torch.Size(hw):
+        if not exporting() and table.shape[-2:] == torch.Size(hw):  # a branch would tie a graph to hw
             return table
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         fitted = F.interpolate(table[None], size=tuple(hw), mode=self.mode, align_corners=False)[0]
@@ -88,10 +90,30 @@ class IdentityGate(nn.Linear):
         nn.init.ones_(self.bias)
 
 
+def grid_means(x: Tensor, side: int) -> Tensor:
+    """``adaptive_avg_pool2d`` of (B, C, h, w) to (B, C, side, side)."""
+    if not exporting():
+        return F.adaptive_avg_pool2d(x, side)
+    # As two matrix products: cells of symbolic size, which the operator has not in ONNX.
+    cell = torch.arange(side, device=x.device)[:, None]
+
+    def means(length: int) -> Tensor:  # (side, length)
+        place = torch.arange(length, device=x.device)
+        inside = (place >= cell * length // side) & (place < ((cell + 1) * length + side - 1) // side)
+        return inside.to(x.dtype) / inside.sum(dim=1, keepdim=True)
+
+    return means(x.shape[2]) @ x @ means(x.shape[3]).T
+
+
+def grid_places(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (h,) of the rows and (w,) of the columns, each for all patches (h w,), row-major."""
+    y, x = torch.meshgrid(rows, columns, indexing='ij')
+    return y.flatten(), x.flatten()
+
+
 def grid_angles(hw: tuple[int, int], num_prefix: int, frequencies: Tensor) -> Tensor:
     """Rotation angles (N, 2 F): row times each of F frequencies, then column times each; prefix tokens turn by 0."""
-    rows = torch.arange(hw[0], device=frequencies.device).repeat_interleave(hw[1])  # (h w,)
-    columns = torch.arange(hw[1], device=frequencies.device).repeat(hw[0])
+    rows, columns = grid_places(*(torch.arange(side, device=frequencies.device) for side in hw))
     angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
     return F.pad(angles, (0, 0, num_prefix, 0))
 

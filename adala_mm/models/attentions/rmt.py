@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
-from adala_mm.models.attentions.parts import DepthwiseConv, rotate
+from adala_mm.models.attentions.parts import DepthwiseConv, grid_places, rotate
 from adala_mm.registry import ATTENTIONS
 
 
@@ -64,12 +64,12 @@ class RMTAttention(Attention):
         angles = place[:, None] * 10000 ** -torch.linspace(0, 1, dim // 2, device=q.device, dtype=wide)
         q, k = rotate(q, angles).to(v.dtype), rotate(k, angles).to(v.dtype)
         rows, columns = (torch.arange(side, device=q.device, dtype=wide) for side in hw)
-        dy, dx = ((s[:, None] - s).abs() for s in (rows, columns))
         if not self.decomposed:
-            distance = dy.repeat_interleave(hw[1], 0).repeat_interleave(hw[1], 1) + dx.repeat(hw[0], hw[0])
+            distance = sum((s[:, None] - s).abs() for s in grid_places(rows, columns))  # (h w, h w)
             bias = self.log_decay(F.pad(distance, (num_prefix, 0, num_prefix, 0))).to(v.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias) + local
         q, k, v = (x.unflatten(2, hw).permute(2, 0, 1, 3, 4) for x in (q, k, v))  # (h, B, H, w, D): rows as batch
+        dy, dx = ((s[:, None] - s).abs() for s in (rows, columns))
         v = F.scaled_dot_product_attention(q, k, v, attn_mask=self.log_decay(dx).to(v.dtype)[None])
         q, k, v = (x.permute(3, 1, 2, 0, 4) for x in (q, k, v))  # (w, B, H, h, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.log_decay(dy).to(v.dtype)[None])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from adala_mm.models.attentions.base import Attention, merge_heads
 from adala_mm.models.attentions.cosformer import cosine_weighted_sums
+from adala_mm.models.attentions.parts import grid_places
 from adala_mm.ops import in_float32
 from adala_mm.registry import ATTENTIONS
 
@@ -56,7 +57,7 @@ class VicinityAttention(Attention):
     @in_float32
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         y, x = (pi / 2 * torch.arange(side, device=q.device, dtype=torch.float64) / side for side in hw)
-        a, b = y.repeat_interleave(hw[1]), x.repeat(hw[0])
+        a, b = grid_places(y, x)
         if self.form == 'sum':
             total, weight = cosine_weighted_sums(q, k, v, [a, b], num_prefix)
         else:  # cos a cos b = (cos(a + b) + cos(a - b)) / 2

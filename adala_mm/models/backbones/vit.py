@@ -183,7 +183,7 @@ class AdaLAViT(BaseModule):
         """Image (B, 3, H, W) to the input of the first block: tokens (B, N, C) and the patch grid (h, w)."""
         hw = self._grid(*image.shape[-2:])
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, hw, C)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         position = resample_abs_pos_embed(self.pos_embed, list(hw), old_size=list(self.pos_grid),
                                           num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
         if self.no_embed_class:

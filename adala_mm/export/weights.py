@@ -1,0 +1,136 @@
+"""The weights of a backbone for timm and transformers, whose models `adala_mm.linearize` then makes linear."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from adala_mm.adapters import find_vit
+from adala_mm.conversion.convert import Converted
+from adala_mm.conversion.families import FAMILIES
+from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
+from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, pretrained
+from adala_mm.conversion.source import Source
+from adala_mm.export.parity import Run
+from adala_mm.export.target import Target
+from adala_mm.linearize import linearize
+from adala_mm.models.backbones import AdaLAViT
+
+OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
+
+
+def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
+    """Writes a safetensors file with the keys of timm's ``VisionTransformer``, and returns timm's model with it.
+
+    Parameters of an attention's own stand beside its projections, where a linearized model has them.
+
+    Returns:
+        Images to final tokens, as `AdaLAViT.forward_features`.
+
+    Raises:
+        ValueError: for a backbone that is no plain ViT, or of a family that timm has not.
+    """
+    converted = describe(target, TIMM, tuple(FAMILIES), family)
+    notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
+             'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
+    path.write_bytes(save({key: value.contiguous() for key, value in converted.state.items()}, notes))
+    model = timm_vit(converted)
+    linearize_like(model, target.attentions)
+    model.load_state_dict(load_file(path))
+    return features(model)
+
+
+def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
+    """Writes a folder for ``from_pretrained``, and returns the model of transformers that it gives.
+
+    Returns:
+        Images of the native size to final tokens, as `AdaLAViT.forward_features`.
+
+    Raises:
+        ImportError: without transformers.
+        ValueError: for a backbone that no model of transformers here is, or with parameters that none has.
+    """
+    own = [key for key in target.backbone.state_dict() if OWN_PARAMETERS.match(key)]
+    if own:
+        raise ValueError(f'{target.notes["attention"]} has parameters of its own ({own[0]}), which no model of '
+                         'transformers loads: a .safetensors file for timm holds them')
+    names = tuple(dict.fromkeys((*TRANSFORMERS_DINOV2.families, *TRANSFORMERS_CLIP.families, *CLASSES)))
+    ours = describe(target, TRANSFORMERS_CLIP, names, family)
+    if ours.family_name in TRANSFORMERS_DINOV2.families:
+        ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
+    written = pretrained(ours, their_names(ours))
+    written.save_pretrained(folder)
+    (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
+    model = type(written).from_pretrained(folder)
+    linearize_like(model, target.attentions)
+    return features(model)
+
+
+def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
+    """The backbone as `adala_mm.conversion` describes one, of the first fitting family of ``names``."""
+    vit = target.backbone
+    if not isinstance(vit, AdaLAViT):
+        raise ValueError(f'{type(vit).__name__} is no plain ViT: timm and transformers have no such model')
+    block, patch = vit.blocks[0], vit.patch_size
+    act = type(block.mlp.act).__name__
+    facts = {'act': ACTIVATIONS.get(act, act), 'norm_eps': vit.norm.eps}
+    structure = {'class token': vit.class_token, 'registers': vit.reg_token is not None,
+                 'LayerScale': isinstance(block.ls1, LayerScale),
+                 'norm before the first block': isinstance(vit.norm_pre, nn.LayerNorm),
+                 'positions for patches only': vit.no_embed_class}
+    fitting = [name for name in names if FAMILIES[name].structure == structure
+               and (FAMILIES[name].act, FAMILIES[name].norm_eps) == tuple(facts.values())]
+    if not fitting or family not in (None, *fitting):
+        seen = ', '.join(f'{"" if there else "no "}{part}' for part, there in structure.items())
+        library = source.name.partition(',')[0]
+        raise ValueError(f'a ViT with {seen}, act {facts["act"]} and norm eps {facts["norm_eps"]:g} is '
+                         + (f'not of the family {family} but of {" or ".join(fitting)}' if fitting else
+                            f'no model of {library} among {", ".join(names)} (docs/weights.md)'))
+    height, width = (patch * side for side in vit.pos_grid)
+    config = {'img_size': height if height == width else (height, width), 'patch_size': patch,
+              'embed_dim': vit.embed_dim, 'depth': len(vit.blocks), 'num_heads': block.attn.num_heads,
+              'mlp_ratio': block.mlp.fc1.out_features / vit.embed_dim}
+    if vit.reg_token is not None:
+        config['num_registers'] = vit.reg_token.shape[1]
+    name = family or fitting[0]
+    return Converted(vit.state_dict(), source, '', name, FAMILIES[name].licence, config, vit.pos_grid, ())
+
+
+def their_names(ours: Converted) -> dict[str, Tensor]:
+    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards."""
+    state = {}
+    for key, value in ours.state.items():
+        parts = {key.replace('.qkv.', f'.{part}.'): value.chunk(3)[i] for i, part in enumerate('qkv')
+                 } if '.qkv.' in key else {key: value}
+        state |= {ours.source.own_key(name): part for name, part in parts.items()}
+    position = ours.source.own_key('pos_embed')
+    if ours.family.registers:  # theirs has a position for the class token as well
+        first = torch.zeros_like(state[position][:, :1])
+        state[position] = torch.cat([first, state[position]], dim=1)
+        state['embeddings.mask_token'] = first[:, 0].clone()  # never used, always wanted
+    if ours.source is TRANSFORMERS_CLIP:
+        state[position] = state[position][0]
+        if ours.family.class_token:
+            token = ours.source.own_key('cls_token')
+            state[token] = state[token].flatten()
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+def linearize_like(model: nn.Module, attentions: tuple[dict, ...]) -> None:
+    """Gives a softmax ViT of another library the attention of each block that ``attentions`` lists, in place."""
+    kinds = [kind for i, kind in enumerate(attentions) if kind not in attentions[:i]]
+    for kind in kinds:
+        if not str(kind['type']).endswith('SoftmaxAttention'):
+            linearize(model, kind, keep_softmax=[i for i, other in enumerate(attentions) if other != kind],
+                      inplace=True)
+
+
+def features(model: nn.Module) -> Run:
+    """Images to final normalised tokens, in a tuple."""
+    vit, family = find_vit(model.eval())
+    return lambda image: (family.features(vit, image),)

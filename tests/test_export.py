@@ -1,0 +1,277 @@
+"""Exported files, read back by the runtimes and libraries they are for, against the models they were made from."""
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import LINEAR, ROOT, tiny_vit
+from mmengine.config import Config
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from adala_mm import export, linearize
+from adala_mm.export import graphs
+from adala_mm.export.mask2former import symbolic_sizes
+from adala_mm.export.parity import shapes
+from adala_mm.registry import ATTENTIONS, MODELS
+
+ATTENTIONS.import_from_location()
+SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
+SIZE_BOUND = ('NystromformerAttention', 'ViGAttention')  # tokens fall into segments, whose number is the graph's length
+OPTIONS = {'MonarchAttention': dict(num_steps=1), 'WindowAttention': dict(window_size=3),
+           'NystromformerAttention': dict(num_landmarks=9), 'AgentAttention': dict(num_agents=9)}
+ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export.md has a record of all
+SEGMENTOR = dict(
+    type='EncoderDecoder', decode_head=dict(
+        type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, dropout_ratio=0.0,
+        align_corners=False, loss_decode=dict(type='CrossEntropyLoss')), test_cfg=dict(mode='whole'))
+
+
+def attention(name: str) -> dict:
+    return dict(type=f'adala_mm.{name}', **OPTIONS.get(name, {}))
+
+
+def config(backbone: dict, scope: str = 'mmseg', **model) -> Config:
+    return Config(dict(default_scope=scope, model=dict(model or dict(type='adala_mm.FeatureAlignment'),
+                                                       backbone=backbone)))
+
+
+def awake(target: export.Target) -> export.Target:
+    """With weights that make every part of the model visible."""
+    for name, parameter in target.model.named_parameters():
+        nn.init.normal_(parameter, mean=float('norm' in name and 'weight' in name), std=0.3)
+    return target
+
+
+def make(backbone: dict, part: str = 'backbone', scope: str = 'mmseg', **model) -> export.Target:
+    return awake(export.assemble(config(backbone, scope, **model), part))
+
+
+def compared(target: export.Target, run, dynamic: bool = True, tolerance: float = 1e-4) -> list[export.Difference]:
+    found = export.differences(target.module, run, shapes(target.size, target.multiple, dynamic))
+    export.check(found, tolerance)
+    return found
+
+
+def tool(monkeypatch, *args) -> None:
+    monkeypatch.setattr(sys, 'argv', ['export.py', *map(str, args)])
+    runpy.run_path(str(ROOT / 'tools/export.py'), run_name='__main__')
+
+
+@pytest.fixture
+def trained(tmp_path) -> tuple[Path, Path]:
+    """Config and checkpoint of a tiny linear segmentor."""
+    cfg = config(tiny_vit(attention=LINEAR), **SEGMENTOR)
+    cfg.dump(tmp_path / 'config.py')
+    torch.save(dict(state_dict=awake(export.assemble(cfg, 'model')).model.state_dict()), tmp_path / 'weights.pth')
+    return tmp_path / 'config.py', tmp_path / 'weights.pth'
+
+
+@pytest.mark.parametrize('name', sorted(ATTENTIONS.module_dict))
+def test_every_attention_through_torch_export(name, tmp_path):
+    dynamic = name not in SIZE_BOUND
+    target = make(tiny_vit(attention=attention(name), depth=1, img_size=64 if dynamic else 32))
+    if not dynamic and name == 'NystromformerAttention':
+        with pytest.raises(ValueError, match='NystromformerAttention: torch.export cannot hold this model with a free'):
+            export.export_torch(target, tmp_path / 'free.pt2')
+    run = export.export_torch(target, tmp_path / 'model.pt2', dynamic)
+    compared(target, run, dynamic)
+    program = torch.export.load(tmp_path / 'model.pt2')
+    assert not [node for node in program.graph.nodes if 'adala_mm' in str(node.target)]
+
+
+@pytest.mark.parametrize('name', ONNX)
+def test_attentions_through_onnx(name, tmp_path):
+    target = make(tiny_vit(attention=attention(name), depth=1))
+    compared(target, export.export_onnx(target, tmp_path / 'model.onnx'))
+
+
+def test_onnx_of_several_blocks_and_registers(tmp_path):
+    """What a user finds in the file: names, free sides and notes; and what becomes of the rest of an image."""
+    import onnx
+    target = make(tiny_vit(attention=[SOFTMAX, LINEAR], out_indices=(0, 1, 1), num_registers=2, layer_scale=1.0))
+    run = export.export_onnx(target, tmp_path / 'model.onnx', opset=20)
+    compared(target, run)
+    file = onnx.load(tmp_path / 'model.onnx')
+    assert [output.name for output in file.graph.output] == ['features_0', 'features_1']
+    sides = [side.dim_param or side.dim_value for side in file.graph.input[0].type.tensor_type.shape.dim]
+    assert sides == ['batch', 3, 'height', 'width']
+    assert {entry.domain for entry in file.opset_import} == {''} and file.opset_import[0].version == 20
+    notes = {entry.key: entry.value for entry in file.metadata_props}
+    assert notes['attention'] == 'LinearAttention, SoftmaxAttention' and notes['size'] == 'any multiple of 8'
+    image = torch.randn(1, 3, 45, 31)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in
+               zip(run(image), target.module(image[..., :40, :24]), strict=True))
+
+
+def test_a_fixed_size(tmp_path):
+    target = make(tiny_vit(attention=LINEAR, depth=1))
+    run = export.export_onnx(target, tmp_path / 'model.onnx', dynamic=False)
+    compared(target, run, dynamic=False)
+    with pytest.raises(ValueError, match='does not run on 1 images of 40 x 16 .*--fixed-size'):
+        compared(target, run, dynamic=True)
+
+
+def test_a_classifier(tmp_path):
+    target = make(tiny_vit(attention=LINEAR, out_type='cls_token'), 'model', 'mmpretrain', type='ImageClassifier',
+                  head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
+    run = export.export_onnx(target, tmp_path / 'model.onnx')
+    compared(target, run)
+    assert target.outputs == ('logits',) and run(torch.randn(2, 3, 32, 48))[0].shape == (2, 5)
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2'))
+
+
+@pytest.fixture(scope='module')
+def mask2former() -> export.Target:
+    """The demo's Mask2Former with one layer each, on a tiny ViT."""
+    torch.manual_seed(0)
+    cfg = Config.fromfile(ROOT / 'configs/demo/mask2former_demo_beacons.py')
+    head = cfg.model.decode_head
+    head.in_channels, head.num_queries, cfg.model.neck.embed_dim = [32] * 4, 5, 32
+    head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
+    cfg.model.backbone = Config(tiny_vit(attention=LINEAR, out_indices=[-1] * 4))._cfg_dict
+    return awake(export.assemble(cfg, 'model'))
+
+
+@torch.no_grad()
+def test_our_pixel_decoder_is_mmdets(mask2former):
+    decoder = mask2former.model.decode_head.pixel_decoder
+    feats = [torch.randn(2, 32, 24 // step, 16 // step) for step in (1, 2, 4, 8)]
+    wanted, maps = decoder(feats)
+    with symbolic_sizes(mask2former.model):
+        got, other = decoder(feats)
+    assert torch.allclose(got, wanted, atol=1e-4) and len(maps) == len(other)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(maps, other, strict=True))
+    assert 'forward' not in vars(decoder)
+
+
+def test_mask2former(mask2former, tmp_path):
+    assert mask2former.multiple == 16  # the pyramid halves the grid of 8 pixels
+    run = export.export_onnx(mask2former, tmp_path / 'model.onnx')
+    compared(mask2former, run)
+    assert run(torch.randn(2, 3, 32, 48))[0].shape == (2, 6, 32, 48)
+
+
+@pytest.mark.parametrize('name', ['SoftmaxAttention', 'LinearAttention', 'RALAAttention', 'AgentAttention'])
+def test_timm(name, tmp_path):
+    """The file in a model that timm makes by name; parameters of the attention's own included."""
+    target = make(tiny_vit(attention=[SOFTMAX, attention(name)]))
+    compared(replace_module(target), export.export_timm(target, tmp_path / 'model.safetensors'))
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
+                              num_classes=0, dynamic_img_size=True)
+    if name != 'SoftmaxAttention':
+        linearize(model, attention(name), keep_softmax=[0], inplace=True)
+    model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    image = torch.randn(2, 3, 24, 40)
+    assert torch.allclose(model.eval().forward_features(image), target.backbone.forward_features(image), atol=1e-5)
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as file:
+        assert json.loads(file.metadata()['architecture'])['num_heads'] == 4
+        assert json.loads(file.metadata()['attentions'])[1]['type'] == f'adala_mm.{name}'
+
+
+def replace_module(target: export.Target) -> export.Target:
+    """The same, of final tokens."""
+    from dataclasses import replace
+    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
+
+
+FAMILIES = {
+    'dinov2': dict(layer_scale=1.0), 'dinov2_reg': dict(layer_scale=1.0, num_registers=3, no_embed_class=True),
+    'clip_openai': dict(pre_norm=True, act='quick_gelu', norm_eps=1e-5),
+    'siglip_tanh': dict(class_token=False, act='gelu_tanh'), 'siglip': dict(class_token=False),
+}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_transformers(family, tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(attention=[SOFTMAX, LINEAR], **FAMILIES[family]))
+    run = export.export_transformers(target, tmp_path / 'model')
+    compared(replace_module(target), run, dynamic=False)
+    assert (tmp_path / 'model/config.json').is_file()
+
+
+def test_what_timm_and_transformers_cannot_hold(tmp_path):
+    plain = make(tiny_vit(attention=LINEAR))
+    with pytest.raises(ValueError, match='act gelu and norm eps 1e-06 is no model of transformers among dinov2'):
+        export.export_transformers(plain, tmp_path / 'model')
+    with pytest.raises(ValueError, match='is not of the family clip_openai but of augreg or deit'):
+        export.export_timm(plain, tmp_path / 'model.safetensors', 'clip_openai')
+    gated = make(tiny_vit(attention=attention('RALAAttention'), layer_scale=1.0))
+    with pytest.raises(ValueError, match=r'parameters of its own \(blocks.0.attn.lepe.weight\)'):
+        export.export_transformers(gated, tmp_path / 'model')
+    pyramid = export.assemble(config(dict(type='adala_mm.L2ViT')))
+    with pytest.raises(ValueError, match='L2ViT is no plain ViT'):
+        export.export_timm(pyramid, tmp_path / 'model.safetensors')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(trained, tmp_path, monkeypatch, capsys):
+    cfg, weights = trained
+    out = tmp_path / 'out/model.onnx'
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    tool(monkeypatch, cfg, '--part', 'model', weights, out, '--benchmark', 30, 64, '--size', 32, 48)
+    said = capsys.readouterr().out
+    assert '| 3 | 40 x 24 |' in said and 'any batch, sizes: multiples of 8' in said
+    assert '| 32 x 32 |' in said and '| 64 x 64 |' in said and 'x' in said.split('64 x 64')[1]
+    assert [file.name for file in out.parent.iterdir()] == ['model.onnx']
+    image = torch.randn(2, 3, 24, 40)
+    model = MODELS.build(Config.fromfile(cfg).model.backbone)
+    assert graphs.session(out)(image)[0].shape == (2, 4, 24, 40) and isinstance(model, nn.Module)
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        tool(monkeypatch, cfg, weights, out)
+    assert 'nothing is overwritten' in capsys.readouterr().err and out.read_bytes() == before
+    tool(monkeypatch, cfg, weights, out, '--no-benchmark', '--overwrite')  # the backbone alone, out of the same file
+    assert out.read_bytes() != before
+
+
+@pytest.mark.parametrize(('args', 'said'), [
+    (['none.pth', 'a.pt2'], 'no checkpoint at none.pth'),
+    (['a.pt2'], r'names no weights \(init_cfg\): say a CHECKPOINT'),
+    (['a.pt2', '--part', 'model'], 'a head has no weights without a CHECKPOINT'),
+    (['{weights}', 'a.pt2', '--size', '30', '32'], '30 x 32 pixels are not a multiple of 8; 32 x 32 are'),
+    (['{weights}', 'a.onnx', '--opset', '17'], 'from opset 18 on'),
+    (['{weights}', 'a.pt2', '--cfg-options', 'model.backbone.depth=1'], 'blocks.1'),
+    (['{weights}', 'a.pt2', '--part', 'model', '--cfg-options', 'model.decode_head.num_classes=7'],
+     'does not fit the model of the config'),
+    (['{weights}', 'a.safetensors', '--tolerance', '-1'], 'Nothing is written'),
+])
+def test_refusals_leave_nothing(args, said, trained, tmp_path, monkeypatch):
+    cfg, weights = trained
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path / 'empty')
+    with pytest.raises(SystemExit) as error:
+        tool(monkeypatch, cfg, *(str(arg).format(weights=weights) for arg in args))
+    assert error.match(said) and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(('args', 'said'), [
+    (['a.bin'], 'the suffix says the format'), (['a.safetensors', '--part', 'model'], 'has no place for heads')])
+def test_wrong_options(args, said, trained, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        tool(monkeypatch, trained[0], trained[1], *args)
+    assert said in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(graphs, 'PACKAGES', ('onnx', 'no_such_package'))
+    with pytest.raises(ImportError, match='ONNX files need no_such_package: pip install onnx no_such_package'):
+        graphs.require_packages()
+
+
+def test_stage_configs_have_a_backbone_only():
+    with pytest.raises(ValueError, match='FeatureAlignment has no head'):
+        make(tiny_vit(attention=LINEAR), 'model')
+
+
+def test_speed_says_where_it_is_slower():
+    rows = [dict(height=64, width=64, softmax_ms=1.0, own_ms=2.0), dict(height=8, width=8, note='skipped: 9 GiB')]
+    text = export.speed_report(rows, 'LinearAttention')
+    assert '| 64 x 64 | 1.0 | 2.0 | 0.50x, slower |' in text and 'skipped: 9 GiB' in text
