@@ -32,7 +32,8 @@ class ImageFiles(BaseDataset):
         ann_file: file list, relative to ``data_root``: a path a line, relative to the folder; empty lines and lines
             that start with # are skipped.
         shards: pattern of uncompressed tar files in the folder, as webdataset has it: ``in22k-{000000..000999}.tar``.
-            Every image in them is a sample, other files (labels, captions) are passed over.
+            Wildcards may stand in it, too. Every image in the shards is a sample, other files (labels, captions) are
+            passed over.
         extensions: of image files, in folders and shards.
         index_dir: folder that keeps the index (`load_index`), best one that all machines see. None: no index is kept,
             and every process lists the images for itself.

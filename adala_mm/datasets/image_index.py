@@ -21,7 +21,7 @@ import torch.distributed
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.logging import print_log
 
-from adala_mm.datasets.tar_shards import expand_shards, scan_shard
+from adala_mm.datasets.tar_shards import expand_shards, has_wildcards, scan_shard
 
 VERSION = 1
 LOOKED_UP = 1000  # lines of a file list whose files are looked for, spread over the list
@@ -132,7 +132,8 @@ def list_shards(source: Source) -> Found:
                                 'again')
             elif is_image(name, source.extensions):
                 lines.append(address)
-    return Found(lines, shards, problems)
+    folders = {'.', *(os.path.dirname(shard) or '.' for shard in shards)} if has_wildcards(source.shards) else ()
+    return Found(lines, [*shards, *sorted(folders)], problems)  # a new shard may match
 
 
 def report(problems: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Images inside plain tar files, each addressed by where its bytes lie."""
 from __future__ import annotations
 
+import glob
 import os
 import re
 import tarfile
@@ -15,21 +16,36 @@ FIX = 'Unpack it to a plain .tar (gunzip, zstd -d ...); JPEGs are compressed alr
 def expand_shards(root: str, pattern: str) -> list[str]:
     """Paths below ``root`` that a pattern of webdataset names, such as ``in22k-{000000..000999}.tar``, in its order.
 
+    Unlike webdataset's, a pattern may have wildcards as well (``n*.tar``): what they match is sorted by name.
+
     Raises:
         ValueError: if the braces do not pair.
-        FileNotFoundError: if a shard is not there.
+        FileNotFoundError: if a shard is not there, or wildcards match nothing.
     """
     from webdataset.shardlists import expand_urls  # slow to import, and of use here only
     try:
-        shards = expand_urls(pattern)
+        names = expand_urls(pattern)
     except ValueError as error:
         raise ValueError(f'shards={pattern!r} is no pattern ({error}): write in22k-{{000000..000999}}.tar') from error
+    shards = []
+    for name in names:
+        if has_wildcards(name):
+            matched = sorted(glob.glob(name, root_dir=root))
+            if not matched:
+                raise FileNotFoundError(f'no shard {name} in {root}. Correct `shards`, or `data_root`')
+            shards += matched
+        else:
+            shards.append(name)
     absent = [shard for shard in shards if not os.path.isfile(os.path.join(root, shard))]
     if absent:
         raise FileNotFoundError(
             f'{len(absent):,} of the {len(shards):,} shards {pattern} are not in {root or "."}, the first being '
             f'{absent[0]}. Correct the range in `shards`, or `data_root`, or fetch what is missing')
     return shards
+
+
+def has_wildcards(pattern: str) -> bool:
+    return any(character in pattern for character in '*?[')
 
 
 def scan_shard(root: str, shard: str) -> Iterator[tuple[str, str | None]]:

@@ -1,0 +1,44 @@
+"""Pre-flight check: everything that would fail later in a training run, found before it starts."""
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+
+from mmengine.registry import DefaultScope
+
+from adala_mm.preflight import checkpoints, data, disk, memory, schedule, sizes, world
+from adala_mm.preflight.plan import Plan
+from adala_mm.preflight.report import ERROR, OK, SKIPPED, WARNING, Finding, findings_of, write_finding
+
+__all__ = ['ERROR', 'OK', 'SKIPPED', 'WARNING', 'Finding', 'Plan', 'preflight', 'write_finding']
+
+
+def model(plan: Plan) -> Iterator[Finding]:
+    """The model can be built at all."""
+    parameters = list(plan.model.parameters())
+    learn = sum(p.numel() for p in parameters if p.requires_grad)
+    yield Finding('model', OK, f'{type(plan.model).__name__}, {sum(p.numel() for p in parameters) / 1e6:.1f} M '
+                  f'parameters, {learn / 1e6:.1f} M learn')
+
+
+def preflight(plan: Plan) -> Iterator[Finding]:
+    """All findings, as they are made: data set by data set, then model, checkpoints, sizes and resources."""
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [('model', functools.partial(model, plan))]
+    for loader in plan.loaders:
+        checks += [(f'{loader} {check.__name__}', functools.partial(check, plan, loader))
+                   for check in (data.folders, data.counts, data.images, data.labels, data.batch)]
+    checks += [(name, functools.partial(check, plan)) for name, check in (
+        ('classes', data.classes), ('checkpoint', checkpoints.checkpoints), ('image sizes', sizes.sizes),
+        ('memory', memory.memory), ('disk', disk.disk), ('batch and lr', schedule.schedule),
+        ('processes', world.world))]
+    before = logging.root.manager.disable
+    with DefaultScope.overwrite_default_scope(plan.cfg.get('default_scope', 'mmseg')), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)  # what MMEngine says of a part is for those who run it
+        try:
+            for name, check in checks:
+                yield from findings_of(name, check)
+        finally:
+            logging.disable(before)
