@@ -40,7 +40,7 @@ ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolc
 GRAMMAR = re.compile(r'(?P<stage>stage1|stage2|mask2former|linear|teacher|scratch)'
                      r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS)}))?'
-                     r'(?P<changes>(_(1024|fast|native|scratch|swap|nostage1|stage1only|stage2only))*)'
+                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only))*)'
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
 TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
@@ -295,7 +295,8 @@ def test_table_5(name):
                     ade20k='data/ade/ADEChallengeData2016')
     for loader in LOADERS:
         if cfg.get(loader):
-            assert cfg[loader].dataset.data_root == datasets[facts['dataset']]
+            held_out = '_earlystop' in facts['changes'] and loader != 'train_dataloader'
+            assert cfg[loader].dataset.data_root == datasets['in1k' if held_out else facts['dataset']]
     side = 1024 if '1024' in facts['changes'] else 512
     assert cfg.model.backbone.img_size == side
     assert cfg.get('crop_size', (side, side)) == (side, side)
@@ -463,7 +464,7 @@ def test_starts_from_what_the_previous_stage_writes(name):
     assert named - stages <= {vfm} and (vfm is None or vfm.startswith('timm://') or vfm == DEIT)
     assert named or parts(name)['stage'] in ('teacher', 'scratch')
     # Strict loading needs the same ViT on both sides. In the demo, runs start from the softmax teacher as well.
-    free = ['init_cfg', 'img_size', 'out_indices', 'out_type', 'trainable', 'drop_path_rate']
+    free = ['init_cfg', 'img_size', 'out_indices', 'out_type', 'trainable', 'drop_path_rate', 'with_cp']
     free += ['attention'] * (FOLDERS[name] == 'demo')
     for stage in previous(name):
         ours, theirs = cfg.model.backbone.to_dict(), config(stage).model.backbone.to_dict()
@@ -477,10 +478,10 @@ def test_stage_2_has_the_teacher_of_stage_1(name):
     cfg = config(name)
     teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
     assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
-    stage1 = config(re.sub(r'^stage2_(\w+?)(_nostage1)?_(in22k|caltech|beacons)$',
+    stage1 = config(re.sub(r'^stage2_(\w+?)(_nostage1|_fsdp|_earlystop)?_(in22k|caltech|beacons)$',
                            lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
     assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
-    for key in ('attention', 'init_cfg', 'trainable'):  # what the student has of its own
+    for key in ('attention', 'init_cfg', 'trainable', 'with_cp'):  # what the student has of its own
         student.pop(key, None)
     assert teacher == student
     assert cfg.model.data_preprocessor == stage1.model.data_preprocessor

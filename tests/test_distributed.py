@@ -71,7 +71,7 @@ class Diary(Hook):
 class Shares(Hook):
     """How much of the student, and of its optimizer's state, each process holds."""
 
-    def after_train(self, runner):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         def held(tensors):
             return sum(getattr(t, '_local_tensor', t).numel() for t in tensors)
 
@@ -238,9 +238,9 @@ def launched(script: str, *words: str, place: Path, **variables: str) -> Iterato
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the launcher's children as well
-            process.wait()
+            if process.poll() is None:  # something went wrong: torchrun hands this on to its processes
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(timeout=60)
 
 
 def printed(process: subprocess.Popen) -> str:
@@ -333,8 +333,8 @@ def fsdp_config(place: Path) -> Path:
         cfg.model[role].update(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
     torch.manual_seed(2)
     start = MODELS.build(cfg.model.teacher.to_dict() | dict(init_cfg=None))
-    for parameter in start.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    for name, parameter in start.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float('norm' in name and 'weight' in name), std=0.2)
     torch.save(start.state_dict(), place / 'fsdp_start.pth')
     for role in ('backbone', 'teacher'):
         cfg.model[role].init_cfg = dict(type='Pretrained', checkpoint=str(place / 'fsdp_start.pth'))
@@ -349,6 +349,7 @@ def fsdp_config(place: Path) -> Path:
     cfg.train_cfg.max_epochs = cfg.param_scheduler.end = 2
     cfg.optim_wrapper.update(clip_grad=dict(max_norm=1.0))
     cfg.default_hooks.logger.interval = 1
+    cfg.default_hooks.checkpoint.update(save_best='align/rel_error', rule='less')
     cfg.custom_hooks = [dict(type='diary.Shares')]
     path = place / 'tiny_fsdp.py'
     cfg.dump(str(path))
@@ -376,6 +377,10 @@ def test_sharded_student_equals_whole_one(place):
     assert len(curve(sharded, 'align/rel_error')[1]) == 2
     start = {f'backbone.{key}': value for key, value in start.items()}
     assert distance(got['state_dict'], wanted['state_dict'], start) < 1e-3
+
+    (best,) = sharded.glob('best_*.pth')  # written after a validation, when some weights are still put together
+    then = load_checkpoint(sharded / best.name.removeprefix('best_align_rel_error_'))['state_dict']
+    assert all(torch.equal(load_checkpoint(best)['state_dict'][key], value) for key, value in then.items())
 
     # The checkpoint of the first epoch is taken up by as many processes, and by one that shards nothing.
     for run in (resumed, unsharded):
