@@ -5,13 +5,17 @@ READY := .venv/.ready
 # Several small processes beat one with many threads; more than one thread each would only make them fight.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint tables clean
+.PHONY: demo test test-faults lint tables clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
 	$(THREADS) $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+# Kills, tears and fills up real runs, and prints what came of it: a few minutes.
+test-faults: $(READY)
+	$(THREADS) $(BIN)/python tests/faults.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
