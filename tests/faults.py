@@ -59,10 +59,13 @@ def dump(cfg: Config, place: Path, harm: dict | None = None) -> str:
 
 
 def train(cfg: Config, work_dir: Path, harm: dict | None = None, gpus: int = 1, timeout: float = 120,
-          options: tuple[str, ...] = ('--resume',)) -> tuple[int, str]:
-    """`tools/train.py`, or `dist_train.sh` on several processes; its exit code and what it printed."""
+          terminate: bool = False) -> tuple[int, str]:
+    """`tools/train.py`, or `dist_train.sh` on several processes; its exit code and what it printed.
+
+    ``terminate``: SIGTERM to the command, not to its children, once the saboteur waits for it.
+    """
     work_dir.parent.mkdir(parents=True, exist_ok=True)
-    words = [dump(cfg, work_dir.parent, harm), '--work-dir', str(work_dir), *options]
+    words = [dump(cfg, work_dir.parent, harm), '--work-dir', str(work_dir), '--resume']
     if gpus > 1:
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
@@ -73,6 +76,10 @@ def train(cfg: Config, work_dir: Path, harm: dict | None = None, gpus: int = 1, 
     with open(work_dir.parent / 'printed.txt', 'w+') as file:
         process = subprocess.Popen(words, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
+            while terminate and process.poll() is None and not (work_dir / 'waiting').exists():
+                time.sleep(0.1)
+            if terminate:
+                process.terminate()
             code = process.wait(timeout)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -93,12 +100,12 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def whole(place) -> Callable[[str, Config], Path]:
+def whole(place) -> Callable[..., Path]:
     """Uninterrupted runs by name, each made once in a process of its own."""
-    def run(name: str, cfg: Config) -> Path:
+    def run(name: str, cfg: Config, gpus: int = 1) -> Path:
         work_dir = place / f'whole_{name}' / 'run'
         if not (work_dir / 'diary.jsonl').exists():
-            finish(cfg, work_dir)
+            finish(cfg, work_dir, gpus=gpus)
         return work_dir
     return run
 
@@ -136,7 +143,7 @@ def test_ten_sigkills(scenes, sharp_pretrained, tmp_path, whole, table, name, by
 
 def test_torn_checkpoint(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
-    wanted, work_dir = whole('epochs', cfg), tmp_path / 'run'
+    wanted, work_dir = whole('epochs on 1', cfg), tmp_path / 'run'
     train(cfg, work_dir, harm=dict(what='kill', when='step', at=11))
     newest = work_dir / 'epoch_2.pth'
     newest.write_bytes(newest.read_bytes()[:newest.stat().st_size // 2])
@@ -162,7 +169,7 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
 def test_full_disk(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.default_hooks.checkpoint.max_keep_ckpts = -1
-    wanted = whole('epochs', cfg)
+    wanted = whole('epochs on 1', cfg)
     size = (wanted / 'epoch_2.pth').stat().st_size
     with small_disk(tmp_path / 'disk', int(2.5 * size)):
         work_dir = tmp_path / 'disk/run'
@@ -180,15 +187,12 @@ def test_full_disk(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F
 
 @pytest.mark.parametrize('gpus', [1, 2])
 def test_sigterm(scenes, sharp_pretrained, tmp_path, whole, table, gpus):  # noqa: F811
+    """To the command itself, as a cluster sends it; torchrun hands it on."""
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.train_dataloader.batch_size //= gpus
     cfg.default_hooks.preemption.interval = 1
-    wanted = whole(f'epochs_{gpus}', cfg) if gpus == 1 else None
-    if gpus > 1:
-        wanted = tmp_path / 'whole' / 'run'
-        finish(cfg, wanted, gpus=gpus)
-    work_dir = tmp_path / 'run'
-    code, printed = train(cfg, work_dir, harm=dict(what='terminate', when='step', at=6), gpus=gpus)
+    wanted, work_dir = whole(f'epochs on {gpus}', cfg, gpus), tmp_path / 'run'
+    code, printed = train(cfg, work_dir, harm=dict(what='wait', when='step', at=6), gpus=gpus, terminate=True)
     assert code == (143 if gpus == 1 else 1), printed[-4000:]
     assert 'saving preempted.pth after iteration' in printed and (work_dir / 'preempted.pth').is_file()
     finish(cfg, work_dir, gpus=gpus)
@@ -211,11 +215,11 @@ def test_worker_killed(scenes, sharp_pretrained, tmp_path, whole, table):  # noq
     table('data worker killed', 'error within a minute, resumable', f'ended after {waited:.0f} s in all; bitwise equal')
 
 
-def test_rank_killed(scenes, sharp_pretrained, tmp_path, table):  # noqa: F811
+def test_rank_killed(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
-    cfg.train_dataloader.batch_size = 1
-    wanted, work_dir = tmp_path / 'whole/run', tmp_path / 'run'
-    finish(cfg, wanted, gpus=2)
+    cfg.train_dataloader.batch_size //= 2
+    cfg.default_hooks.preemption.interval = 1  # as in the test before, for the sake of one uninterrupted run
+    wanted, work_dir = whole('epochs on 2', cfg, 2), tmp_path / 'run'
     begin = time.monotonic()
     code, printed = train(cfg, work_dir, harm=dict(what='kill', when='batch', at=7, rank=1), gpus=2)
     waited = time.monotonic() - begin

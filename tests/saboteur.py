@@ -38,8 +38,8 @@ class Saboteur(Hook):
     ``when``: ``batch`` (data are there), ``optimizer`` (gradients are there), ``step`` (all is done), ``validation``,
     ``half`` (half of a checkpoint is written), ``written`` (all of it, under its temporary name), ``renamed``.
     ``what``: ``kill`` (SIGKILL to itself), ``terminate`` (SIGTERM to itself), ``worker`` (SIGKILL to a worker),
-    ``raise`` (`Killed`, which stands in for SIGKILL in a process that is to go on), ``nan`` (an image), ``inf`` (a
-    gradient).
+    ``wait`` (makes a file ``waiting`` and waits for a signal), ``raise`` (`Killed`, which stands in for SIGKILL in a
+    process that is to go on), ``nan`` (an image), ``inf`` (a gradient).
     """
 
     priority = 'LOWEST'
@@ -88,6 +88,9 @@ class Saboteur(Hook):
             batch['inputs'][0] = torch.full_like(batch['inputs'][0], float('nan'), dtype=torch.float32)
         elif self.what == 'inf':
             next(p for p in self.runner.model.parameters() if p.grad is not None).grad.fill_(float('inf'))
+        elif self.what == 'wait':
+            Path(self.runner.work_dir, 'waiting').touch()
+            signal.pause()
         elif self.what == 'raise':
             raise Killed
         else:

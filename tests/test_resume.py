@@ -224,6 +224,18 @@ def test_mask2former_resumes(scenes, sharp_pretrained, tmp_path):
     assert_same_run(tmp_path / 'whole', tmp_path / 'run', last(False))
 
 
+def test_the_scale_of_mixed_precision_goes_on(scenes, sharp_pretrained, tmp_path):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    scale = dict(init_scale=2.0 ** 10, growth_interval=4)
+    cfg.optim_wrapper.update(type='adala_mm.CPUAmpOptimWrapper', dtype='float16', loss_scale=scale)
+    train(cfg, tmp_path / 'whole')
+    kill(cfg, tmp_path / 'run', at=8)
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'run', last(True))
+    scalers = [load_checkpoint(tmp_path / run / last(True))['optimizer']['loss_scaler'] for run in ('whole', 'run')]
+    assert scalers[0] == scalers[1] and scalers[0]['scale'] > 2.0 ** 10
+
+
 @LOOPS
 def test_the_newest_whole_checkpoint_is_taken(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
