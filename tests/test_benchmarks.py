@@ -144,7 +144,8 @@ def test_crossover(times, text):
 
 def test_hardware_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A GPU')
-    monkeypatch.setattr(timing.subprocess, 'run', lambda *args, **options: SimpleNamespace(stdout='1.2.3\n1.2.3\n'))
+    answer = SimpleNamespace(stdout='1.2.3\n1.2.3\n', returncode=0)
+    monkeypatch.setattr(timing.subprocess, 'run', lambda *args, **options: answer)
     facts = timing.hardware(torch.device('cuda'))
     assert facts['device'] == 'A GPU' and facts['driver'] == '1.2.3' and {'cuda', 'triton', 'commit'} <= set(facts)
     assert timing.hardware(CPU)['device'] == facts['cpu'] and facts['threads'] == torch.get_num_threads()
