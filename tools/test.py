@@ -4,6 +4,7 @@
 """
 from mmengine.runner import Runner
 
+from adala_mm.engine.provenance import outcome_recorded
 from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config
 
 
@@ -32,7 +33,9 @@ def main() -> None:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(cfg.tta_model, module=cfg.model)
     check_data(cfg, ('test_dataloader',))
-    Runner.from_cfg(cfg).test()
+    runner = Runner.from_cfg(cfg)
+    with outcome_recorded(runner):
+        runner.test()
     leave_processes()
 
 
