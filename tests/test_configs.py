@@ -23,9 +23,11 @@ from mmseg.structures import SegDataSample
 
 from adala_mm.datasets import BeaconsDataset
 
-# configs/l2vit trains another kind of network, by other rules.
+# configs/l2vit trains another kind of network, by other rules; task models have tests/test_task_alignment.py, detectors
+# tests/test_detection.py.
 PATHS = sorted(path for path in ROOT.glob('configs/**/*.py')
-               if not {'_base_', 'l2vit'} & set(path.relative_to(ROOT).parts))
+               if not {'_base_', 'l2vit', 'detection'} & set(path.relative_to(ROOT).parts)
+               and not path.name.startswith('task_'))
 FOLDERS = {path.stem: path.parent.name for path in PATHS}
 NAMES = list(FOLDERS)
 # The paper's models at full size; of its own recipe (Table 5) are all but the one trained from scratch.
@@ -37,10 +39,13 @@ DEIT = 'data/weights/deit_tiny_patch16_224.safetensors'
 ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolcats='LoLCATSAttention',
                   linformer='LinformerAttention', performer='PerformerAttention', cosformer='CosformerAttention',
                   nystromformer='NystromformerAttention', monarch='MonarchAttention')
+# Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
+BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
 GRAMMAR = re.compile(r'(?P<stage>stage1|stage2|mask2former|linear|teacher|scratch)'
                      r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS)}))?'
-                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only))*)'
+                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|task|'
+                     rf'{"|".join(BEYOND)}))*)'
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
 TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
@@ -156,7 +161,9 @@ def test_model_and_optimizer_build(name):
     cfg, model, facts = config(name), model_of(name), parts(name)
     attentions = {type(block.attn).__name__ for block in model.backbone.blocks}
     default = 'SoftmaxAttention' if facts['stage'] == 'teacher' else 'LinearAttention'
-    assert attentions == {ATTENTIONS.get(facts['attention'], default)}
+    retained = {'SoftmaxAttention'} if '_retain2' in facts['changes'] else set()
+    assert attentions == {ATTENTIONS.get(facts['attention'], default)} | retained
+    assert not retained or model.backbone.num_softmax_blocks == 2
 
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     base = cfg.optim_wrapper.optimizer
@@ -164,7 +171,10 @@ def test_model_and_optimizer_build(name):
     groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} <= set(groups)
-    ours = {f'backbone.{key}' for key, _ in model.backbone.named_parameters() if re.fullmatch(tuned(name), key)}
+    kept = tuple(f'blocks.{i}.attn.' for i, block in enumerate(model.backbone.blocks)
+                 if retained and facts['stage'] == 'stage1' and block.attn.is_softmax)
+    ours = {f'backbone.{key}' for key, _ in model.backbone.named_parameters()
+            if re.fullmatch(tuned(name), key) and not key.startswith(kept)}
     assert ours and ours == {key for key in trained if key.startswith('backbone.')}
     for key, parameter in trained.items():
         full_rate = '_native' in facts['changes'] and '.lora.' in key
@@ -177,7 +187,7 @@ def test_model_and_optimizer_build(name):
     spared, left_open = set(), set()
     if facts['stage'] == 'scratch':
         spared = {key for key, parameter in trained.items() if parameter.ndim == 1}
-    if facts['stage'] == 'mask2former' and name in FULL_SIZE:
+    if facts['stage'] == 'mask2former' and FOLDERS[name] not in ('demo', 'real'):
         left_open = {key for key in norms if key.startswith('backbone.')}
         spared = {key for key in trained if re.search(r'query_embed|query_feat|level_embed', key)} | norms - left_open
         assert len(spared) > 50
@@ -421,7 +431,15 @@ PREVIOUS = {
     'teacher_demo_beacons': set(),
     'stage2_deitt_caltech': {'stage1_deitt_caltech'},
     'mask2former_deitt_camvid': {'stage2_deitt_caltech'},
+    'stage1_deitt_task_camvid': {'mask2former_deitt_softmax_camvid'},
+    'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
+    'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
 }
+for _change, _early in BEYOND.items():
+    for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
+                                          ('deitt', 'caltech', 'caltech', 'camvid')):
+        PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
+        PREVIOUS[f'mask2former_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
 
 
 def previous(name: str) -> set[str]:
@@ -465,7 +483,7 @@ def test_starts_from_what_the_previous_stage_writes(name):
     assert named or parts(name)['stage'] in ('teacher', 'scratch')
     # Strict loading needs the same ViT on both sides. In the demo, runs start from the softmax teacher as well.
     free = ['init_cfg', 'img_size', 'out_indices', 'out_type', 'trainable', 'drop_path_rate', 'with_cp']
-    free += ['attention'] * (FOLDERS[name] == 'demo')
+    free += ['attention'] * (FOLDERS[name] == 'demo' or '_task_' in name)
     for stage in previous(name):
         ours, theirs = cfg.model.backbone.to_dict(), config(stage).model.backbone.to_dict()
         for key in free:
@@ -478,7 +496,8 @@ def test_stage_2_has_the_teacher_of_stage_1(name):
     cfg = config(name)
     teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
     assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
-    stage1 = config(re.sub(r'^stage2_(\w+?)(_nostage1|_fsdp|_earlystop)?_(in22k|caltech|beacons)$',
+    stage1 = config(re.sub(r'^stage2_(\w+?)(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?'
+                           r'_(in22k|caltech|beacons)$',
                            lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
     assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
     for key in ('attention', 'init_cfg', 'trainable', 'with_cp'):  # what the student has of its own
@@ -523,7 +542,7 @@ def test_patch_16(name):
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if name.startswith('stage1_') and 'demo' not in name
-                                  and not parts(name)['attention']])
+                                  and not parts(name)['attention'] and '_dwconv_' not in name])
 def test_backbone_is_the_pretrained_model(name):
     cfg = config(name)
     checkpoint = cfg.pretrained.checkpoint

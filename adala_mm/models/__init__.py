@@ -1,3 +1,3 @@
-from adala_mm.models import algorithms, attentions, backbones
+from adala_mm.models import algorithms, attentions, backbones, necks
 
-__all__ = ['algorithms', 'attentions', 'backbones']
+__all__ = ['algorithms', 'attentions', 'backbones', 'necks']

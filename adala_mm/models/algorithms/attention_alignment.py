@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -69,6 +72,54 @@ def differentiate(loss: Tensor, parameters: list[Tensor], scale: float) -> Tenso
     # Not in place: autograd may hand out one tensor for two parameters, or one number for all elements of one.
     grads = [torch.zeros_like(p) if g is None else g.div(scale) for p, g in zip(parameters, grads, strict=True)]
     return _Differentiated.apply(loss.detach(), grads, *parameters)
+
+
+def settle(loss: Tensor, attn: Attention, got: Tensor) -> Tensor:
+    """``loss`` of an attention's output ``got``, with the gradients of what the attention learns taken on the spot."""
+    parameters = [parameter for parameter in attn.parameters() if parameter.requires_grad]
+    if not (parameters and torch.is_grad_enabled()):
+        return loss.detach()
+    # A mean over so many elements vanishes in float16, their sum may overflow in it: halfway between.
+    scale = 2.0 ** round(math.log2(got.numel() / math.sqrt(got[..., 0].numel())))
+    return differentiate(loss, parameters, scale)
+
+
+@contextmanager
+def attention_mse(student: nn.Module, teacher: nn.Module) -> Iterator[list[Tensor]]:
+    """The loss of stage 1 beside any other: while it is open, the teacher's blocks report to the student's.
+
+    Whenever the teacher runs, each of its attentions that the student has replaced shows its input h to the student's,
+    ``mean_{n,c} (student_l(h) - teacher_l(h))^2`` is differentiated on the spot, and the loss joins the list.
+
+    Costs one more pass through the student's attentions, forward and backward (a third of its blocks, about), with the
+    activations of one block in memory at a time, and their gradients a second time. The teacher's blocks must not be
+    compiled: compiled ones do not look at hooks that come later.
+
+    Args:
+        student, teacher: ViTs with ``blocks`` as `AdaLAViT` has them, as many in both; all blocks of the teacher have
+            softmax attention.
+
+    Raises:
+        ValueError: if the parameters of the student are sharded: single attentions are run here, and FSDP gathers
+            whole blocks.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in student.parameters()):
+        raise ValueError('attention_weight needs whole parameters, and ShardedRunner has sharded them: use DDP (no '
+                         'runner_type), or attention_weight=0')
+    losses, learning = [], torch.is_grad_enabled()
+
+    def report_to(attn: Attention) -> Callable:
+        def compare(softmax: Attention, args: tuple, wanted: Tensor) -> None:
+            with torch.set_grad_enabled(learning):
+                got = attn(*args)
+                losses.append(settle(F.mse_loss(got.float(), wanted.float()), attn, got))
+        return compare
+
+    with ExitStack() as hooks:
+        for block, twin in zip(student.blocks, teacher.blocks, strict=True):
+            if not block.attn.is_softmax:
+                hooks.callback(twin.attn.register_forward_hook(report_to(block.attn)).remove)
+        yield losses
 
 
 @torch.no_grad()
@@ -176,11 +227,7 @@ class AttentionAlignment(Alignment):
             loss = (weights_loss(block.attn, softmax, h) if self.target == 'weights' else
                     F.mse_loss(got.float(), wanted.float()))
             errors.append(relative_error(got, wanted))
-            if torch.is_grad_enabled():
-                # A mean over so many elements vanishes in float16, their sum may overflow in it: halfway between.
-                scale = 2.0 ** round(math.log2(got.numel() / math.sqrt(got[..., 0].numel())))
-                loss = differentiate(loss, [p for p in block.attn.parameters() if p.requires_grad], scale)
-            losses.append(loss)
+            losses.append(settle(loss, block.attn, got))
         errors = self.block_errors = torch.stack(errors)
         return {'loss': torch.stack(losses).mean(), 'rel_error': errors.mean(), 'rel_error_worst': errors.max()}
 

@@ -1,4 +1,4 @@
-"""What both alignment stages share: a student backbone, a frozen teacher beside it, and a common score."""
+"""What all alignments share: a frozen teacher beside the student, and what both stages do: a common score."""
 from __future__ import annotations
 
 import torch
@@ -17,11 +17,54 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).norm() / teacher.norm().clamp_min(1e-12)
 
 
-class Alignment(BaseModel):
-    """Base of both stages.
+class Distillation(BaseModel):
+    """A model that learns from a frozen teacher.
 
     The teacher is kept in a plain dict (`frozen`), not as a submodule. So it is by construction in no optimizer, no
     DDP bucket, no checkpoint, and no ``train()`` call reaches it; it only follows the model's device and dtype.
+    """
+
+    def __init__(self, data_preprocessor: dict | nn.Module | None = None) -> None:
+        super().__init__(data_preprocessor)
+        self.frozen: dict[str, nn.Module] = {}
+        self.teacher_ready = False
+
+    def freeze(self, name: str, module: nn.Module) -> None:
+        """Holds ``module`` as a frozen part of the teacher."""
+        self.frozen[name] = module.requires_grad_(False).eval()
+
+    def _apply(self, fn, recurse: bool = True):  # what .to(), .cuda() and .half() call
+        for module in self.frozen.values():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def prepare_teacher(self) -> None:
+        """Loads the teacher from its own checkpoint, once; testing a student's checkpoint needs it as training does."""
+        if not self.teacher_ready:
+            self.load_teacher()
+            self.teacher_ready = True
+
+    def load_teacher(self) -> None:
+        """Loads what is kept in `frozen`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def require_pretrained(role: str, network: nn.Module) -> None:
+        """Raises ValueError if ``network`` would start from random weights: there is nothing to align with."""
+        if (network.init_cfg or {}).get('type') != 'Pretrained':
+            raise ValueError(f"the {role} has no pretrained weights: alignment would distil noise. Give its config "
+                             "init_cfg=dict(type='Pretrained', checkpoint=...)")
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As MMEngine's, but what is logged is the mean over all processes, not the share of the first."""
+        loss, log = super().parse_losses(losses)
+        log = {key: value.detach().clone() for key, value in log.items()}
+        all_reduce_dict(log, op='mean')
+        return loss, log
+
+
+class Alignment(Distillation):
+    """Base of both stages.
 
     Args:
         backbone: config of the student, with ``init_cfg=dict(type='Pretrained', ...)``.
@@ -37,8 +80,6 @@ class Alignment(BaseModel):
     def __init__(self, backbone: dict, head: dict | None = None, data_preprocessor: dict | None = None) -> None:
         super().__init__(data_preprocessor)
         self.backbone = MODELS.build(backbone)
-        self.frozen: dict[str, nn.Module] = {}
-        self.teacher_ready = False
         self.resolution: int | None = None  # side to which training images are brought; None leaves them as they are
         self.head = None
         if head is not None:
@@ -47,26 +88,13 @@ class Alignment(BaseModel):
             if set(self.head) != {'checkpoint', 'out_type'} or self.head['out_type'] not in kinds:
                 raise ValueError(f'head must be dict(checkpoint=<file>, out_type=<{" or ".join(kinds)}>), got {head}')
 
-    def freeze(self, name: str, module: nn.Module) -> None:
-        """Holds ``module`` as a frozen part of the teacher."""
-        self.frozen[name] = module.requires_grad_(False).eval()
-
-    def _apply(self, fn, recurse: bool = True):  # what .to(), .cuda() and .half() call
-        for module in self.frozen.values():
-            module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
     def init_weights(self) -> None:
         self.require_pretrained('backbone', self.backbone)
         self.prepare_teacher()
         super().init_weights()
 
     def prepare_teacher(self) -> None:
-        """Loads the teacher from its own checkpoint, once; testing a student's checkpoint needs it as training does."""
-        if self.teacher_ready:
-            return
-        self.load_teacher()
-        if self.head is not None:
+        if self.head is not None and not self.teacher_ready:
             state = read_state_dict(self.head['checkpoint'])
             if 'head.weight' not in state:
                 raise ValueError(f'{self.head["checkpoint"]} has no classification head (head.weight, head.bias)')
@@ -74,18 +102,7 @@ class Alignment(BaseModel):
             classifier = nn.Linear(*reversed(weight.shape), bias=bias is not None)
             classifier.load_state_dict({'weight': weight} | ({} if bias is None else {'bias': bias}))
             self.freeze('head', classifier.to(next(self.parameters())))
-        self.teacher_ready = True
-
-    def load_teacher(self) -> None:
-        """Loads what the stage keeps in `frozen`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def require_pretrained(role: str, network: nn.Module) -> None:
-        """Raises ValueError if ``network`` would start from random weights: there is nothing to align with."""
-        if (network.init_cfg or {}).get('type') != 'Pretrained':
-            raise ValueError(f"the {role} has no pretrained weights: alignment would distil noise. Give its config "
-                             "init_cfg=dict(type='Pretrained', checkpoint=...)")
+        super().prepare_teacher()
 
     def teacher_features(self, images: Tensor) -> Tensor:
         """Final normalised tokens (B, N, C) of the frozen softmax ViT."""
@@ -109,13 +126,6 @@ class Alignment(BaseModel):
         if mode == 'predict':
             return self.compare(features, self.teacher_features(inputs))
         raise ValueError(f'unknown mode {mode!r}; choose one of loss, predict, tensor')
-
-    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As MMEngine's, but what is logged is the mean over all processes, not the share of the first."""
-        loss, log = super().parse_losses(losses)
-        log = {key: value.detach().clone() for key, value in log.items()}
-        all_reduce_dict(log, op='mean')
-        return loss, log
 
     def compare(self, student: Tensor, teacher: Tensor) -> list[dict]:
         """What metrics read of each image.

@@ -1,0 +1,8 @@
+# Stage 3 after stages beyond the paper: IronViT's terms instead of mean squared errors.
+from mmengine.config import read_base
+
+with read_base():
+    from .mask2former_deitt_camvid import *
+
+model['backbone'].update(
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_deitt_cosine_caltech/iter_1200.pth'))
