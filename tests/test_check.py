@@ -283,6 +283,17 @@ def test_truncated_checkpoint(root):
     assert_one_red(result, 'checkpoint of backbone', 'half.safetensors', 'truncated', fix='docs/weights.md')
 
 
+def test_the_teacher_of_a_task_model(monkeypatch):
+    monkeypatch.setattr(memory, 'estimate', ESTIMATE)
+    name, title = 'task_mask2former_deitt_camvid', 'checkpoint of the teacher'
+    (finding,) = check(name)[1][title]
+    assert finding['status'] == ERROR and 'run mask2former_deitt_softmax_camvid first' in finding['fix']
+    torch.save({'backbone.cls_token': torch.zeros(1, 1, 32)}, 'other.pth')
+    _, findings = check(name, options={'model.teacher.checkpoint': 'other.pth'})
+    assert 'other shape  backbone.cls_token' in findings[title][0]['found']
+    assert findings['memory'][0]['found'] == 'no estimate for a TaskModelAlignment'
+
+
 def test_the_stage_before_has_not_run(root):
     options = mask2former()
     result = check(FLAGSHIP, '--data-root', root, options=options)

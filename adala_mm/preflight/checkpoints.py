@@ -10,7 +10,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from adala_mm.models.algorithms.base import Alignment
+from adala_mm.models.algorithms.task_model_alignment import TaskModelAlignment
 from adala_mm.models.backbones import AdaLAViT, L2ViT
+from adala_mm.models.backbones.weights import misfits
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, one_line
 from adala_mm.utils.checkpoint import read_state_dict
@@ -38,6 +40,9 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
         if plan.model.head is not None:
             nothing = False
             yield teacher_head(plan, plan.model.head['checkpoint'])
+    if isinstance(plan.model, TaskModelAlignment):
+        nothing = False
+        yield fine_tuned(plan)
     if plan.cfg.get('load_from'):
         nothing = False
         yield whole_model(plan, plan.cfg.load_from)
@@ -70,6 +75,17 @@ def teacher_head(plan: Plan, path: str) -> Finding:
         return Finding(title, ERROR, f'{path} has no classification head (head.weight, head.bias)',
                        'leave out model.head, or name a file with one')
     return Finding(title, OK, f'{path} has one')
+
+
+def fine_tuned(plan: Plan) -> Finding:
+    title, path = 'checkpoint of the teacher', plan.model.checkpoint
+    if absent := not_here(plan, title, path):
+        return absent
+    state, wanted = read_state_dict(path), plan.model.frozen['teacher'].state_dict()
+    if table := misfits(*({key: tuple(value.shape) for key, value in one.items()} for one in (state, wanted))):
+        return Finding(title, ERROR, f'{path} does not fit:\n{table}', 'name the fine-tuned softmax model, as a whole, '
+                       'of the same config: --cfg-options model.teacher.checkpoint=FILE')
+    return Finding(title, OK, f'{path} fits')
 
 
 def whole_model(plan: Plan, path: str) -> Finding:

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adala_mm.models.algorithms.base import Alignment
+from adala_mm.models.algorithms.base import Alignment, Distillation
 from adala_mm.preflight.plan import TRAIN, Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 from adala_mm.preflight.sizes import training_size
@@ -191,7 +191,7 @@ def step_bytes(plan: Plan) -> Callable[[int, int, int], int]:
     """
     if isinstance(plan.model, Alignment):
         return lambda batch, height, width: alignment_step(plan, (batch, 3, height, width))
-    if not plan.heads:
+    if not plan.heads or isinstance(plan.model, Distillation):
         raise Skipped(f'no estimate for a {type(plan.model).__name__}')
     head = head_line(plan)
 
