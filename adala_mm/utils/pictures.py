@@ -1,8 +1,11 @@
 """Pictures of features and of segmentations."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 
@@ -42,3 +45,31 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: list[list[int]], opac
     out = image.astype(float)
     out[known] = (1 - opacity) * out[known] + opacity * colours[label[known]]
     return out.round().astype(np.uint8)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG. A ``Figure`` that pyplot does not know needs no display and leaves no state behind."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, format='png')
+
+
+def picture_grid(path: str | Path, columns: dict[str, list[np.ndarray]], title: str = '', side: float = 2.2) -> None:
+    """Pictures (H, W, 3) side by side as PNG: one row per picture, one titled column per entry.
+
+    Args:
+        columns: as many pictures each, of any resolution but one ratio of sides in a row.
+        side: width of a picture in inches.
+    """
+    count = len(next(iter(columns.values())))
+    ratios = [picture.shape[0] / picture.shape[1] for picture in next(iter(columns.values()))]
+    figure = Figure(figsize=(side * len(columns) + 0.2, side * sum(ratios) + 0.45 + 0.35 * bool(title)),
+                    layout='constrained')
+    axes = figure.subplots(count, len(columns), squeeze=False, gridspec_kw=dict(height_ratios=ratios))
+    for j, (name, pictures) in enumerate(columns.items()):
+        axes[0, j].set_title(name, fontsize=9)
+        for axis, picture in zip(axes[:, j], pictures, strict=True):
+            axis.imshow(picture, interpolation='nearest')
+            axis.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
