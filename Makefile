@@ -1,11 +1,12 @@
-# `make test` and `make demo` do all their own set-up in .venv; a second call reuses it.
+# Every target does all its own set-up in .venv; a second call reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 # Several small processes beat one with many threads; more than one thread each would only make them fight.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-faults lint tables clean
+.PHONY: demo test test-faults lint tables docs clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -22,8 +23,15 @@ lint: $(READY)
 
 tables: $(READY)
 	$(BIN)/python tools/make_tables.py
+	$(BIN)/python docs/make_configs.py
 
-$(READY): setup.py $(wildcard requirements/*.txt)
+# Pages in build/docs, from docs/, the READMEs and the docstrings; a warning is an error.
+docs: $(DOCS_READY)
+	rm -rf build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo "build/docs/index.html"
+
+$(READY): setup.py $(filter-out requirements/docs.txt, $(wildcard requirements/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "adala_mm needs Python >= 3.10; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,5 +39,9 @@ $(READY): setup.py $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[onedl,tests]'
 	@touch $(READY)
 
+$(DOCS_READY): $(READY) requirements/docs.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -r requirements/docs.txt
+	@touch $(DOCS_READY)
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv build/docs .pytest_cache .ruff_cache *.egg-info

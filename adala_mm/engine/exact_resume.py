@@ -28,6 +28,7 @@ class ExactResumeHook(Hook):
     neither the number of workers nor a restart shows, and processes that share a batch augment it as one process would.
 
     On resume
+
     - the newest whole checkpoint is taken: a torn one, and what a killed process had half written, is passed over with
       a message;
     - the sampler starts at the next sample, also inside an epoch, without reading what was seen;

@@ -1,0 +1,193 @@
+"""The pages say what is: links lead somewhere, quoted messages are in the code, examples and the notebook run."""
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
+NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
+FENCE = re.compile(r'^( *)(```+|~~~+).*?^\1\2 *$', re.DOTALL | re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def links_of(text: str) -> list[str]:
+    """Targets of links and pictures, outside of code."""
+    text = re.sub(r'`[^`\n]*`', '', FENCE.sub('', text))
+    return re.findall(r'\]\(([^)\s]+)(?: "[^"]*")?\)', text)
+
+
+@functools.cache
+def anchors_of(path: Path) -> set[str]:
+    """Anchors of headings as Git servers and MyST make them."""
+    headings = re.findall(r'^#{1,6} +(.+?) *$', FENCE.sub('', path.read_text(encoding='utf-8')), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for link in links_of(text):
+        if re.match(r'[a-z]+:', link):
+            continue  # another server: not looked at, tests are offline
+        file, _, anchor = unquote(link).partition('#')
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists() or not target.is_relative_to(ROOT) or (anchor and anchor not in anchors_of(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
+    assert broken_links(page, page.read_text(encoding='utf-8')) == []
+
+
+def test_broken_links_are_found():
+    text = '''# A heading, with `code`
+
+[a](#a-heading-with-code) [b](docs/nothing.md) [c](docs/index.md#nothing) ![d](docs/images/nothing.png)
+[e](https://example.org/nothing) [f](../outside.md) `[g](nothing.md)`
+
+```
+[h](nothing.md)
+```
+'''
+    wanted = ['#a-heading-with-code', 'docs/nothing.md', 'docs/index.md#nothing', 'docs/images/nothing.png',
+              '../outside.md']
+    assert broken_links(ROOT / 'README.md', text) == wanted
+
+
+def test_pages_are_linked_from_the_index():
+    """The index and the README are where readers begin; what the site's side bar lists is not on a Git server."""
+    linked = {(ROOT / 'docs' / link.partition('#')[0]).resolve()
+              for link in links_of((ROOT / 'docs/index.md').read_text(encoding='utf-8'))}
+    linked |= {(ROOT / link.partition('#')[0]).resolve() for link in links_of((ROOT / 'README.md').read_text())}
+    pages = {page for page in ROOT.glob('docs/*.md') if page.name != 'index.md'}
+    assert sorted(map(name_of, pages - linked)) == []
+
+
+def template(node: ast.AST) -> str:
+    """A string expression with ``…`` for what is put in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return ''.join(map(template, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return template(node.left) + template(node.right)
+    return '…'
+
+
+@functools.cache
+def strings_of_the_code() -> list[str]:
+    nodes = [node for folder in ('adala_mm', 'tools') for path in (ROOT / folder).rglob('*.py')
+             for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [text for node in nodes if id(node) not in docstrings and (text := template(node)) != '…']
+
+
+def is_in_the_code(message: str) -> bool:
+    """Whether one string has all parts of the message in their order; ``…`` is anything."""
+    parts = [re.escape(part.strip()) for part in message.split('…') if part.strip()]
+    pattern = re.compile('.*'.join(parts), re.DOTALL)
+    return any(pattern.search(text) for text in strings_of_the_code())
+
+
+def test_troubleshooting_quotes_messages_of_the_code():
+    page = (ROOT / 'docs/troubleshooting.md').read_text(encoding='utf-8')
+    rows = [line.split(' | ')[0] for line in page.splitlines() if line.startswith('| `')]
+    messages = [message for row in rows for message in re.findall(r'`([^`]+)`', row)]
+    assert len(messages) > 150
+    assert [message for message in messages if not is_in_the_code(message)] == []
+    assert not is_in_the_code('no checkpoint at …: there was one yesterday')
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configs_page_is_up_to_date():
+    make_configs = load(ROOT / 'docs/make_configs.py')
+    assert (ROOT / 'docs/configs.md').read_text(encoding='utf-8') == make_configs.page(), (
+        'run: python docs/make_configs.py')
+
+
+def test_names_of_configs_are_parsed(tmp_path):
+    make_configs = load(ROOT / 'docs/make_configs.py')
+    vfms = ['dinov2l', 'l2vitt']
+    assert make_configs.split_name('mask2former_dinov2l_softmax_1024_cityscapes', vfms) == (
+        'mask2former', 'dinov2l', ['softmax', '1024'], 'cityscapes')
+    assert make_configs.split_name('task_linear_l2vitb_in1k', vfms) == ('task_linear', 'l2vitb', [], 'in1k')
+    for name in ('mask2former_ade20k', 'dinov2l_ade20k', 'stage1_dinov2l'):
+        with pytest.raises(ValueError, match=f'{name}: no config is named like that'):
+            make_configs.split_name(name, vfms)
+    config = tmp_path / 'config.py'
+    config.write_text('# ViT-B of Oquab et al. (2024), as\n# is. More.\nx = 1\n')
+    assert make_configs.about(config) == 'ViT-B of Oquab et al. (2024), as is.'
+
+
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r'^```python\n(.*?)^```$', (ROOT / page).read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)
+
+
+def python(code: str, folder: Path, **environment: str) -> str:
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False,
+                          cwd=folder, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_attention_of_the_page_works(tmp_path):
+    layer, use, check = code_blocks('docs/add_attention.md')
+    (tmp_path / 'my_attention.py').write_text(layer)
+    assert 'my_attention.' in use
+    out = python(check, tmp_path, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
+    assert out.splitlines()[-1] == '2 blocks, output (1, 17, 32), every weight of the softmax ViT in its place'
+
+
+def test_family_of_the_page_converts(monkeypatch):
+    """DeiT III, which `convert` does not know, with the lines that the page adds."""
+    from adala_mm.conversion import FAMILIES, compare, convert
+    from adala_mm.conversion.families import IMAGENET, Family
+    from adala_mm.conversion.from_timm import TIMM
+    row, _ = code_blocks('docs/add_vfm.md')  # the other one is a sketch
+    name = 'deit3_small_patch16_224'
+    state = timm.create_model(name).state_dict()
+    with pytest.raises(ValueError, match='of no known family'):
+        convert(state, name=name)
+    added = eval(f'{{{row}}}', {'Family': Family, 'IMAGENET': IMAGENET})
+    monkeypatch.setitem(FAMILIES, *added.popitem())
+    monkeypatch.setitem(vars(TIMM), 'families', tuple(FAMILIES))  # as its file has it
+    converted = convert(state, name=name)
+    assert converted.family_name == 'deit3' and converted.config['no_embed_class']
+    note, difference, greatest = compare(converted, state, torch.randn(1, 3, 224, 224), name)
+    assert name in note and difference < 1e-4 and greatest > 1
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    code = [cell for cell in cells if cell['cell_type'] == 'code']
+    assert all(cell['outputs'] == [] and cell['execution_count'] is None for cell in code)
+    out = python('\n\n'.join(''.join(cell['source']) for cell in code), tmp_path, MPLBACKEND='Agg')
+    errors = re.findall(r'^(softmax teacher|swap|stage 1|stage 1 \+ 2) +(\d\.\d+)', out, re.MULTILINE)
+    assert [name for name, _ in errors] == ['softmax teacher', 'swap', 'stage 1', 'stage 1 + 2']
+    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+    for cell in cells:
+        if cell['cell_type'] == 'markdown':
+            assert broken_links(NOTEBOOK, ''.join(cell['source'])) == []
