@@ -153,14 +153,14 @@ def test_deformable_attention_equals_mmcvs_own(stand_in):
         torch.testing.assert_close(ours, theirs)
 
 
-def call_nms():
-    from mmcv.ops import nms
-    nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
+def call_soft_nms():
+    from mmcv.ops import soft_nms
+    soft_nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
 
-def call_roi_align():
-    from mmcv.ops import roi_align
-    roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0]]), 2)
+def call_roi_pool():
+    from mmcv.ops import roi_pool
+    roi_pool(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0]]), 2)
 
 
 def call_modulated_deform_conv():
@@ -169,8 +169,8 @@ def call_modulated_deform_conv():
 
 
 @pytest.mark.parametrize(('call', 'name'), [
-    (call_nms, 'nms'),
-    (call_roi_align, 'roi_align_forward'),
+    (call_soft_nms, 'softnms'),
+    (call_roi_pool, 'roi_pool_forward'),
     (call_modulated_deform_conv, 'modulated_deform_conv_forward'),
 ])
 def test_other_ops_say_which_one_is_missing(stand_in, call, name):

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import yaml
+from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from mmseg.structures import SegDataSample
@@ -78,17 +79,23 @@ def recorded_scores() -> dict[str, dict[str, float]]:
 
 def build(cfg: dict, scope: str, device: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope(scope), torch.device(device):
-        return MODELS.build(ConfigDict(cfg)).eval().requires_grad_(False)
+        model = MODELS.build(ConfigDict(cfg)).eval().requires_grad_(False)
+    if 'backbone' in cfg:  # a whole detector: its backbone is counted on its own
+        model.backbone = nn.Identity()
+    return model
 
 
 def architecture(cfg: Config) -> dict:
     """The modules of the config's model that predict, without where their weights come from.
 
-    An alignment stage has its student alone: what is called its head are weights that score it.
+    An alignment stage has its student alone: what is called its head are weights that score it. A detector of mmdet is
+    no sequence of modules: it stands here as a whole, and takes features.
     """
     parts = cfg.to_dict()['model']
+    if cfg.default_scope == 'mmdet':
+        parts = dict(backbone=parts['backbone'], detector=parts | dict(backbone=parts['backbone'] | dict(depth=1)))
     return {key: {option: value for option, value in parts[key].items() if option != 'init_cfg'}
-            for key in ('backbone', 'neck', 'decode_head', 'head') if 'type' in parts.get(key, ())}
+            for key in ('backbone', 'neck', 'decode_head', 'head', 'detector') if 'type' in parts.get(key, ())}
 
 
 def image_size(cfg: Config) -> int:
@@ -131,6 +138,9 @@ def count_rest(parts: str, scope: str, side: int, shapes: tuple[tuple[int, ...],
 
     def run() -> None:
         features = tuple(torch.zeros(shape) for shape in shapes)
+        if 'detector' in modules:
+            seen = DetDataSample(metainfo=dict(img_shape=(side, side), batch_input_shape=(side, side)))
+            modules['detector'](features, [seen], mode='tensor')
         if 'neck' in modules:
             features = modules['neck'](features)
         for name in {'head', 'decode_head'} & set(modules):

@@ -46,7 +46,8 @@ def image_size(path: str) -> tuple[int, int]:
 def label_loader(dataset: Any) -> LoadAnnotations | None:
     """What reads the label maps in a data set's pipeline; None if it has none."""
     steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
-    return next((step for step in steps if isinstance(step, LoadAnnotations)), None)
+    # mmdet's kind reads boxes, and label maps only if told so.
+    return next((step for step in steps if isinstance(step, LoadAnnotations) and step.with_seg), None)
 
 
 def values_of(label: np.ndarray) -> frozenset[int]:

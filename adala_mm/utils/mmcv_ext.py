@@ -1,8 +1,9 @@
 """Makes mmdet and Mask2Former work where mmcv was installed without its compiled ops.
 
 Without ``mmcv._ext``, ``import mmcv.ops`` fails, mmdet with it, and mmseg then quietly builds its Mask2FormerHead on
-an empty base class. A stand-in ``mmcv._ext`` cures all three: deformable attention runs in PyTorch on any device, and
-every other compiled op raises an error that names it. A compiled mmcv is left untouched.
+an empty base class. A stand-in ``mmcv._ext`` cures all three: deformable attention runs in PyTorch, non-maximum
+suppression, RoIAlign and the focal loss on torchvision, all of them on any device, and every other compiled op raises
+an error that names it. A compiled mmcv is left untouched.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from adala_mm.ops.deformable_attention import ms_deform_attn_backward, ms_deform_attn_forward
+from adala_mm.utils import mmcv_box_ops
 
 
 class MissingOp(RuntimeError):
@@ -30,10 +32,15 @@ def _missing(name: str) -> Callable:
 
 
 class _StandIn(ModuleType):
-    """``mmcv._ext`` without compiled code: deformable attention in PyTorch, and named errors for the rest."""
+    """``mmcv._ext`` without compiled code: ops that PyTorch and torchvision have, and named errors for the rest."""
 
     ms_deform_attn_forward = staticmethod(ms_deform_attn_forward)
     ms_deform_attn_backward = staticmethod(ms_deform_attn_backward)
+    nms = staticmethod(mmcv_box_ops.nms)
+    roi_align_forward = staticmethod(mmcv_box_ops.roi_align_forward)
+    roi_align_backward = staticmethod(mmcv_box_ops.roi_align_backward)
+    sigmoid_focal_loss_forward = staticmethod(mmcv_box_ops.sigmoid_focal_loss_forward)
+    sigmoid_focal_loss_backward = staticmethod(mmcv_box_ops.sigmoid_focal_loss_backward)
     # mmcv's collect_env, which every Runner logs, asks these two.
     get_compiler_version = staticmethod(lambda: 'n/a')
     get_compiling_cuda_version = staticmethod(lambda: 'n/a')
