@@ -17,11 +17,12 @@ from conftest import LINEAR, ROOT, tiny_vit
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 from saboteur import Killed
+from torch.utils.data import BatchSampler
 
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine.exact_resume import newest_checkpoint
@@ -213,6 +214,42 @@ def test_finite_sampler_in_an_iteration_based_run(scenes, sharp_pretrained, tmp_
     train(cfg, tmp_path / 'run', resume=True)
     assert_same_run(whole, tmp_path / 'run', last(False))
     assert len(read) == BATCH * 5 + 2 * 3  # five steps and two validations
+
+
+@DATA_SAMPLERS.register_module(force=True)
+class Neighbours(BatchSampler):
+    """Deals out batches in its own way, as mmdet's AspectRatioBatchSampler: looks into the data set, and pairs."""
+
+    def __init__(self, sampler, batch_size: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+
+    def __iter__(self):
+        assert len(self.sampler.dataset) == IMAGES
+        waiting: dict[int, int] = {}
+        for index in self.sampler:
+            if (other := waiting.pop(index // 2, None)) is None:
+                waiting[index // 2] = index
+            else:
+                yield [other, index]
+
+
+def test_batches_of_another_kind(scenes, sharp_pretrained, tmp_path):
+    """They are shuffled anew in each epoch; inside of one nothing can be skipped, which is said."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.train_dataloader.batch_sampler = dict(type='Neighbours')
+    train(cfg, tmp_path / 'whole')
+    steps = [images for _, images, *_ in diary(tmp_path / 'whole').values()]
+    pairs = [[sorted(images) for images in steps[epoch:epoch + 5]] for epoch in (0, 5, 10)]
+    assert sorted(pairs[0]) == sorted(pairs[1]) == sorted(pairs[2]) and pairs[0] != pairs[1]
+    kill(cfg, tmp_path / 'run', at=6)
+    train(cfg, tmp_path / 'run', resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'run', last(True))
+    with pytest.raises(SystemExit):
+        train(cfg, tmp_path / 'other', harm=dict(what='terminate', when='step', at=6))
+    train(cfg, tmp_path / 'other', resume=True)
+    assert len((tmp_path / 'other/diary.jsonl').read_text().splitlines()) == STEPS + 3  # it left after eight
+    assert 'Neighbours deals out batches in its own way' in ''.join(
+        path.read_text() for path in (tmp_path / 'other').glob('*/*.log'))
 
 
 def test_mask2former_resumes(scenes, sharp_pretrained, tmp_path):

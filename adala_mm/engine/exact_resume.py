@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import PART
@@ -69,7 +69,11 @@ class ExactResumeHook(Hook):
         if runner.iter == 0:
             return
         if isinstance(loop, EpochBasedTrainLoop):
-            if seen := runner.iter - runner.epoch * len(loader):
+            seen = runner.iter - runner.epoch * len(loader)
+            if seen and type(batches) is not BatchSampler:
+                runner.logger.warning(f'{type(batches).__name__} deals out batches in its own way: this epoch starts '
+                                      'anew')
+            elif seen:
                 stream.start = seen * batches.batch_size
                 count_from(loop, seen)
         elif isinstance(loop, IterBasedTrainLoop):  # it calls skip itself, of whichever of the two samplers has it
@@ -109,6 +113,9 @@ class PositionedSampler(Sampler):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)  # its data set and its set_epoch, which batch samplers and hooks ask for
 
     def skip(self, num_samples: int) -> None:
         """Called by MMEngine's iteration-based loop when it resumes, if the other sampler has no ``skip``."""
