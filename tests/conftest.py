@@ -26,13 +26,16 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
 def own_default_scope():
     """Runners, inferencers and tools set MMEngine's default scope and leave it to whoever comes next."""
     from mmengine.registry import DefaultScope
     before = DefaultScope._instance_dict.copy()
     yield
     DefaultScope._instance_dict = before
+
+
+of_each_test = pytest.fixture(autouse=True)(own_default_scope)
+of_each_file = pytest.fixture(autouse=True, scope='module')(own_default_scope)  # what its fixtures set
 
 
 @pytest.fixture(scope='session')
