@@ -19,6 +19,9 @@ SHARED_DATA = ROOT.parent / 'shared' / 'data'
 
 def pytest_configure():
     import adala_mm  # noqa: F401  before mmseg, which would not import beside transformers 5 otherwise
+    # PyTorch's fake tensors pretend that there is a GPU. An autograd that first starts after that makes threads for it,
+    # and refuses to work in forked processes, of which some tests have several.
+    torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)

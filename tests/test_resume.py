@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,9 @@ def fresh_process() -> Iterator[None]:
         for manager in (MMLogger, MessageHub, SegLocalVisualizer):
             patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
         patch.setattr('mmengine.runner.runner.collect_env', dict)
+        # Most of a short run's time: laying out the config as a program, again for each checkpoint, and gc.collect().
+        patch.setattr(Config, 'pretty_text', property(str))
+        patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=int))
         yield
 
 
@@ -186,8 +190,8 @@ def test_killed_in_validation(scenes, sharp_pretrained, tmp_path, whole_runs, by
     kill(cfg, work_dir, at=10, when='validation')
     train(cfg, work_dir, resume=True)
     assert_same_run(whole, work_dir, last(by_epoch))
-    (*_, steps), (*_, errors) = zip(*[curve(run, 'align/rel_error') for run in (whole, work_dir)], strict=True)
-    assert steps == [10, 15] and errors == curve(whole, 'align/rel_error')[1][-2:]
+    scores, wanted = (dict(zip(*curve(run, 'align/rel_error'), strict=True)) for run in (work_dir, whole))
+    assert {10, 15} <= scores.keys() and scores.items() <= wanted.items()
 
 
 @LOOPS
