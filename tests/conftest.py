@@ -41,6 +41,21 @@ of_each_test = pytest.fixture(autouse=True)(own_default_scope)
 of_each_file = pytest.fixture(autouse=True, scope='module')(own_default_scope)  # what its fixtures set
 
 
+def put_back(patch: pytest.MonkeyPatch) -> None:
+    """What MMEngine keeps for a process' lifetime is put back when ``patch`` ends; until then, short runs are short."""
+    from mmengine.logging import MessageHub, MMLogger
+    from mmengine.registry import DefaultScope
+    from mmengine.runner.checkpoint import CheckpointLoader
+    from mmengine.visualization import Visualizer
+    from mmseg.visualization import SegLocalVisualizer  # noqa: F401  one of the subclasses
+    for manager in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
+    patch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
+    # Most of their time: compilers are asked for their versions, and the config is laid out for log and checkpoints.
+    patch.setattr('mmengine.runner.runner.collect_env', dict)
+    patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
     """Folder with small real weights and photographs; tests that need it are skipped without it."""

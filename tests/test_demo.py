@@ -376,7 +376,7 @@ def test_pictures_are_drawn(report, tmp_path):
                                                for name in ('softmax', 'linear'))
     report.draw_times(tmp_path / 'times.png', times)
     image = draw_scene(np.random.default_rng(0))[0]
-    report.grid(tmp_path / 'grid.png', [('one', [image] * 2), ('two', [image] * 2)], 'title')
+    report.picture_grid(tmp_path / 'grid.png', {'one': [image] * 2, 'two': [image] * 2}, 'title')
     for name in ('curves', 'times', 'grid'):
         pixels = np.asarray(Image.open(tmp_path / f'{name}.png').convert('RGB'))
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 5  # not blank

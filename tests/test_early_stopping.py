@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.visualization import Visualizer
 from mmpretrain.structures import DataSample
 from PIL import Image
 from torch.utils.data import Dataset
@@ -35,9 +34,7 @@ NUMBER = itertools.count()
 
 @pytest.fixture(autouse=True)
 def own_instances(monkeypatch):
-    for manager in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
-        monkeypatch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # asks compilers for their versions
+    put_back(monkeypatch)
     monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)  # two after every epoch
 
 

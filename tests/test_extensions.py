@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn import functional as F
 
 from adala_mm import align, linearize
@@ -194,8 +192,7 @@ def test_retained_softmax_blocks(pretrained):
 @pytest.fixture
 def rank_blocks(monkeypatch) -> dict:
     """tools/analysis_tools/rank_blocks.py; what it leaves in the process is put back."""
-    monkeypatch.setattr(MMLogger, '_instance_dict', MMLogger._instance_dict.copy())
-    monkeypatch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
+    put_back(monkeypatch)
     return runpy.run_path(str(ROOT / 'tools/analysis_tools/rank_blocks.py'))
 
 

@@ -19,14 +19,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import MMSEG_FIRST, ROOT
+from conftest import MMSEG_FIRST, ROOT, put_back
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
-from mmengine.visualization import Visualizer
 from safetensors.torch import load_file, save_file
 
 from adala_mm.registry import MODELS
@@ -248,12 +244,7 @@ def distance(got: dict, wanted: dict) -> float:
 def apart(folder: Path) -> Iterator[None]:
     """In ``folder``; what runs leave in the process (scope, loggers, loading scheme) is put back afterwards."""
     with pytest.MonkeyPatch.context() as patch:
-        for manager in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
-            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-        patch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
-        # Most of a short run's time: compilers are asked for their versions and the config is laid out, for the log.
-        patch.setattr('mmengine.runner.runner.collect_env', dict)
-        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
+        put_back(patch)
         patch.chdir(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

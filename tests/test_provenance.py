@@ -16,13 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, put_back
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import HOOKS
-from mmengine.visualization import Visualizer
-from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 
 from adala_mm.datasets.beacons import draw_scene
@@ -84,10 +81,7 @@ def fresh_process() -> Iterator[pytest.MonkeyPatch]:
     """What a run leaves in its process is put back."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        for manager in (MMLogger, MessageHub, Visualizer, SegLocalVisualizer):
-            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-        patch.setattr('mmengine.runner.runner.collect_env', dict)
-        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))  # takes long
+        put_back(patch)
         patch.setattr(torch.backends.cudnn, 'benchmark', torch.backends.cudnn.benchmark)
         patch.setattr(torch.backends.cudnn, 'deterministic', torch.backends.cudnn.deterministic)
         for name in ('CUBLAS_WORKSPACE_CONFIG', 'LOCAL_RANK'):  # set by the tool

@@ -9,15 +9,11 @@ import cv2
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, put_back
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.optim import OptimWrapper
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
-from mmseg.visualization import SegLocalVisualizer
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -50,10 +46,7 @@ def place(shared_data, tmp_path_factory) -> Path:
     """Where the runs write; what they leave in the process (scope, loggers, loading scheme) is put back."""
     place = tmp_path_factory.mktemp('real')
     with pytest.MonkeyPatch.context() as patch:
-        for manager in (DefaultScope, MMLogger, MessageHub, SegLocalVisualizer):
-            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-        patch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
-        patch.setattr('mmengine.runner.runner.collect_env', dict)  # asks compilers for their versions
+        put_back(patch)
         patch.chdir(place)
         use_safe_loading()
         yield place

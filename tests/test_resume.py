@@ -14,13 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
-from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 from saboteur import Killed
 from torch.utils.data import BatchSampler
@@ -39,12 +37,8 @@ IMAGES, BATCH, STEPS = 10, 2, 15  # three epochs of five batches; a checkpoint a
 def fresh_process() -> Iterator[None]:
     """What MMEngine keeps for a process' lifetime is put back."""
     with pytest.MonkeyPatch.context() as patch:
-        for manager in (MMLogger, MessageHub, SegLocalVisualizer):
-            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-        patch.setattr('mmengine.runner.runner.collect_env', dict)
-        # Most of a short run's time: laying out the config as a program, again for each checkpoint, and gc.collect().
-        patch.setattr(Config, 'pretty_text', property(str))
-        patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=int))
+        put_back(patch)
+        patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=int))  # takes long
         yield
 
 

@@ -22,15 +22,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.structures import DataSample
-from mmseg.visualization import SegLocalVisualizer
 
 from adala_mm.datasets import ImageFiles, image_index
 from adala_mm.datasets.tar_shards import TarBackend
@@ -558,9 +555,7 @@ def test_hook_takes_a_share(share):
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """Where runs write; what they leave in the process is put back."""
-    for manager in (DefaultScope, MMLogger, MessageHub, SegLocalVisualizer):
-        monkeypatch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # asks compilers for their versions
+    put_back(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

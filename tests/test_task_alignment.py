@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
-from mmengine.visualization import Visualizer
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch.nn import functional as F
@@ -36,8 +34,7 @@ ADAMW = dict(optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.5))
 @pytest.fixture(autouse=True)
 def managers(monkeypatch):
     """What runners leave in the process is put back."""
-    for manager in (DefaultScope, MMLogger, MessageHub, Visualizer):
-        monkeypatch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
+    put_back(monkeypatch)
 
 
 def plain(task: str, **vit) -> dict:

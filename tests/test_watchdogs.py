@@ -13,15 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
-from mmengine.visualization import Visualizer
-from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor, nn
 
 from adala_mm.engine import DeadLossHook, NonFiniteHook, ShardedRunner, TeacherDriftHook, WeightsCheckHook
@@ -110,9 +107,7 @@ def make_runner(place: Path, model: BaseModel, numbers: list[int], hook: dict | 
 def apart() -> Iterator[None]:
     """What runs leave in the process is put back."""
     with pytest.MonkeyPatch.context() as patch:
-        for manager in (MMLogger, MessageHub, Visualizer, SegLocalVisualizer):
-            patch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
-        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        put_back(patch)
         yield
 
 

@@ -33,10 +33,11 @@ from adala_mm.datasets.beacons import CLASSES, PALETTE
 from adala_mm.ops import linear_attention
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
-from adala_mm.utils.pictures import overlay, shared_pca
+from adala_mm.utils.pictures import overlay, picture_grid, shared_pca
 from adala_mm.utils.records import curve, machine
 from adala_mm.utils.tables import ablation_table
 
+SIDE = 1.75  # inches, of a picture in a grid
 # run of the fine-tuning, its name in the table, number of softmax and of linear blocks
 ROWS = [('softmax', 'softmax teacher', 6, 0), ('swap', 'swap only', 0, 6), ('stage1_only', 'stage 1 only', 0, 6),
         ('stage2_only_tuned', 'stage 2 only', 0, 6), ('both', 'stage 1 + 2', 0, 6)]
@@ -89,20 +90,6 @@ def labels(model: torch.nn.Module, images: list[np.ndarray]) -> list[np.ndarray]
     return [sample.pred_sem_seg.data[0].numpy().astype(np.uint8) for sample in model.test_step(batch(images))]
 
 
-def grid(path: Path, columns: list[tuple[str, list[np.ndarray]]], title: str) -> None:
-    count = len(columns[0][1])
-    figure, axes = plt.subplots(count, len(columns), figsize=(1.75 * len(columns), 1.75 * count + 0.5), squeeze=False)
-    for j, (name, pictures) in enumerate(columns):
-        axes[0, j].set_title(name, fontsize=9)
-        for i, picture in enumerate(pictures):
-            axes[i, j].imshow(picture, interpolation='nearest')
-            axes[i, j].set_axis_off()
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 1 - 0.1 / figure.get_figheight()))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 @torch.no_grad()
 def draw_features(path: Path, out: Path, images: list[np.ndarray]) -> None:
     features = []
@@ -110,18 +97,19 @@ def draw_features(path: Path, out: Path, images: list[np.ndarray]) -> None:
         model = segmentor(out, run, tuned=False)
         features.append(model.backbone(model.data_preprocessor(batch(images))['inputs'])[-1])
     colours = shared_pca(features)
-    grid(path, [('image', images)] + [(name, list(c)) for (_, name, *_), c in zip(ROWS, colours, strict=True)],
-         'First three principal components of the patch features, components shared')
+    columns = {'image': images} | {name: list(c) for (_, name, *_), c in zip(ROWS, colours, strict=True)}
+    picture_grid(path, columns, 'First three principal components of the patch features, components shared', SIDE)
 
 
 def draw_segmentations(path: Path, out: Path, images: list[np.ndarray], truth: list[np.ndarray]) -> None:
-    columns = [('image', images), ('labels', [overlay(i, t, PALETTE) for i, t in zip(images, truth, strict=True)])]
+    columns = {'image': images, 'labels': [overlay(i, t, PALETTE) for i, t in zip(images, truth, strict=True)]}
     for name, run, tuned in (('teacher', 'softmax', False), ('swap', 'swap', False), ('stage 1 + 2', 'both', False),
                              ('swap, tuned', 'swap', True), ('stage 1 + 2, tuned', 'both', True),
                              ('Mask2Former', 'mask2former', True)):
         found = labels(segmentor(out, run, tuned), images)
-        columns.append((name, [overlay(i, f, PALETTE) for i, f in zip(images, found, strict=True)]))
-    grid(path, columns, ', '.join(CLASSES[1:]) + ': friend or stranger is decided by the framed beacon alone')
+        columns[name] = [overlay(i, f, PALETTE) for i, f in zip(images, found, strict=True)]
+    picture_grid(path, columns, ', '.join(CLASSES[1:]) + ': friend or stranger is decided by the framed beacon alone',
+                 SIDE)
 
 
 def draw_curves(path: Path, out: Path) -> None:

@@ -87,7 +87,7 @@ class ImageFiles(BaseDataset):
             path = info['img_path']
             try:
                 sample = read(self.pipeline.transforms, info)
-            except Exception as error:
+            except Exception as error:  # a reader's, of which each kind of damage and file has its own
                 if self.test_mode:
                     raise
                 corrupt[path] = reason(error)

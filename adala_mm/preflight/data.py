@@ -169,8 +169,8 @@ def classes(plan: Plan) -> Iterator[Finding]:
     for loader in plan.loaders:
         try:
             part = next(leaves(plan.dataset(loader)))
-        except Exception:
-            continue  # told by the checks of the data set
+        except Exception:  # told by the checks of the data set
+            continue
         lists[loader] = tuple(part.metainfo.get('classes') or ())
         settings[loader] = getattr(part, 'folder_to_idx', None), getattr(part, 'reduce_zero_label', None)
     if not lists:

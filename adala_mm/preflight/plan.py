@@ -60,7 +60,7 @@ class Plan:
         if key not in self._made:
             try:
                 self._made[key] = make()
-            except Exception as error:
+            except Exception as error:  # raised again: only noted, so that nobody tries it twice
                 reason = one_line(error)[:100]
                 self._failed[key] = reason if isinstance(error, Skipped) else f'{what}: {reason}'
                 raise

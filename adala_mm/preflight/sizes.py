@@ -85,7 +85,7 @@ def sizes(plan: Plan) -> Iterator[Finding]:
     if cfg.get(VAL) and not divisor:
         try:
             found = list(validation_size(plan))
-        except Exception:
+        except Exception:  # of the data set or its pipeline: told by the checks of the data
             found = []
         known += found
         unsure = not found and hasattr(plan.model, 'decode_head')
