@@ -39,11 +39,13 @@ DEIT = 'data/weights/deit_tiny_patch16_224.safetensors'
 ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolcats='LoLCATSAttention',
                   linformer='LinformerAttention', performer='PerformerAttention', cosformer='CosformerAttention',
                   nystromformer='NystromformerAttention', monarch='MonarchAttention')
+# The best recipe that we know, docs/beyond.md: several options beyond the paper, this attention among them.
+OURS = dict(plus='HedgehogAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
 GRAMMAR = re.compile(r'(?P<stage>stage1|stage2|mask2former|linear|teacher|scratch)'
                      r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
-                     rf'(_(?P<attention>{"|".join(ATTENTIONS)}))?'
+                     rf'(_(?P<attention>{"|".join(ATTENTIONS | OURS)}))?'
                      r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|task|'
                      rf'{"|".join(BEYOND)}))*)'
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
@@ -162,7 +164,7 @@ def test_model_and_optimizer_build(name):
     attentions = {type(block.attn).__name__ for block in model.backbone.blocks}
     default = 'SoftmaxAttention' if facts['stage'] == 'teacher' else 'LinearAttention'
     retained = {'SoftmaxAttention'} if '_retain2' in facts['changes'] else set()
-    assert attentions == {ATTENTIONS.get(facts['attention'], default)} | retained
+    assert attentions == {(ATTENTIONS | OURS).get(facts['attention'], default)} | retained
     assert not retained or model.backbone.num_softmax_blocks == 2
 
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -242,7 +244,8 @@ def test_datasets_pipelines_and_metrics_build(name):
                 assert len(classes) == head.num_classes
         for evaluator in ('val_evaluator', 'test_evaluator'):
             if cfg.get(evaluator):
-                METRICS.build(cfg[evaluator].to_dict())
+                metrics = cfg[evaluator] if isinstance(cfg[evaluator], list) else [cfg[evaluator]]
+                assert all(METRICS.build(metric.to_dict()) for metric in metrics)
 
 
 def test_every_pipeline_yields_what_the_model_takes(tmp_path):
@@ -435,7 +438,7 @@ PREVIOUS = {
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
     'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
 }
-for _change, _early in BEYOND.items():
+for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True)).items():
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
                                           ('deitt', 'caltech', 'caltech', 'camvid')):
         PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from adala_mm import align, linearize
 from adala_mm.models.algorithms.feature_alignment import hide_patches, layer_tokens, random_patches
 from adala_mm.models.algorithms.feature_terms import TERMS, feature_terms, term_weights
-from adala_mm.models.attentions import LinearAttention
+from adala_mm.models.attentions import Attention, HedgehogAttention, LinearAttention
 from adala_mm.registry import MODELS
 
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
 DWCONV = LINEAR | dict(dwconv=3)
+KINDS = [LinearAttention, HedgehogAttention]  # of attention that may have one
 ADAMW = dict(optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.5))
 
 
@@ -67,11 +68,12 @@ def step(model: torch.nn.Module) -> dict:
 # --- depth-wise convolution on v -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('dwconv', [1, 3, 5])
-def test_dwconv_starts_as_the_plain_layer_bit_for_bit(dwconv):
-    layer = LinearAttention(32, 4, dwconv=dwconv)
+def test_dwconv_starts_as_the_plain_layer_bit_for_bit(kind, dwconv):
+    layer = kind(32, 4, dwconv=dwconv)
     assert sum(p.numel() for p in layer.dwconv.parameters()) == 32 * dwconv ** 2 + 32
-    plain = LinearAttention(32, 4)
+    plain = kind(32, 4)
     plain.load_state_dict({key: value for key, value in layer.state_dict().items() if 'dwconv' not in key})
     x = torch.randn(2, 1 + 12, 32)
     assert torch.equal(layer(x, (3, 4), 1), plain(x, (3, 4), 1))
@@ -80,10 +82,11 @@ def test_dwconv_starts_as_the_plain_layer_bit_for_bit(dwconv):
 
 
 @pytest.mark.parametrize('num_prefix', [0, 1, 5])
-def test_dwconv_against_its_formula(num_prefix):
+@pytest.mark.parametrize('kind', KINDS)
+def test_dwconv_against_its_formula(kind, num_prefix):
     """Values and gradients, against loops in float64."""
     h, w, dim, heads, size = 3, 5, 16, 4, 3
-    layer = LinearAttention(dim, heads, dwconv=size)
+    layer = kind(dim, heads, dwconv=size)
     for parameter in layer.dwconv.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, num_prefix + h * w, dim, requires_grad=True)
@@ -93,6 +96,8 @@ def test_dwconv_against_its_formula(num_prefix):
     y = x.detach().double().requires_grad_()
     q, k, v = reference.project(y)
     features = [F.elu(q) + 1, F.elu(k) + 1]
+    if kind is HedgehogAttention:  # its maps are the identity before they learn
+        features = [torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1) for y in (q, k)]
     scores = features[0] @ features[1].transpose(-2, -1)
     mixed = (scores / scores.sum(-1, keepdim=True)) @ v
     mixed = mixed.transpose(1, 2).flatten(2)
@@ -109,8 +114,8 @@ def test_dwconv_against_its_formula(num_prefix):
             rows.append(total)
     wanted = mixed + F.pad(torch.stack(rows, dim=1), (0, 0, num_prefix, 0))
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
-    assert torch.equal(got[:, :num_prefix], LinearAttention.attend(without_conv(layer), x, (h, w), num_prefix)
-                       [:, :num_prefix])  # class and register tokens get none
+    # Class and register tokens get none.
+    assert torch.equal(got[:, :num_prefix], without_conv(layer).attend(x, (h, w), num_prefix)[:, :num_prefix])
 
     weight = torch.randn_like(got)
     learners = [x, layer.qkv.weight, *layer.dwconv.parameters()]
@@ -120,7 +125,7 @@ def test_dwconv_against_its_formula(num_prefix):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
 
-def without_conv(layer: LinearAttention) -> LinearAttention:
+def without_conv(layer: Attention) -> Attention:
     layer = copy.deepcopy(layer)
     layer.dwconv = None
     return layer
@@ -134,15 +139,17 @@ def test_both_ways_through_the_layer_agree():
     torch.testing.assert_close(layer.attend(x, (3, 4), 1), slow)
 
 
-def test_only_dwconv_knows_places():
-    assert LinearAttention(32, 4, dwconv=3).positional and not LinearAttention(32, 4).positional
-    assert not LinearAttention.positional
+@pytest.mark.parametrize('kind', KINDS)
+def test_only_dwconv_knows_places(kind):
+    assert kind(32, 4, dwconv=3).positional and not kind(32, 4).positional
+    assert not kind.positional
 
 
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('size', [0, 2, -1])
-def test_bad_dwconv_raises(size):
+def test_bad_dwconv_raises(kind, size):
     with pytest.raises(ValueError, match=f'kernel_size={size} must be odd and positive'):
-        LinearAttention(32, 4, dwconv=size)
+        kind(32, 4, dwconv=size)
 
 
 def test_dwconv_learns_in_both_stages_and_its_checkpoint_goes_on(pretrained, tmp_path):

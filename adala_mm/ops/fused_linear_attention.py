@@ -133,5 +133,12 @@ def _flops(shape, *others, out_shape=None, **kwargs) -> int:
     return 2 * b * h * d * ((nq + nk) * d + nq)
 
 
+@register_flop_formula([torch.ops.adala_mm.linear_attention_backward,
+                        torch.ops.adala_mm.linear_attention_packed_backward])
+def _backward_flops(grad, *shapes, out_shape=None, **kwargs) -> int:
+    """Twice those of the forward pass: each of its products has two factors to differentiate, and its sums are kept."""
+    return 2 * _flops(*shapes)
+
+
 fused.register_autograd(_differentiate(fused_backward), setup_context=_save)
 packed.register_autograd(_differentiate(packed_backward), setup_context=_save)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.ops import in_float32, shifted_exp, weighted_sums
 from adala_mm.registry import ATTENTIONS
 
@@ -37,14 +38,17 @@ class HedgehogAttention(Attention):
     starts as the identity. Position-free, any number of tokens; class and register tokens are tokens like others. In
     float32 throughout: eps is 0 in float16.
 
+    With ``dwconv``, beyond the paper: plus a depth-wise convolution of the values, as `LinearAttention` has it.
+
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
         feature_dim: F, D if None; there are 2 F features.
         variant: ``softmax``, ``joint`` or ``exp``.
         eps: added to the denominator.
+        dwconv: side of the kernel, odd; None for no convolution.
 
     Raises:
-        ValueError: for an unknown ``variant``, or a ``feature_dim`` below 1.
+        ValueError: for an unknown ``variant``, a ``feature_dim`` below 1, or a ``dwconv`` that is even or not positive.
     """
 
     formula = 'φ(q)·Σφ(k)ᵀv / φ(q)·Σφ(k), φ(x) = [softmax(Wx), softmax(−Wx)], W learnt'
@@ -52,7 +56,7 @@ class HedgehogAttention(Attention):
     reference = 'Zhang et al., ICLR 2024'
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
-                 variant: str = 'softmax', eps: float = 1e-12) -> None:
+                 variant: str = 'softmax', eps: float = 1e-12, dwconv: int | None = None) -> None:
         super().__init__(dim, num_heads, qkv_bias)
         if variant not in VARIANTS:
             raise ValueError(f'unknown variant {variant!r}; choose one of {", ".join(VARIANTS)}')
@@ -62,6 +66,8 @@ class HedgehogAttention(Attention):
         if feature_dim < 1:
             raise ValueError(f'feature_dim={feature_dim}: at least one feature is needed')
         self.feature_map = HedgehogMap(num_heads, dim // num_heads, feature_dim)
+        self.dwconv = None if dwconv is None else DepthwiseConv(dim, dwconv)
+        self.positional = self.dwconv is not None
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """phi_q(q) and phi_k(k), each (B, H, N, 2 F)."""
@@ -75,7 +81,8 @@ class HedgehogAttention(Attention):
     @in_float32
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         total, weight = weighted_sums(*self.features(q, k), v)
-        return total / (weight + self.eps)
+        out = total / (weight + self.eps)
+        return out if self.dwconv is None else out + self.dwconv(v, hw, num_prefix)
 
     @in_float32
     def weights(self, q: Tensor, k: Tensor) -> Tensor:

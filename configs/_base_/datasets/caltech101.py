@@ -27,6 +27,6 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='mmpretrain.CustomDataset', data_root='data/caltech101', ann_file='test.txt', pipeline=test_pipeline))
-val_evaluator = dict(type='adala_mm.AlignmentMetric')
+val_evaluator = [dict(type='adala_mm.AlignmentMetric'), dict(type='adala_mm.KNNMetric', k=1)]
 val_cfg = dict(type='ValLoop')
 test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, dict(type='TestLoop')

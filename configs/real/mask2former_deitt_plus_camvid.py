@@ -1,0 +1,10 @@
+# Stage 3 after the best stages that we know: learnt exponential feature maps, convolved values, all layers compared.
+from mmengine.config import read_base
+
+with read_base():
+    from .mask2former_deitt_camvid import *
+    from .._base_.plus import *
+
+model['backbone'].update(attention=plus_attention)
+model['backbone'].update(
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_deitt_plus_caltech/iter_1200.pth'))

@@ -1,0 +1,9 @@
+# The best recipe that we know, stage 1, with two blocks kept softmax.
+from mmengine.config import read_base
+
+with read_base():
+    from .stage1_deitt_plus_caltech import *
+    from .._base_.retained.deitt import *
+
+model['backbone'].update(
+    attention=[dict(type='adala_mm.SoftmaxAttention') if i in retained else plus_attention for i in range(12)])

@@ -1,0 +1,165 @@
+"""tools/study.py: order, seeds, what a run starts from, what is recorded, what failures lead to, and a real one."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import LINEAR, ROOT, tiny_vit
+from mmengine.config import Config
+
+sys.path.insert(0, str(ROOT / 'tools'))
+from study import Study, main, read_study, training_cost, wanted
+
+CONFIG = '''
+model = dict(type='adala_mm.{kind}', data_preprocessor=dict(type='ImgDataPreprocessor', mean=[128] * 3, std=[64] * 3),
+             **{networks})
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(type='mmpretrain.CustomDataset', data_root='data/pictures', ann_file='list.txt', with_label=False,
+                 pipeline=[dict(type='LoadImageFromFile'), dict(type='mmpretrain.PackInputs')]))
+val_dataloader = dict(train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False))
+val_evaluator = dict(type='adala_mm.AlignmentMetric')
+val_cfg = dict(type='ValLoop')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+param_scheduler = dict(type='PolyLR', power=0.9, end=7, by_epoch=False)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=7, val_interval=7)
+default_hooks = dict(logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False), checkpoint=dict(
+    type='CheckpointHook', by_epoch=False, interval=7))
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=0)
+'''
+
+
+def write_study(folder: Path, **runs: dict) -> Path:
+    for run in runs.values():
+        (folder / f'{run["config"]}.py').touch()
+    path = folder / 'study.py'
+    path.write_text(f'seeds = [0, 1]\nruns = {runs!r}\n')
+    return path
+
+
+CHAIN = dict(one=dict(config='a'), two=dict(config='b', after='one', iterations=5),
+             three=dict(config='b', after='two', options={'model.layers': [0, 1]}),
+             other=dict(config='a', label='another'))
+
+
+def test_seeds_are_done_one_after_the_other_and_runs_bring_what_they_need(tmp_path):
+    study = read_study(write_study(tmp_path, **CHAIN))
+    assert wanted(study, [3, 1], []) == [(name, seed) for seed in (3, 1) for name in CHAIN]
+    assert wanted(study, [0], ['two', 'other']) == [('one', 0), ('two', 0), ('other', 0)]
+    with pytest.raises(ValueError, match="has no run 'four'; it has one, two, three, other"):
+        wanted(study, [0], ['four'])
+
+
+@pytest.mark.parametrize(('runs', 'message'), [
+    (dict(one=dict(config='a', lr=1)), "run 'one' has an unknown key 'lr'; there are config, after, "
+     'iterations, options, label'),
+    (dict(one=dict(config='a', after='two'), two=dict(config='a')), "'one' comes after 'two', which is not among the "
+                                                                    'runs before it: none')])
+def test_studies_that_cannot_be(runs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_study(write_study(tmp_path, **runs))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no study at .*nowhere.py'):
+        read_study(tmp_path / 'nowhere.py')
+    path = write_study(tmp_path, **CHAIN)
+    (tmp_path / 'b.py').unlink()
+    with pytest.raises(FileNotFoundError, match=r"run 'two' needs .*b\.py, which does not exist"):
+        read_study(path)
+
+
+def test_where_a_run_starts_and_how_long_it_is(tmp_path):
+    study = Study(write_study(tmp_path, **CHAIN), tmp_path / 'out.json', None, 1)
+    (tmp_path / 'b.py').write_text("param_scheduler = dict(type='PolyLR', end=9)\n")
+    study.records = {'one/seed1': dict(checkpoint='iter_3.pth'), 'two/seed1': dict(checkpoint='iter_5.pth')}
+    assert study.options(('one', 1)) == {}
+    start = 'model.backbone.init_cfg.checkpoint'
+    assert study.options(('two', 1)) == {
+        start: 'work_dirs/study/one/seed1/iter_3.pth', 'train_cfg.max_iters': 5, 'train_cfg.val_interval': 5,
+        'default_hooks.checkpoint.interval': 5, 'param_scheduler.end': 5}
+    assert study.options(('three', 1)) == {start: 'work_dirs/study/two/seed1/iter_5.pth', 'model.layers': [0, 1]}
+
+
+@pytest.mark.parametrize('jobs', [1, 2, 3])
+def test_order_records_and_failures(jobs, tmp_path, capsys):
+    path, out = write_study(tmp_path, **CHAIN), tmp_path / 'results/out.json'
+    trained = []
+
+    def train(study: Study, broken: tuple = ()):
+        def result(run):
+            before = study.before(run)
+            assert before is None or study.key(before) in json.loads(out.read_text())  # recorded before it is used
+            trained.append(run)
+            if run in broken:
+                raise RuntimeError(f'{study.key(run)} failed; it says why')
+            return dict(scores=[dict(step=1, score=0.5)], minutes=1.0)
+        return result
+
+    study = Study(path, out, None, 1)
+    study.train = train(study, broken=(('two', 0),))
+    assert study.run(wanted(study.plan, [0, 1], []), jobs) == 2  # two, and three that comes after it
+    assert set(trained) == {(name, seed) for name in CHAIN for seed in (0, 1)} - {('three', 0)}
+    said = capsys.readouterr()
+    assert 'two/seed0 failed; it says why' in said.err
+    assert 'three/seed0: skipped, what it comes after failed' in said.out
+    assert 'other/seed1: score 0.5 (1.0 min' in said.out
+    assert len(json.loads(out.read_text())) == 6
+
+    trained.clear()
+    study = Study(path, out, None, 1)
+    study.train = train(study)
+    assert study.run(wanted(study.plan, [0, 1], []), jobs) == 0
+    assert trained == [('two', 0), ('three', 0)]  # nothing else again
+    assert '8 runs, 6 of them recorded' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['AttentionAlignment', 'FeatureAlignment'])
+def test_training_cost(kind):
+    """Counted by hand: a product costs as much again for each factor that needs a gradient."""
+    softmax, linear = tiny_vit(), tiny_vit(attention=LINEAR)
+    n, c, d, depth = 1 + 16, 32, 8, 2
+    products = depth * 12 * n * c * c + depth * 2 * n * n * c  # qkv, proj, MLP of ratio 4; softmax attention
+    attention = depth * (2 * n * d * c + n * c)
+    patches = 16 * c * 3 * 8 * 8
+    if kind == 'AttentionAlignment':
+        # The softmax ViT once; linear attentions with both their projections, backwards through proj to qkv's weights.
+        model = dict(backbone=linear)
+        count = products + depth * (4 + 1 + 3) * n * c * c + 3 * attention + 3 * patches
+    else:
+        model = dict(backbone=linear, teacher=softmax)
+        count = products + 3 * (depth * 12 * n * c * c + attention) + 3 * 2 * patches
+    assert training_cost(Config(dict(model=model | dict(type=f'adala_mm.{kind}')))) == count
+
+
+def test_two_stages_for_real(pretrained, tmp_path, monkeypatch):
+    """By the command line, and again: what is recorded is what was run, and is not run twice."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'there/pictures').mkdir(parents=True)
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f'there/pictures/{i}.png'), np.random.default_rng(i).integers(0, 256, (32, 32, 3)))
+    (tmp_path / 'there/pictures/list.txt').write_text('0.png\n1.png\n2.png\n')
+    student = tiny_vit(attention=LINEAR, init_cfg=pretrained)
+    networks = dict(a=dict(backbone=student), b=dict(backbone=student, teacher=tiny_vit(init_cfg=pretrained)))
+    path = write_study(tmp_path, one=dict(config='a', iterations=3), two=dict(config='b', after='one', iterations=2))
+    for name, kind in (('a', 'AttentionAlignment'), ('b', 'FeatureAlignment')):
+        (tmp_path / f'{name}.py').write_text(CONFIG.format(kind=kind, networks=networks[name]))
+    command = ['study.py', str(path), '--data-root', 'there', '--seeds', '4', '--out', 'out.json']
+    monkeypatch.setattr(sys, 'argv', command)
+    main()
+    records = json.loads((tmp_path / 'out.json').read_text())
+    assert set(records) == {'one/seed4', 'two/seed4'}
+    one, two = records['one/seed4'], records['two/seed4']
+    assert (one['seed'], one['iterations'], two['iterations']) == (4, 3, 2)
+    assert one['scores'][-1]['step'] == 3 and two['scores'][-1]['align/rel_error'] > 0
+    assert (two['after'], two['softmax_blocks'], two['linear_blocks']) == ('one/seed4', 0, 2)
+    started = Config.fromfile(tmp_path / 'work_dirs/study/two/seed4/b.py').model.backbone.init_cfg.checkpoint
+    assert started == 'work_dirs/study/one/seed4/iter_3.pth'
+    before = (tmp_path / 'out.json').read_bytes()
+    main()
+    assert (tmp_path / 'out.json').read_bytes() == before

@@ -1,0 +1,101 @@
+"""What a study found: its table, and agreement against the compute that was spent on it, as a picture.
+
+    python tools/study_report.py [--records docs/results/study.json] [--study configs/real/study.yml] \
+        [--png docs/images/study.png]
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from mmengine.config import Config
+
+from adala_mm.utils.pictures import save_figure
+from adala_mm.utils.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = {'align/top1_agreement': ('top-1 agreement (%)', 1), 'align/rel_error': ('relative feature error', 3),
+           'align/cosine': ('cosine', 3), 'knn/accuracy': ('1-NN accuracy (%)', 1)}
+
+
+def chain(records: dict[str, dict], key: str | None) -> list[dict]:
+    """A recorded run and all that it goes back to, the first one first."""
+    return [] if key is None else chain(records, records[key]['after']) + [records[key]]
+
+
+def compute(runs: list[dict], steps: int | None = None) -> float:
+    """Multiply-adds of a chain in training, teacher and student; of its last run, those up to ``steps``."""
+    lengths = [run['iterations'] for run in runs]
+    if steps is not None:
+        lengths[-1] = steps
+    return sum(n * run['batch_size'] * run['training_multiply_adds'] for n, run in zip(lengths, runs, strict=True))
+
+
+def seeds_of(records: dict[str, dict], name: str) -> list[str]:
+    return sorted(key for key in records if key.rpartition('/')[0] == name)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and standard deviation (n - 1) where there is more than one value."""
+    text = f'{statistics.fmean(values):.{digits}f}'
+    return f'{text} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else text
+
+
+def study_table(records: dict[str, dict], labels: dict[str, str]) -> str:
+    """A row for each name of ``labels`` that has records: mean and standard deviation over its seeds."""
+    rows = []
+    for name, label in labels.items():
+        if not (keys := seeds_of(records, name)):
+            continue
+        runs = [records[key] for key in keys]
+        whole = chain(records, keys[0])
+        scores = [spread([run['scores'][-1][metric] for run in runs], digits)
+                  for metric, (_, digits) in COLUMNS.items()]
+        rows.append([label, f'{runs[0]["softmax_blocks"]} / {runs[0]["linear_blocks"]}',
+                     ' + '.join(str(run['iterations']) for run in whole), f'{compute(whole) / 1e12:.0f}', *scores,
+                     str(len(keys))])
+    return markdown_table(['recipe', 'softmax / linear blocks', 'iterations', '10¹² multiply-adds',
+                           *(title for title, _ in COLUMNS.values()), 'seeds'], rows)
+
+
+def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
+    """Agreement after each validation over the compute spent by then: a line a seed, a colour a recipe."""
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axis = figure.subplots()
+    ends = [name for name in labels if not any(run['after'] in seeds_of(records, name) for run in records.values())]
+    for number, name in enumerate(name for name in ends if seeds_of(records, name)):
+        for index, key in enumerate(seeds_of(records, name)):
+            runs, points = chain(records, key), []
+            for length in range(1, len(runs) + 1):
+                points += [(compute(runs[:length], score['step']) / 1e12, score['align/top1_agreement'])
+                           for score in runs[length - 1]['scores'] if score['step'] or length == 1]
+            axis.plot(*zip(*points, strict=True), '.-', color=f'C{number % 10}', ls='-' if number < 10 else '--',
+                      lw=1, label=None if index else labels[name])
+    axis.axhline(100, color='black', lw=0.8)
+    axis.set_xlabel('multiply-adds of teacher and student in training, 10¹²')
+    axis.set_ylabel('top-1 agreement with the teacher (%)')
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def labels_of(study: Path) -> dict[str, str]:
+    return {name: run.get('label', name) for name, run in Config.fromfile(study).runs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--records', type=Path, default=ROOT / 'docs/results/study.json')
+    parser.add_argument('--study', type=Path, default=ROOT / 'configs/real/study.yml')
+    parser.add_argument('--png', type=Path, default=ROOT / 'docs/images/study.png')
+    args = parser.parse_args()
+    records, labels = json.loads(args.records.read_text()), labels_of(args.study)
+    print(study_table(records, labels))
+    draw(args.png, records, labels)
+
+
+if __name__ == '__main__':
+    main()
