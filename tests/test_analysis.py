@@ -66,6 +66,11 @@ def world(tmp_path_factory, sharp_pretrained) -> dict[str, Path]:
                **{key: NORM[key] for key in ('mean', 'std', 'bgr_to_rgb')})
     config('stage3', 'mmseg', type='EncoderDecoder', backbone=student, decode_head=head, data_preprocessor=seg,
            test_cfg=dict(mode='whole'))
+    torch.save(dict(state_dict={f'backbone.{key}': value for key, value in state.items()}
+                    | {'decode_head.conv_seg.bias': torch.zeros(4)}), root / 'tuned.pth')
+    config('task', 'mmseg', type='adala_mm.TaskModelAlignment', task_model='EncoderDecoder', backbone=student,
+           teacher=dict(type='Pretrained', checkpoint=str(root / 'tuned.pth')), decode_head=head,
+           data_preprocessor=seg)
     config('softmax', 'mmseg', type='EncoderDecoder', backbone=teacher, decode_head=head, data_preprocessor=seg)
     config('foreign', type='EncoderDecoder', backbone=dict(type='ResNet', depth=18), decode_head=head)
     config('deeper', type='adala_mm.FeatureAlignment', backbone=student | dict(depth=3), teacher=teacher)
@@ -275,7 +280,7 @@ def test_what_is_no_name(text):
 
 @pytest.mark.parametrize(('student', 'teacher'), [
     ('{stage1}', None), ('{stage2}', None), ('{stage3}:{near}', '{softmax}'), ('{stage3}:{near}', '{stage1}'),
-    ('{stage3}:{near}', '{stage2}')])
+    ('{stage3}:{near}', '{stage2}'), ('{task}:{near}', None), ('{stage3}:{near}', '{task}')])
 def test_every_config_names_the_same_teacher(world, student, teacher, sharp_pretrained):
     found, (own,) = load(world, student, teacher=teacher)
     wanted = torch.load(sharp_pretrained['checkpoint'])

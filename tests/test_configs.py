@@ -93,6 +93,8 @@ def tuned(name: str) -> str:
     if facts['stage'] == 'stage1':
         return r'blocks\.\d+\.attn\.' + (
             r'feature_map\.[qk]' if lolcats or '_native' in facts['changes'] else r'(?!proj\.).+')
+    if facts['stage'] == 'linear' and facts['dataset'] == 'camvid':  # frozen, but for what a linear head could do
+        return r'norm\..+'
     return r'blocks\.\d+\.attn\.lora\..+' if lolcats else '.+'
 
 
@@ -434,6 +436,7 @@ PREVIOUS = {
     'teacher_demo_beacons': set(),
     'stage2_deitt_caltech': {'stage1_deitt_caltech'},
     'mask2former_deitt_camvid': {'stage2_deitt_caltech'},
+    'linear_deitt_camvid': {'stage2_deitt_caltech'},
     'stage1_deitt_task_camvid': {'mask2former_deitt_softmax_camvid'},
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
     'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
@@ -442,7 +445,8 @@ for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=Tru
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
                                           ('deitt', 'caltech', 'caltech', 'camvid')):
         PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
-        PREVIOUS[f'mask2former_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
+        for _head in ('mask2former', 'linear'):
+            PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
 
 
 def previous(name: str) -> set[str]:

@@ -15,6 +15,7 @@ import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
 from torch.nn import functional as F
 
 from adala_mm import align, linearize
@@ -254,6 +255,16 @@ def test_rank_blocks_from_the_command_line(sharp_pretrained, rank_blocks, tmp_pa
     assert kept['feature_error'] == min(row['feature_error_kept'] for row in found['blocks'])
     assert f'attention=[softmax if i in ({kept["block"]},) else linear for i in range(2)]' in out
     assert '(0 softmax / 2 linear blocks)' in out
+    # Of a finished stage 1 nothing is trained: its errors are those of the weights in the file.
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(config.model)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'stage1.pth')
+    out = run('--measure', '8', '--keep', '1', '--checkpoint', str(tmp_path / 'stage1.pth'), '--json',
+              str(tmp_path / 'still.json'))
+    still = json.loads((tmp_path / 'still.json').read_text())
+    assert still['feature_error']['stage1'] == still['feature_error']['swap'] == found['feature_error']['swap']
+    assert '| aligned |' in out and still['checkpoint'].endswith('stage1.pth') and 'steps' not in still
     for words, message in [(['--measure', '9'], 'has 12 images, and --measure 9 and one batch of 4 need more'),
                            (['--keep', '0'], '--keep must be at least 1, got 0'),
                            (['--cfg-options', 'model.type=adala_mm.FeatureAlignment'], 'is no config of stage 1')]:

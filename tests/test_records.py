@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import pytest
 import torch
 from conftest import ROOT
@@ -16,9 +17,11 @@ from adala_mm.utils import records
 from adala_mm.utils.records import curve, machine, read_scalars
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
-RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json', 'attentions.json')]
+RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json', 'study.json', 'attentions.json')]
 RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json', 'model.json', 'training.json')]
 PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'docs/performance.md', 'configs/baselines/README.md')]
+
+sys.path.insert(0, str(ROOT / 'tools'))  # where tools find each other
 
 
 def tool(name: str):
@@ -175,7 +178,9 @@ def tables(tmp_path, monkeypatch):
                    'checkpoint': 'iter_400.pth', 'machine': MACHINE} for name, rows in scores.items()}
     (root / 'docs/results/real.json').write_text(json.dumps(runs))
     (root / 'README.md').write_text(marked('demo', 'configs'))
-    (root / 'docs/results.md').write_text(marked('real_alignment', 'real_camvid'))
+    write_study(root)
+    (root / 'docs/results.md').write_text(marked('real_alignment', 'real_camvid', 'study_alignment',
+                                                 'study_segmentation'))
     cost = dict(ms=4.0, mib=8.0, gmac=1.0, parameters=0)
     row = dict(name='AAttention', seed=0, miou=[10.0, 20.0, 30.0], rel_error=[1.0, 0.5, 0.25])
     (root / 'docs/results/attentions.json').write_text(json.dumps(
@@ -190,6 +195,49 @@ def tables(tmp_path, monkeypatch):
 
 
 BENCHMARKS = ('speed_attention', 'speed_model', 'speed_training', 'memory_by_depth')
+
+
+def write_study(root) -> None:
+    """Records of two seeds of a stage 1 and of its stage 2, of one seed of a head, and none of the last run."""
+    shared = dict(batch_size=2, machine=MACHINE | dict(threads=1), softmax_blocks=1, linear_blocks=11)
+
+    def run(agreement: float, after: str | None, iterations: int) -> dict:
+        scores = [alignment(0, 1.0, 1.5), alignment(iterations, agreement, 0.5)]
+        for row in scores:
+            row['knn/accuracy'] = agreement / 2
+        return shared | dict(scores=scores, after=after, iterations=iterations, training_multiply_adds=10 ** 12)
+
+    records = {f'one/seed{seed}': run(20.0 + 2 * seed, None, 10) for seed in (0, 1)}
+    records |= {f'two/seed{seed}': run(60.0 + 2 * seed, f'one/seed{seed}', 30) for seed in (0, 1)}
+    records['head/seed0'] = shared | dict(scores=[dict(mIoU=43.21, aAcc=87.65, step=7)], after='two/seed0',
+                                          iterations=7, training_multiply_adds=None)
+    (root / 'docs/results/study.json').write_text(json.dumps(records))
+    (root / 'configs/real').mkdir(parents=True)
+    (root / 'configs/real/study.yml').write_text(
+        'runs:\n  one: {config: a, label: first}\n  two: {config: b, after: one, label: both}\n'
+        '  head: {config: c, after: two}\n  later: {config: b, after: two}\n')
+
+
+def test_tables_of_a_study(tables):
+    rows = tables.TABLES['study_alignment']().splitlines()
+    assert len(rows) == 2 + 2 + 2  # head, two recipes, a line about the machine
+    same = '0.500 ± 0.000 | 0.750 ± 0.000'
+    assert rows[2] == f'| first | 1 / 11 | 10 | 20.0 | 21.0 ± 1.4 | {same} | 10.5 ± 0.7 | 2 |'
+    assert rows[3] == f'| both | 1 / 11 | 10 + 30 | 80.0 | 61.0 ± 1.4 | {same} | 30.5 ± 0.7 | 2 |'
+    rows = tables.TABLES['study_segmentation']().splitlines()
+    assert rows[2:-2] == ['| head | 1 / 11 | 10 + 30 + 7 | 43.21 | 87.65 | 1 |']
+
+
+def test_picture_of_a_study(tables, tmp_path, monkeypatch, capsys):
+    module, png = tool('study_report'), tmp_path / 'pictures/study.png'
+    monkeypatch.setattr(sys, 'argv', ['study_report.py', '--records', str(tables.ROOT / 'docs/results/study.json'),
+                                      '--study', str(tables.ROOT / 'configs/real/study.yml'), '--png', str(png)])
+    module.main()
+    assert '| both |' in capsys.readouterr().out
+    picture = cv2.imread(str(png)).astype(int)
+    first, second = (31, 119, 180)[::-1], (255, 127, 14)[::-1]  # matplotlib's first colours
+    assert (abs(picture - first).sum(-1) < 30).sum() > 50  # stage 2, which goes on from stage 1
+    assert (abs(picture - second).sum(-1) < 30).sum() == 0  # nothing else is drawn
 
 
 def write_benchmarks(folder) -> None:

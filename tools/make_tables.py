@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from study_report import ALIGNMENT, SEGMENTATION, labels_of, table
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
@@ -48,6 +49,15 @@ def real_alignment() -> str:
         *[row(f'stage 1 + 2, iteration {s["step"]}', '0 / 12', s, two if s is two['scores'][-1] else None)
           for s in two['scores'][1:]],
     ]) + footnote(two)
+
+
+def study(columns: dict[str, tuple[str, int]]) -> str:
+    records = json.loads((ROOT / 'docs/results/study.json').read_text())
+    machines = [run['machine'] for run in records.values()]
+    m, commits = machines[0], dict.fromkeys(m['commit'] for m in machines)
+    return table(records, labels_of(ROOT / 'configs/real/study.yml'), columns) + (
+        f'\n\nMean ± standard deviation over the seeds. {m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, '
+        f'Python {m["python"]}, torch {m["torch"]}, recorded at commits {", ".join(commits)}.')
 
 
 def real_camvid() -> str:
@@ -113,7 +123,8 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
 
 
 TABLES = dict(demo=demo, layers=layers, attentions=attentions, real_alignment=real_alignment, real_camvid=real_camvid,
-              configs=configs, speed_attention=lambda: benchmark('attention', attention_speed_table),
+              study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION), configs=configs,
+              speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
               memory_by_depth=lambda: benchmark('training', depth_table))

@@ -34,6 +34,11 @@ KEYS = ('config', 'after', 'iterations', 'options', 'label')
 Run = tuple[str, int]  # name, seed
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def training_cost(config: Config) -> int | None:
     """Multiply-adds that one image costs an alignment in training: teacher, student, backward pass.
 
@@ -152,6 +157,8 @@ class Study:
             training_multiply_adds=training_cost(config))
 
     def keep(self, run: Run, result: dict) -> None:
+        if self.out.exists():  # another process may have run other parts of the study
+            self.records = json.loads(self.out.read_text()) | self.records
         self.records[self.key(run)] = result
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out, (json.dumps(self.records, indent=1, sort_keys=True) + '\n').encode())
@@ -205,7 +212,7 @@ def main() -> None:
     if args.jobs < 1:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
     try:
-        study = Study(args.study, args.out, args.data_root, max(1, (os.cpu_count() or 1) // args.jobs))
+        study = Study(args.study, args.out, args.data_root, max(1, cores() // args.jobs))
         runs = wanted(study.plan, args.seeds or list(study.plan.seeds), args.only)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

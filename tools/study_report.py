@@ -17,8 +17,9 @@ from adala_mm.utils.pictures import save_figure
 from adala_mm.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = {'align/top1_agreement': ('top-1 agreement (%)', 1), 'align/rel_error': ('relative feature error', 3),
-           'align/cosine': ('cosine', 3), 'knn/accuracy': ('1-NN accuracy (%)', 1)}
+ALIGNMENT = {'align/top1_agreement': ('top-1 agreement (%)', 1), 'align/rel_error': ('relative feature error', 3),
+             'align/cosine': ('cosine', 3), 'knn/accuracy': ('1-NN accuracy (%)', 1)}
+SEGMENTATION = {'mIoU': ('mIoU', 2), 'aAcc': ('pixel accuracy', 2)}
 
 
 def chain(records: dict[str, dict], key: str | None) -> list[dict]:
@@ -44,25 +45,32 @@ def spread(values: list[float], digits: int) -> str:
     return f'{text} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else text
 
 
-def study_table(records: dict[str, dict], labels: dict[str, str]) -> str:
-    """A row for each name of ``labels`` that has records: mean and standard deviation over its seeds."""
-    rows = []
+def table(records: dict[str, dict], labels: dict[str, str], columns: dict[str, tuple[str, int]]) -> str:
+    """A row for each name of ``labels`` with records that have the scores of ``columns``: mean and spread of its seeds.
+
+    Where all runs are alignments, the row says what they cost in training.
+    """
+    rows, priced = [], 'align/rel_error' in columns
     for name, label in labels.items():
-        if not (keys := seeds_of(records, name)):
+        runs = [records[key] for key in seeds_of(records, name)]
+        if not runs or not set(columns) <= set(runs[0]['scores'][-1]):
             continue
-        runs = [records[key] for key in keys]
-        whole = chain(records, keys[0])
+        whole = chain(records, seeds_of(records, name)[0])
         scores = [spread([run['scores'][-1][metric] for run in runs], digits)
-                  for metric, (_, digits) in COLUMNS.items()]
+                  for metric, (_, digits) in columns.items()]
         rows.append([label, f'{runs[0]["softmax_blocks"]} / {runs[0]["linear_blocks"]}',
-                     ' + '.join(str(run['iterations']) for run in whole), f'{compute(whole) / 1e12:.0f}', *scores,
-                     str(len(keys))])
-    return markdown_table(['recipe', 'softmax / linear blocks', 'iterations', '10¹² multiply-adds',
-                           *(title for title, _ in COLUMNS.values()), 'seeds'], rows)
+                     ' + '.join(str(run['iterations']) for run in whole),
+                     *([f'{compute(whole) / 1e12:.1f}'] if priced else []), *scores, str(len(runs))])
+    return markdown_table(['recipe', 'softmax / linear blocks', 'iterations', *['10¹² multiply-adds'] * priced,
+                           *(title for title, _ in columns.values()), 'seeds'], rows)
 
 
 def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
-    """Agreement after each validation over the compute spent by then: a line a seed, a colour a recipe."""
+    """Agreement after each validation over the compute spent by then: a line a seed, a colour a recipe.
+
+    Recipes are the alignments that no other alignment goes on from.
+    """
+    records = {key: run for key, run in records.items() if 'align/top1_agreement' in run['scores'][-1]}
     figure = Figure(figsize=(7, 4), layout='constrained')
     axis = figure.subplots()
     ends = [name for name in labels if not any(run['after'] in seeds_of(records, name) for run in records.values())]
@@ -93,7 +101,7 @@ def main() -> None:
     parser.add_argument('--png', type=Path, default=ROOT / 'docs/images/study.png')
     args = parser.parse_args()
     records, labels = json.loads(args.records.read_text()), labels_of(args.study)
-    print(study_table(records, labels))
+    print(table(records, labels, ALIGNMENT), table(records, labels, SEGMENTATION), sep='\n\n')
     draw(args.png, records, labels)
 
 

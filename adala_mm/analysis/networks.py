@@ -18,6 +18,7 @@ from adala_mm.utils.cli import load_config
 
 SPEC = re.compile(r'(?:(?P<name>[^=/:]+)=)?(?P<config>.+?\.(?:py|json|ya?ml))(?::(?P<checkpoint>.+))?')
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
+STAGES = ('AttentionAlignment', 'FeatureAlignment', 'TaskModelAlignment')  # what learns from a teacher in its config
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def teacher_config(cfg: Config) -> Config | None:
         cfg.model.backbone = cfg.model.teacher
     elif kind == 'AttentionAlignment':
         cfg.model.backbone.update(attention=SOFTMAX, trainable=None)
+    elif kind == 'TaskModelAlignment':  # the backbone of the fine-tuned model
+        cfg.model.backbone.update(attention=SOFTMAX, trainable=None, init_cfg=cfg.model.teacher)
     else:
         attention = (model.get('backbone') or {}).get('attention')
         layers = [attention] if isinstance(attention, dict) else attention or []
@@ -116,7 +119,7 @@ def teacher_config(cfg: Config) -> Config | None:
 
 
 def is_stage(cfg: Config) -> bool:
-    return str((cfg.get('model') or {}).get('type')).endswith(('AttentionAlignment', 'FeatureAlignment'))
+    return str((cfg.get('model') or {}).get('type')).endswith(STAGES)
 
 
 def load_networks(teacher: Spec | None, students: Sequence[Spec], args: argparse.Namespace,
@@ -139,7 +142,7 @@ def load_networks(teacher: Spec | None, students: Sequence[Spec], args: argparse
             if is_stage(cfg) and (own := teacher_config(cfg)):
                 found.setdefault(str((own.model.backbone.get('init_cfg') or {}).get('checkpoint')), (spec, own))
         if len(found) != 1:
-            what = f'different teachers ({", ".join(found)})' if found else 'none: no config is of stage 1 or 2'
+            what = f'different teachers ({", ".join(found)})' if found else 'none: no config is of an alignment'
             raise ValueError(f'one teacher is needed, and these students name {what}. Say --teacher '
                              'CONFIG[:CHECKPOINT]')
         (spec, cfg), = found.values()

@@ -6,4 +6,4 @@ with read_base():
     from .._base_.retained.deitt import *
 
 model['backbone'].update(
-    attention=[dict(type='adala_mm.SoftmaxAttention') if i in retained else plus_attention for i in range(12)])
+    attention=[dict(type='adala_mm.SoftmaxAttention') if i in retained_plus else plus_attention for i in range(12)])

@@ -6,6 +6,6 @@ with read_base():
     from .._base_.retained.deitt import *
 
 model['backbone'].update(
-    attention=[dict(type='adala_mm.SoftmaxAttention') if i in retained else plus_attention for i in range(12)])
+    attention=[dict(type='adala_mm.SoftmaxAttention') if i in retained_plus else plus_attention for i in range(12)])
 model['backbone'].update(
     init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_deitt_plus_retain2_caltech/iter_200.pth'))

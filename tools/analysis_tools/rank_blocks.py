@@ -1,13 +1,14 @@
 """Which blocks lose most by linear attention, and which are best kept softmax: measured, not guessed.
 
     python tools/analysis_tools/rank_blocks.py configs/adala/stage1_dinov2l_coco.py --images DIR \
-        [--keep 2] [--steps 50] [--batch-size 8] [--measure 32] [--json OUT.json]
+        [--keep 2] [--steps 50 | --checkpoint STAGE1.pth] [--batch-size 8] [--measure 32] [--json OUT.json]
 
 CONFIG is one of stage 1. Every block's relative error of the attention output, ||linear - softmax|| / ||softmax||, is
-measured when linear attention is put in, and again after a short stage 1. Then, with those attentions, the relative
-error of the network's final features: with all of them linear, with each block softmax in turn, and with blocks made
-softmax one after the other, each time the one that leaves the smallest error. What stage 2 would repair is not known to
-it: --images should show what the model is for, and the gain of a block counts, not its error.
+measured when linear attention is put in, and again after a short stage 1, or with the weights of a finished one. Then,
+with those attentions, the relative error of the network's final features: with all of them linear, with each block
+softmax in turn, and with blocks made softmax one after the other, each time the one that leaves the smallest error.
+What stage 2 would repair is not known to it: --images should show what the model is for, and the gain of a block
+counts, not its error.
 
 Images are drawn from DIR, searched recursively, brought to the config's size; those that are measured are not trained
 on. The optimizer is the config's.
@@ -26,6 +27,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor
 
 from adala_mm.models.algorithms import AttentionAlignment
+from adala_mm.utils.checkpoint import read_state_dict
 from adala_mm.utils.cli import base_parser, load_config
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import save
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument('--images', required=True, help='folder with images, searched recursively')
     parser.add_argument('--keep', type=int, default=2, help='how many blocks to keep softmax (2)')
     parser.add_argument('--steps', type=int, default=50, help='steps of stage 1 before the second measurement (50)')
+    parser.add_argument('--checkpoint', help='of the config, its stage 1 finished: no steps are taken')
     parser.add_argument('--batch-size', type=int, default=8, help='images a step (8)')
     parser.add_argument('--measure', type=int, default=32, help='images to measure on (32)')
     parser.add_argument('--json', type=Path, help='also write the measurements here')
@@ -128,6 +131,7 @@ def main() -> None:
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         size = model.backbone.pos_grid[0] * model.backbone.patch_size
         images = draw_images(args.images, size, args.measure + args.steps * args.batch_size)
+    trained = args.checkpoint and read_state_dict(args.checkpoint)
     if len(images) < args.measure + args.batch_size:
         parser.error(f'{args.images} has {len(images)} images, and --measure {args.measure} and one batch of '
                      f'{args.batch_size} need more')
@@ -139,9 +143,12 @@ def main() -> None:
     ranking = Ranking(model, [normalised(held_out[i:i + args.batch_size])
                               for i in range(0, args.measure, args.batch_size)])
     swapped, swapped_features = ranking.block_errors(), ranking.feature_error()
-    endless = cycle(train)
+    endless, stage1 = cycle(train), f'after {args.steps} steps'
     model.train()
-    for _ in range(args.steps):
+    if trained:
+        stage1 = 'aligned'
+        model.load_state_dict(trained)
+    for _ in range(0 if trained else args.steps):
         model.train_step(dict(inputs=list(islice(endless, args.batch_size))), wrapper)
     aligned, features = ranking.block_errors(), ranking.feature_error()
     alone = {i: ranking.feature_error([i]) for i in ranking.linear}
@@ -149,12 +156,12 @@ def main() -> None:
 
     gains = {i: features - alone[i] for i in alone}
     print(markdown_table(
-        ['block', 'error: swap', f'after {args.steps} steps', 'feature error with it softmax', 'gain'],
+        ['block', 'error: swap', stage1, 'feature error with it softmax', 'gain'],
         [[str(i), f'{swapped[i]:.3f}', f'{aligned[i]:.3f}', f'{alone[i]:.4f}', f'{gains[i]:+.4f}']
          for i in sorted(gains, key=lambda i: -gains[i])]))
     depth = len(model.backbone.blocks)
     kept = {i for i in range(depth) if i not in ranking.linear}
-    print(f'\nfeature error: swap {swapped_features:.4f}, after {args.steps} steps {features:.4f} '
+    print(f'\nfeature error: swap {swapped_features:.4f}, {stage1} {features:.4f} '
           f'({len(kept)} softmax / {depth - len(kept)} linear blocks)')
     for i, error in chosen:
         kept.add(i)
@@ -162,7 +169,8 @@ def main() -> None:
     print('attention=[softmax if i in ' + f'{tuple(sorted(kept))} else linear for i in range({depth})]')
     if args.json:
         save(args.json, dict(
-            config=Path(args.config).stem, images=len(held_out), steps=args.steps, batch_size=args.batch_size,
+            config=Path(args.config).stem, images=len(held_out), batch_size=args.batch_size,
+            **(dict(checkpoint=args.checkpoint) if trained else dict(steps=args.steps)),
             feature_error=dict(swap=swapped_features, stage1=features),
             blocks=[dict(block=i, swap=swapped[i], stage1=aligned[i], feature_error_kept=alone[i]) for i in gains],
             kept=[dict(block=i, feature_error=error) for i, error in chosen]))
