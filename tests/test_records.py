@@ -71,6 +71,23 @@ def test_the_newest_log_counts(run):
     assert read_scalars(run) == [trained(40, 0.1)]
 
 
+def test_a_run_that_was_taken_up_again_is_one_run(run):
+    """Rows that a resumed start logged again count once, as logged last; a start that is no resumption begins anew."""
+    def start(stamp: str, config: str, *rows: dict) -> None:
+        write_log(run, *rows, stamp=stamp)
+        (run / stamp / 'vis_data/config.py').write_text(config)
+
+    start('20260101_000001', 'x = 1\nresume = True\n', trained(30, 0.2), scored(30, mIoU=61.0), trained(40, 0.1))
+    start('20260101_000002', 'resume = True\n', scored(40, mIoU=70.0))
+    rows = read_scalars(run)
+    assert [(row['step'], row.get('loss', row.get('mIoU'))) for row in rows] == [
+        (0, 5.0), (10, 0.9), (20, 0.5), (30, 0.2), (30, 61.0), (40, 0.1), (40, 70.0)]
+    start('20260101_000003', 'resume = False\n', trained(10, 0.8))
+    assert read_scalars(run) == [trained(10, 0.8)]
+    start('20260101_000004', 'resume = True\n', trained(20, 0.4))
+    assert [row['step'] for row in read_scalars(run)] == [10, 20]
+
+
 def test_no_log_is_an_error_that_names_the_folder(tmp_path):
     (tmp_path / 'run/20260101_000000/vis_data').mkdir(parents=True)
     for run in (tmp_path / 'run', tmp_path / 'absent'):

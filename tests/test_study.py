@@ -87,7 +87,8 @@ def test_where_a_run_starts_and_how_long_it_is(tmp_path):
 
 
 @pytest.mark.parametrize('jobs', [1, 2, 3])
-def test_order_records_and_failures(jobs, tmp_path, capsys):
+def test_order_records_and_failures(jobs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     path, out = write_study(tmp_path, **CHAIN), tmp_path / 'results/out.json'
     trained = []
 
@@ -97,8 +98,10 @@ def test_order_records_and_failures(jobs, tmp_path, capsys):
             assert before is None or study.key(before) in json.loads(out.read_text())  # recorded before it is used
             trained.append(run)
             if run in broken:
-                raise RuntimeError(f'{study.key(run)} failed; it says why')
-            return dict(scores=[dict(step=1, score=0.5)], minutes=1.0)
+                raise RuntimeError('it says why')
+            study.work_dir(run).mkdir(parents=True, exist_ok=True)
+            (study.work_dir(run) / 'last.pth').touch()
+            return dict(scores=[dict(step=1, score=0.5)], minutes=1.0, checkpoint='last.pth')
         return result
 
     study = Study(path, out, None, 1)
@@ -106,7 +109,7 @@ def test_order_records_and_failures(jobs, tmp_path, capsys):
     assert study.run(wanted(study.plan, [0, 1], []), jobs) == 2  # two, and three that comes after it
     assert set(trained) == {(name, seed) for name in CHAIN for seed in (0, 1)} - {('three', 0)}
     said = capsys.readouterr()
-    assert 'two/seed0 failed; it says why' in said.err
+    assert 'two/seed0: RuntimeError: it says why' in said.err
     assert 'three/seed0: skipped, what it comes after failed' in said.out
     assert 'other/seed1: score 0.5 (1.0 min' in said.out
     assert len(json.loads(out.read_text())) == 6
@@ -117,6 +120,17 @@ def test_order_records_and_failures(jobs, tmp_path, capsys):
     assert study.run(wanted(study.plan, [0, 1], []), jobs) == 0
     assert trained == [('two', 0), ('three', 0)]  # nothing else again
     assert '8 runs, 6 of them recorded' in capsys.readouterr().out
+
+    # Weights that a run starts from are made again if they are gone, those that nobody asks for are not.
+    trained.clear()
+    study = Study(path, out, None, 1)
+    study.train = train(study)
+    for gone in ('one/seed0', 'two/seed0', 'one/seed1', 'other/seed1'):
+        (tmp_path / 'work_dirs/study' / gone / 'last.pth').unlink()
+    del study.records['three/seed0']
+    assert study.run(wanted(study.plan, [0, 1], []), jobs) == 0
+    assert trained == [('one', 0), ('two', 0), ('three', 0)]
+    assert 'one/seed0: recorded, but work_dirs/study/one/seed0/last.pth is not there' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('kind', ['AttentionAlignment', 'FeatureAlignment'])
@@ -135,6 +149,11 @@ def test_training_cost(kind):
         model = dict(backbone=linear, teacher=softmax)
         count = products + 3 * (depth * 12 * n * c * c + attention) + 3 * 2 * patches
     assert training_cost(Config(dict(model=model | dict(type=f'adala_mm.{kind}')))) == count
+
+
+@pytest.mark.parametrize('kind', ['EncoderDecoder', 'mmseg.EncoderDecoder', 'adala_mm.TaskModelAlignment'])
+def test_what_is_no_alignment_of_features_has_no_price(kind):
+    assert training_cost(Config(dict(model=dict(type=kind)))) is None
 
 
 def test_two_stages_for_real(pretrained, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@
 The study file names ``runs``, each with a ``config`` of the folder that the study is in, and perhaps with the run that
 it comes ``after`` and starts from, a number of ``iterations``, ``options`` as of --cfg-options, and a ``label``.
 ``seeds`` and ``amp`` are for all. A run's work dir is ``work_dirs/study/<name>/seed<n>``. What is finished is recorded
-in ``--out`` at once, which keeps the records that it has; recorded runs are not run again.
+in ``--out`` at once, which keeps the records that it has. Recorded runs are not run again, unless another one starts
+from weights that are no longer there.
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import torch
 from mmengine.config import Config
 from record_runs import record
 
+from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cost import multiply_adds
@@ -45,9 +47,10 @@ def training_cost(config: Config) -> int | None:
     Convolutions count three times what they cost forwards: of the backward pass of depth-wise ones PyTorch's counter
     makes too much, as if they were dense.
     """
-    model = MODELS.build(config.model)
-    if not hasattr(model, 'teacher_ready'):
+    kind = MODELS.get(config.model.type)
+    if kind is None or not issubclass(kind, Alignment):  # heads of mmseg are none of ours
         return None
+    model = MODELS.build(config.model)
     model.train().teacher_ready = True  # what anything costs does not depend on the weights
     vit = model.backbone
     images = torch.randn(1, 3, *(cells * vit.patch_size for cells in vit.pos_grid))
@@ -117,8 +120,7 @@ class Study:
         """Config entries of this run alone: where it starts, and how long it is."""
         options = dict(self.plan.runs[run[0]].get('options', {}))
         if before := self.before(run):
-            options['model.backbone.init_cfg.checkpoint'] = str(
-                self.work_dir(before) / self.records[self.key(before)]['checkpoint'])
+            options['model.backbone.init_cfg.checkpoint'] = str(self.weights(before))
         if iterations := self.plan.runs[run[0]].get('iterations'):
             names = ['train_cfg.max_iters', 'train_cfg.val_interval', 'default_hooks.checkpoint.interval']
             schedule = Config.fromfile(self.config(run)).get('param_scheduler')
@@ -146,7 +148,7 @@ class Study:
                                   env=os.environ | threads)
         if done.returncode:
             said = (folder / 'output.txt').read_text().rstrip()
-            raise RuntimeError(f'{self.key(run)} failed; {folder / "output.txt"} ends with\n{said[-1500:]}')
+            raise RuntimeError(f'training failed, and {folder / "output.txt"} ends with\n{said[-1500:]}')
         minutes = round((time.monotonic() - start) / 60, 1)
         before, config = self.before(run), Config.fromfile(next(folder.glob('*.py')))  # as it ran
         vit = MODELS.build(config.model.backbone)
@@ -163,9 +165,21 @@ class Study:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out, (json.dumps(self.records, indent=1, sort_keys=True) + '\n').encode())
 
+    def outstanding(self, runs: list[Run]) -> list[Run]:
+        """Those of ``runs`` that are not recorded, and those that they start from if the weights are not there."""
+        todo = {run for run in runs if self.key(run) not in self.records}
+        for run in list(todo):
+            while (run := self.before(run)) and run not in todo and not self.weights(run).exists():
+                print(f'{self.key(run)}: recorded, but {self.weights(run)} is not there')
+                todo.add(run)
+        return [run for run in runs if run in todo]
+
+    def weights(self, run: Run) -> Path:
+        return self.work_dir(run) / self.records[self.key(run)]['checkpoint']
+
     def run(self, runs: list[Run], jobs: int) -> int:
-        """Runs what is not recorded yet, ``jobs`` at a time; returns how many failed or had nothing to start from."""
-        todo = [run for run in runs if self.key(run) not in self.records]
+        """Runs what is outstanding, ``jobs`` at a time; returns how many failed or had nothing to start from."""
+        todo = self.outstanding(runs)
         print(f'{len(runs)} runs, {len(runs) - len(todo)} of them recorded in {self.out}')
         count, failed, running = 0, set(), {}
         with ThreadPoolExecutor(jobs) as pool:
@@ -175,7 +189,7 @@ class Study:
                         failed.add(run)
                         todo.remove(run)
                         print(f'{self.key(run)}: skipped, what it comes after failed', flush=True)
-                ready = [run for run in todo if (b := self.before(run)) is None or self.key(b) in self.records]
+                ready = [run for run in todo if self.before(run) not in [*todo, *running.values()]]
                 for run in ready[:jobs - len(running)]:
                     todo.remove(run)
                     running[pool.submit(self.train, run)] = run
@@ -191,8 +205,8 @@ class Study:
     def finish(self, run: Run, future: Future, progress: str) -> bool:
         try:
             result = future.result()
-        except RuntimeError as error:
-            print(f'{error}\n({progress})', file=sys.stderr, flush=True)
+        except Exception as error:  # whatever it is, the other runs go on
+            print(f'{self.key(run)}: {type(error).__name__}: {error}\n({progress})', file=sys.stderr, flush=True)
             return False
         self.keep(run, result)
         scores = ', '.join(f'{key} {value:.4g}' for key, value in result['scores'][-1].items() if key != 'step')
@@ -213,7 +227,7 @@ def main() -> None:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
     try:
         study = Study(args.study, args.out, args.data_root, max(1, cores() // args.jobs))
-        runs = wanted(study.plan, args.seeds or list(study.plan.seeds), args.only)
+        runs = wanted(study.plan, list(dict.fromkeys(args.seeds or study.plan.seeds)), args.only)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     if failed := study.run(runs, args.jobs):

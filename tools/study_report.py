@@ -77,11 +77,12 @@ def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
     for number, name in enumerate(name for name in ends if seeds_of(records, name)):
         for index, key in enumerate(seeds_of(records, name)):
             runs, points = chain(records, key), []
-            for length in range(1, len(runs) + 1):
-                points += [(compute(runs[:length], score['step']) / 1e12, score['align/top1_agreement'])
-                           for score in runs[length - 1]['scores'] if score['step'] or length == 1]
-            axis.plot(*zip(*points, strict=True), '.-', color=f'C{number % 10}', ls='-' if number < 10 else '--',
-                      lw=1, label=None if index else labels[name])
+            for last in range(1, len(runs) + 1):
+                points += [(compute(runs[:last], score['step']) / 1e12, score['align/top1_agreement'])
+                           for score in runs[last - 1]['scores'] if score['step'] or last == 1]
+            length = ' + '.join(str(run['iterations']) for run in runs)
+            axis.plot(*zip(*points, strict=True), marker='.', color=f'C{number % 10}', ls='-' if number < 10 else '--',
+                      lw=1, label=None if index else f'{labels[name]}, {length}')
     axis.axhline(100, color='black', lw=0.8)
     axis.set_xlabel('multiply-adds of teacher and student in training, 10¹²')
     axis.set_ylabel('top-1 agreement with the teacher (%)')

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,17 +25,37 @@ def newest_log(run: str | Path) -> Path:
     return logs[-1]
 
 
-def read_scalars(run: str | Path) -> list[dict]:
-    """All logged scalars of a run's newest log, in order; each has a ``step``.
+def logs_of_run(run: str | Path) -> list[Path]:
+    """The newest log, and those before it that it goes on from, the oldest first: each start of a run has its own.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
     """
-    return [json.loads(line) for line in newest_log(run).read_text().splitlines()]
+    logs = [newest_log(run)]
+    older = sorted(Path(run).glob('*/vis_data/scalars.json'))[:-1]
+    while older and resumed(logs[0]):
+        logs.insert(0, older.pop())
+    return logs
+
+
+def resumed(log: Path) -> bool:
+    config = log.with_name('config.py')
+    return config.exists() and re.search(r'^resume = True', config.read_text(), re.MULTILINE) is not None
+
+
+def read_scalars(run: str | Path) -> list[dict]:
+    """All that a run logged, in order; each row has a ``step``. What was done again after a restart counts once.
+
+    Raises:
+        FileNotFoundError: if the folder holds no log.
+    """
+    rows = [json.loads(line) for log in logs_of_run(run) for line in log.read_text().splitlines()]
+    latest = {(row['step'], 'loss' in row): row for row in rows}
+    return sorted(latest.values(), key=lambda row: (row['step'], 'loss' not in row))
 
 
 def read_scores(run: str | Path) -> list[dict]:
-    """The validations of a run's newest log, in order: their ``step`` and scores, without timings."""
+    """The validations of a run, in order: their ``step`` and scores, without timings."""
     return [{k: v for k, v in row.items() if k not in LOGGED_BESIDE_SCORES} | dict(step=row['step'])
             for row in read_scalars(run) if 'loss' not in row]
 
