@@ -259,11 +259,15 @@ def test_rank_blocks_from_the_command_line(sharp_pretrained, rank_blocks, tmp_pa
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(config.model)
     model.init_weights()
+    torch.nn.init.zeros_(model.backbone.blocks[0].attn.qkv.weight)
+    torch.nn.init.zeros_(model.backbone.blocks[0].attn.qkv.bias)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'stage1.pth')
-    out = run('--measure', '8', '--keep', '1', '--checkpoint', str(tmp_path / 'stage1.pth'), '--json',
-              str(tmp_path / 'still.json'))
+    out = run('--measure', '12', '--keep', '1', '--checkpoint', str(tmp_path / 'stage1.pth'), '--json',
+              str(tmp_path / 'still.json'))  # no image is left for training
     still = json.loads((tmp_path / 'still.json').read_text())
-    assert still['feature_error']['stage1'] == still['feature_error']['swap'] == found['feature_error']['swap']
+    bias = model.backbone.blocks[0].attn.proj.bias.norm() > 0  # the output of a block that reads nothing is its bias
+    assert bias and still['blocks'][0]['stage1'] != still['blocks'][0]['swap']
+    assert still['blocks'][1]['stage1'] == still['blocks'][1]['swap']  # which reads what the teacher's reads
     assert '| aligned |' in out and still['checkpoint'].endswith('stage1.pth') and 'steps' not in still
     for words, message in [(['--measure', '9'], 'has 12 images, and --measure 9 and one batch of 4 need more'),
                            (['--keep', '0'], '--keep must be at least 1, got 0'),

@@ -216,7 +216,7 @@ BENCHMARKS = ('speed_attention', 'speed_model', 'speed_training', 'memory_by_dep
 
 def write_study(root) -> None:
     """Records of two seeds of a stage 1 and of its stage 2, of one seed of a head, and none of the last run."""
-    shared = dict(batch_size=2, machine=MACHINE | dict(threads=1), softmax_blocks=1, linear_blocks=11)
+    shared = dict(batch_size=2, machine=MACHINE | dict(threads=1, dirty=False), softmax_blocks=1, linear_blocks=11)
 
     def run(agreement: float, after: str | None, iterations: int) -> dict:
         scores = [alignment(0, 1.0, 1.5), alignment(iterations, agreement, 0.5)]
@@ -227,7 +227,8 @@ def write_study(root) -> None:
     records = {f'one/seed{seed}': run(20.0 + 2 * seed, None, 10) for seed in (0, 1)}
     records |= {f'two/seed{seed}': run(60.0 + 2 * seed, f'one/seed{seed}', 30) for seed in (0, 1)}
     records['head/seed0'] = shared | dict(scores=[dict(mIoU=43.21, aAcc=87.65, step=7)], after='two/seed0',
-                                          iterations=7, training_multiply_adds=None)
+                                          iterations=7, training_multiply_adds=None,
+                                          machine=MACHINE | dict(threads=3, dirty=True, commit='def5678'))
     (root / 'docs/results/study.json').write_text(json.dumps(records))
     (root / 'configs/real').mkdir(parents=True)
     (root / 'configs/real/study.yml').write_text(
@@ -243,6 +244,7 @@ def test_tables_of_a_study(tables):
     assert rows[3] == f'| both | 1 / 11 | 10 + 30 | 80.0 | 61.0 ± 1.4 | {same} | 30.5 ± 0.7 | 2 |'
     rows = tables.TABLES['study_segmentation']().splitlines()
     assert rows[2:-2] == ['| head | 1 / 11 | 10 + 30 + 7 | 43.21 | 87.65 | 1 |']
+    assert '3 of them a run' in rows[-1] and 'commits def5678+ (' in rows[-1]
 
 
 def test_picture_of_a_study(tables, tmp_path, monkeypatch, capsys):

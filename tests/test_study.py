@@ -12,7 +12,7 @@ from conftest import LINEAR, ROOT, tiny_vit
 from mmengine.config import Config
 
 sys.path.insert(0, str(ROOT / 'tools'))
-from study import Study, main, read_study, training_cost, wanted
+from study import Study, locked, main, read_study, training_cost, wanted
 
 CONFIG = '''
 model = dict(type='adala_mm.{kind}', data_preprocessor=dict(type='ImgDataPreprocessor', mean=[128] * 3, std=[64] * 3),
@@ -30,6 +30,7 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=7, val_interval=7)
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False), checkpoint=dict(
     type='CheckpointHook', by_epoch=False, interval=7))
 log_processor = dict(by_epoch=False)
+custom_hooks = [dict(type='adala_mm.ProvenanceHook')]
 randomness = dict(seed=0)
 '''
 
@@ -82,7 +83,10 @@ def test_where_a_run_starts_and_how_long_it_is(tmp_path):
     start = 'model.backbone.init_cfg.checkpoint'
     assert study.options(('two', 1)) == {
         start: 'work_dirs/study/one/seed1/iter_3.pth', 'train_cfg.max_iters': 5, 'train_cfg.val_interval': 5,
-        'default_hooks.checkpoint.interval': 5, 'param_scheduler.end': 5}
+        'param_scheduler.end': 5}
+    (tmp_path / 'b.py').write_text("param_scheduler = [dict(type='LinearLR', end=2), dict(type='PolyLR', end=9)]\n")
+    with pytest.raises(ValueError, match=r'two/seed1: iterations cannot be set, for .*b.py has a schedule of several'):
+        study.options(('two', 1))
     assert study.options(('three', 1)) == {start: 'work_dirs/study/two/seed1/iter_5.pth', 'model.layers': [0, 1]}
 
 
@@ -101,11 +105,12 @@ def test_order_records_and_failures(jobs, tmp_path, monkeypatch, capsys):
                 raise RuntimeError('it says why')
             study.work_dir(run).mkdir(parents=True, exist_ok=True)
             (study.work_dir(run) / 'last.pth').touch()
-            return dict(scores=[dict(step=1, score=0.5)], minutes=1.0, checkpoint='last.pth')
-        return result
+        study.describe = lambda run: dict(scores=[dict(step=1, score=0.5)], minutes=1.0, checkpoint='last.pth',
+                                          plan=study.stated(run))
+        study.train = result
 
     study = Study(path, out, None, 1)
-    study.train = train(study, broken=(('two', 0),))
+    train(study, broken=(('two', 0),))
     assert study.run(wanted(study.plan, [0, 1], []), jobs) == 2  # two, and three that comes after it
     assert set(trained) == {(name, seed) for name in CHAIN for seed in (0, 1)} - {('three', 0)}
     said = capsys.readouterr()
@@ -116,39 +121,73 @@ def test_order_records_and_failures(jobs, tmp_path, monkeypatch, capsys):
 
     trained.clear()
     study = Study(path, out, None, 1)
-    study.train = train(study)
+    train(study)
     assert study.run(wanted(study.plan, [0, 1], []), jobs) == 0
     assert trained == [('two', 0), ('three', 0)]  # nothing else again
     assert '8 runs, 6 of them recorded' in capsys.readouterr().out
 
     # Weights that a run starts from are made again if they are gone, those that nobody asks for are not.
     trained.clear()
-    study = Study(path, out, None, 1)
-    study.train = train(study)
     for gone in ('one/seed0', 'two/seed0', 'one/seed1', 'other/seed1'):
         (tmp_path / 'work_dirs/study' / gone / 'last.pth').unlink()
-    del study.records['three/seed0']
+    records = json.loads(out.read_text())
+    del records['three/seed0']
+    out.write_text(json.dumps(records))
+    study = Study(path, out, None, 1)
+    train(study)
     assert study.run(wanted(study.plan, [0, 1], []), jobs) == 0
     assert trained == [('one', 0), ('two', 0), ('three', 0)]
     assert 'one/seed0: recorded, but work_dirs/study/one/seed0/last.pth is not there' in capsys.readouterr().out
 
 
+def test_what_another_process_recorded_meanwhile_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, out = write_study(tmp_path, **CHAIN), tmp_path / 'out.json'
+    ours, theirs = Study(path, out, None, 1), Study(path, out, None, 1)
+    theirs.keep(('one', 0), dict(score=1))
+    ours.keep(('other', 0), dict(score=2))
+    theirs.keep(('one', 1), dict(score=3))
+    out.write_text(json.dumps({key: value for key, value in json.loads(out.read_text()).items() if key != 'one/seed0'}))
+    ours.keep(('other', 1), dict(score=4))  # and what somebody removed stays removed
+    assert json.loads(out.read_text()) == {'other/seed0': dict(score=2), 'one/seed1': dict(score=3),
+                                           'other/seed1': dict(score=4)}
+
+
+def test_two_processes_do_not_train_one_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = Study(write_study(tmp_path, **CHAIN), tmp_path / 'out.json', None, 1)
+    study.work_dir(('one', 0)).mkdir(parents=True)
+    with (locked(study.work_dir(('one', 0)) / 'lock'),
+          pytest.raises(RuntimeError, match='work_dirs/study/one/seed0: another process trains this run')):
+        study.train(('one', 0))
+
+
+def test_a_recorded_run_that_was_another_one(tmp_path):
+    study = Study(write_study(tmp_path, **CHAIN), tmp_path / 'out.json', None, 1)
+    study.records = {'two/seed0': dict(plan=dict(config='b', after='one', iterations=4), checkpoint='last.pth')}
+    with pytest.raises(ValueError, match="two/seed0 is recorded in .* as .*'iterations': 4.*, and the study says .*"
+                                         "'iterations': 5.*: rename it, or remove"):
+        study.run([('one', 0), ('two', 0)], 1)
+
+
+@pytest.mark.parametrize('dwconv', [None, 3])
 @pytest.mark.parametrize('kind', ['AttentionAlignment', 'FeatureAlignment'])
-def test_training_cost(kind):
+def test_training_cost(kind, dwconv):
     """Counted by hand: a product costs as much again for each factor that needs a gradient."""
-    softmax, linear = tiny_vit(), tiny_vit(attention=LINEAR)
+    softmax, linear = tiny_vit(), tiny_vit(attention=LINEAR | dict(dwconv=dwconv))
     n, c, d, depth = 1 + 16, 32, 8, 2
+    kernels = depth * 3 * 3 * (n - 1) * c if dwconv else 0
     products = depth * 12 * n * c * c + depth * 2 * n * n * c  # qkv, proj, MLP of ratio 4; softmax attention
     attention = depth * (2 * n * d * c + n * c)
     patches = 16 * c * 3 * 8 * 8
     if kind == 'AttentionAlignment':
         # The softmax ViT once; linear attentions with both their projections, backwards through proj to qkv's weights.
         model = dict(backbone=linear)
-        count = products + depth * (4 + 1 + 3) * n * c * c + 3 * attention + 3 * patches
+        count = products + depth * (4 + 1 + 3) * n * c * c + 3 * attention + patches
     else:
         model = dict(backbone=linear, teacher=softmax)
-        count = products + 3 * (depth * 12 * n * c * c + attention) + 3 * 2 * patches
-    assert training_cost(Config(dict(model=model | dict(type=f'adala_mm.{kind}')))) == count
+        count = products + 3 * (depth * 12 * n * c * c + attention) + 3 * patches
+    assert training_cost(Config(dict(model=model | dict(type=f'adala_mm.{kind}')))) == count + 3 * kernels
 
 
 @pytest.mark.parametrize('kind', ['EncoderDecoder', 'mmseg.EncoderDecoder', 'adala_mm.TaskModelAlignment'])
@@ -182,3 +221,10 @@ def test_two_stages_for_real(pretrained, tmp_path, monkeypatch):
     before = (tmp_path / 'out.json').read_bytes()
     main()
     assert (tmp_path / 'out.json').read_bytes() == before
+
+    # Weights that are gone are made again from the start, not resumed from a file that is not there.
+    (tmp_path / 'work_dirs/study/one/seed4/iter_3.pth').unlink()
+    (tmp_path / 'out.json').write_text(json.dumps({'one/seed4': one}))
+    main()
+    again = json.loads((tmp_path / 'out.json').read_text())
+    assert again['one/seed4']['scores'] == one['scores'] and again['two/seed4']['scores'] == two['scores']

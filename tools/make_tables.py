@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from study_report import ALIGNMENT, SEGMENTATION, labels_of, table
+from study_report import ALIGNMENT, SEGMENTATION, labels_of, shown, table
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
@@ -53,11 +53,14 @@ def real_alignment() -> str:
 
 def study(columns: dict[str, tuple[str, int]]) -> str:
     records = json.loads((ROOT / 'docs/results/study.json').read_text())
-    machines = [run['machine'] for run in records.values()]
-    m, commits = machines[0], dict.fromkeys(m['commit'] for m in machines)
-    return table(records, labels_of(ROOT / 'configs/real/study.yml'), columns) + (
-        f'\n\nMean ± standard deviation over the seeds. {m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, '
-        f'Python {m["python"]}, torch {m["torch"]}, recorded at commits {", ".join(commits)}.')
+    labels = labels_of(ROOT / 'configs/real/study.yml')
+    machines = [run['machine'] for run in shown(records, labels, columns)]
+    places = dict.fromkeys(f'{m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, Python {m["python"]}, '
+                           f'torch {m["torch"]}' for m in machines)
+    commits = dict.fromkeys(m['commit'] + '+' * bool(m['dirty']) for m in machines)
+    return table(records, labels, columns) + (
+        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Run at commits {", ".join(commits)} (+: '
+        'files were changed).')
 
 
 def real_camvid() -> str:

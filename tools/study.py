@@ -1,4 +1,4 @@
-"""Runs a study: configs x seeds, each run started from the one that it comes after; taken up again where it stopped.
+"""Runs a study: configs x seeds, each run started from the one that it comes after; taken up again when stopped.
 
     python tools/study.py configs/real/study.yml [--data-root DIR] [--jobs 2] [--seeds 0 1 2] [--only NAME ...] \
         [--out docs/results/study.json]
@@ -12,12 +12,15 @@ from weights that are no longer there.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,10 @@ from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cost import multiply_adds
-from adala_mm.utils.records import machine
+from adala_mm.utils.records import logs_of_run, machine, newest_log
 
 TOOLS = Path(__file__).parent
+FOLDER = Path('work_dirs/study')
 KEYS = ('config', 'after', 'iterations', 'options', 'label')
 Run = tuple[str, int]  # name, seed
 
@@ -41,11 +45,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[int]:
+    """Holds the lock of a file, for this process and those that inherit the descriptor which this yields.
+
+    Raises:
+        RuntimeError: without ``wait``, if somebody else holds it.
+    """
+    with open(path, 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise RuntimeError(f'{path.parent}: another process trains this run; wait for it, or end it') from None
+        yield file.fileno()
+
+
+def minutes(log: Path) -> float:
+    """From the start of a run that a log is of to its last line: a run that was killed has no other end."""
+    started = json.loads((log.parents[1] / 'run.json').read_text())['started']
+    return (log.stat().st_mtime - datetime.fromisoformat(started.replace('Z', '+00:00')).timestamp()) / 60
+
+
 def training_cost(config: Config) -> int | None:
     """Multiply-adds that one image costs an alignment in training: teacher, student, backward pass.
 
-    Convolutions count three times what they cost forwards: of the backward pass of depth-wise ones PyTorch's counter
-    makes too much, as if they were dense.
+    Matrix products are counted as they run. Of convolutions, of whose backward pass PyTorch's counter makes too much,
+    depth-wise ones count three times, the student's patch embedding twice where it learns: images have no gradient.
     """
     kind = MODELS.get(config.model.type)
     if kind is None or not issubclass(kind, Alignment):  # heads of mmseg are none of ours
@@ -54,9 +79,16 @@ def training_cost(config: Config) -> int | None:
     model.train().teacher_ready = True  # what anything costs does not depend on the weights
     vit = model.backbone
     images = torch.randn(1, 3, *(cells * vit.patch_size for cells in vit.pos_grid))
+
+    def convolutions(function: Callable[[], object]) -> int:
+        return multiply_adds(function) - multiply_adds(function, convolutions=False)
+
     products = multiply_adds(lambda: model.loss(images)['loss'].backward(), convolutions=False)
-    forward = torch.no_grad()(lambda: model.loss(images))
-    return products + 3 * (multiply_adds(forward) - multiply_adds(forward, convolutions=False))
+    patches = convolutions(lambda: vit.embed(images))
+    embeddings = patches * (1 + ('teacher' in model.frozen))
+    depthwise = convolutions(torch.no_grad()(lambda: model.loss(images))) - embeddings
+    learns = next(vit.patch_embed.parameters()).requires_grad
+    return products + 3 * depthwise + embeddings + patches * learns
 
 
 def read_study(path: Path) -> Config:
@@ -64,14 +96,18 @@ def read_study(path: Path) -> Config:
 
     Raises:
         FileNotFoundError: for a study or a config that does not exist.
-        ValueError: for an unknown key of a run, and for a run after one that is not named before it.
+        ValueError: for what a study or a run must have and has not, and for a run after one that is not before it.
     """
     if not path.is_file():
         raise FileNotFoundError(f'no study at {path}')
     study, known = Config.fromfile(path), []
+    if absent := {'runs', 'seeds'} - set(study):
+        raise ValueError(f'{path} has no {" and no ".join(sorted(absent))}')
     for name, run in study.runs.items():
         if extra := set(run) - set(KEYS):
             raise ValueError(f'{path}: run {name!r} has an unknown key {extra.pop()!r}; there are {", ".join(KEYS)}')
+        if 'config' not in run:
+            raise ValueError(f'{path}: run {name!r} has no config')
         if not (config := path.with_name(f'{run.config}.py')).is_file():
             raise FileNotFoundError(f'{path}: run {name!r} needs {config}, which does not exist')
         if 'after' in run and run.after not in known:
@@ -107,7 +143,7 @@ class Study:
         return f'{run[0]}/seed{run[1]}'
 
     def work_dir(self, run: Run) -> Path:
-        return Path('work_dirs/study', self.key(run))
+        return FOLDER / self.key(run)
 
     def config(self, run: Run) -> Path:
         return self.path.with_name(f'{self.plan.runs[run[0]].config}.py')
@@ -122,52 +158,74 @@ class Study:
         if before := self.before(run):
             options['model.backbone.init_cfg.checkpoint'] = str(self.weights(before))
         if iterations := self.plan.runs[run[0]].get('iterations'):
-            names = ['train_cfg.max_iters', 'train_cfg.val_interval', 'default_hooks.checkpoint.interval']
             schedule = Config.fromfile(self.config(run)).get('param_scheduler')
-            options |= dict.fromkeys(names + ['param_scheduler.end'] * isinstance(schedule, dict), iterations)
+            if isinstance(schedule, list):
+                raise ValueError(f'{self.key(run)}: iterations cannot be set, for {self.config(run)} has a schedule of '
+                                 'several parts; make it a config of its own')
+            names = ['train_cfg.max_iters', 'train_cfg.val_interval'] + ['param_scheduler.end'] * bool(schedule)
+            options |= dict.fromkeys(names, iterations)
         return options
 
-    def train(self, run: Run) -> dict:
-        """Trains, or goes on training, and says what came of it.
+    def train(self, run: Run) -> None:
+        """Trains, or goes on from the last checkpoint.
 
         Raises:
-            RuntimeError: if training fails; the message has the end of its output.
+            RuntimeError: if training fails, with the end of what it said, and if another process is at it.
         """
         folder = self.work_dir(run)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, TOOLS / 'train.py', self.config(run), '--work-dir', folder, '--seed', run[1],
-                   *['--amp'] * bool(self.plan.get('amp')), *['--resume'] * (folder / 'last_checkpoint').exists()]
+                   *['--amp'] * bool(self.plan.get('amp'))]
+        newest = folder / 'last_checkpoint'
+        if newest.exists() and (folder / Path(newest.read_text().strip()).name).exists():
+            command += ['--resume']
         if self.data_root:
             command += ['--data-root', self.data_root]
         if options := self.options(run):
             command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
         threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(self.threads))
-        start = time.monotonic()
-        with open(folder / 'output.txt', 'w') as output:
+        with locked(folder / 'lock', wait=False) as lock, open(folder / 'output.txt', 'w') as output:
+            # The training inherits the lock, and keeps it if this process is killed.
             done = subprocess.run([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
-                                  env=os.environ | threads)
+                                  env=os.environ | threads, pass_fds=[lock])
         if done.returncode:
             said = (folder / 'output.txt').read_text().rstrip()
             raise RuntimeError(f'training failed, and {folder / "output.txt"} ends with\n{said[-1500:]}')
-        minutes = round((time.monotonic() - start) / 60, 1)
-        before, config = self.before(run), Config.fromfile(next(folder.glob('*.py')))  # as it ran
+
+    def describe(self, run: Run) -> dict:
+        """What is recorded of a finished run."""
+        folder, before = self.work_dir(run), self.before(run)
+        config = Config.fromfile(newest_log(folder).with_name('config.py'))  # as it ran
         vit = MODELS.build(config.model.backbone)
+        source = json.loads((newest_log(folder).parents[1] / 'run.json').read_text())['source']
         return record(folder) | dict(
-            after=before and self.key(before), amp=bool(self.plan.get('amp')), minutes=minutes,
-            machine=machine() | dict(threads=self.threads), batch_size=config.train_dataloader.batch_size,
-            softmax_blocks=vit.num_softmax_blocks, linear_blocks=len(vit.blocks) - vit.num_softmax_blocks,
-            training_multiply_adds=training_cost(config))
+            after=before and self.key(before), plan=self.stated(run), amp=bool(self.plan.get('amp')),
+            minutes=round(sum(map(minutes, logs_of_run(folder))), 1),
+            machine=machine() | dict(threads=self.threads, commit=str(source['commit'])[:7], dirty=source['dirty']),
+            batch_size=config.train_dataloader.batch_size, softmax_blocks=vit.num_softmax_blocks,
+            linear_blocks=len(vit.blocks) - vit.num_softmax_blocks, training_multiply_adds=training_cost(config))
+
+    def stated(self, run: Run) -> dict:
+        """What the study says of a run, but for its label."""
+        return {key: value for key, value in self.plan.runs[run[0]].to_dict().items() if key != 'label'}
 
     def keep(self, run: Run, result: dict) -> None:
-        if self.out.exists():  # another process may have run other parts of the study
-            self.records = json.loads(self.out.read_text()) | self.records
-        self.records[self.key(run)] = result
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out, (json.dumps(self.records, indent=1, sort_keys=True) + '\n').encode())
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with locked(FOLDER / 'lock'):  # another process may run other parts of the study
+            self.records = (json.loads(self.out.read_text()) if self.out.exists() else {}) | {self.key(run): result}
+            write_atomically(self.out, (json.dumps(self.records, indent=1, sort_keys=True) + '\n').encode())
 
     def outstanding(self, runs: list[Run]) -> list[Run]:
-        """Those of ``runs`` that are not recorded, and those that they start from if the weights are not there."""
+        """Those of ``runs`` that are not recorded, and those that they start from if the weights are not there.
+
+        Raises:
+            ValueError: for a run that is recorded, and was another one.
+        """
         todo = {run for run in runs if self.key(run) not in self.records}
+        for run in set(runs) - todo:
+            if (was := self.records[self.key(run)]['plan']) != self.stated(run):
+                raise ValueError(f'{self.key(run)} is recorded in {self.out} as {was}, and the study says '
+                                 f'{self.stated(run)}: rename it, or remove the record and {self.work_dir(run)}')
         for run in list(todo):
             while (run := self.before(run)) and run not in todo and not self.weights(run).exists():
                 print(f'{self.key(run)}: recorded, but {self.weights(run)} is not there')
@@ -204,7 +262,8 @@ class Study:
 
     def finish(self, run: Run, future: Future, progress: str) -> bool:
         try:
-            result = future.result()
+            future.result()
+            result = self.describe(run)
         except Exception as error:  # whatever it is, the other runs go on
             print(f'{self.key(run)}: {type(error).__name__}: {error}\n({progress})', file=sys.stderr, flush=True)
             return False
@@ -227,10 +286,11 @@ def main() -> None:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
     try:
         study = Study(args.study, args.out, args.data_root, max(1, cores() // args.jobs))
-        runs = wanted(study.plan, list(dict.fromkeys(args.seeds or study.plan.seeds)), args.only)
+        seeds = list(dict.fromkeys(args.seeds or study.plan.seeds))
+        failed = study.run(wanted(study.plan, seeds, args.only), args.jobs)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-    if failed := study.run(runs, args.jobs):
+    if failed:
         sys.exit(f'{failed} runs failed; the same command tries them again and goes on')
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -45,15 +46,20 @@ def spread(values: list[float], digits: int) -> str:
     return f'{text} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else text
 
 
+def shown(records: dict[str, dict], labels: dict[str, str], columns: Iterable[str]) -> list[dict]:
+    """Those records that `table` shows: of runs that ``labels`` names, with the scores of ``columns``."""
+    runs = [records[key] for name in labels for key in seeds_of(records, name)]
+    return [run for run in runs if set(columns) <= set(run['scores'][-1])]
+
+
 def table(records: dict[str, dict], labels: dict[str, str], columns: dict[str, tuple[str, int]]) -> str:
-    """A row for each name of ``labels`` with records that have the scores of ``columns``: mean and spread of its seeds.
+    """A row for each name of ``labels`` with records that have the scores of ``columns``: mean and spread.
 
     Where all runs are alignments, the row says what they cost in training.
     """
     rows, priced = [], 'align/rel_error' in columns
     for name, label in labels.items():
-        runs = [records[key] for key in seeds_of(records, name)]
-        if not runs or not set(columns) <= set(runs[0]['scores'][-1]):
+        if not (runs := shown(records, {name: label}, columns)):
             continue
         whole = chain(records, seeds_of(records, name)[0])
         scores = [spread([run['scores'][-1][metric] for run in runs], digits)

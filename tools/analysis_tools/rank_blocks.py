@@ -11,7 +11,8 @@ What stage 2 would repair is not known to it: --images should show what the mode
 counts, not its error.
 
 Images are drawn from DIR, searched recursively, brought to the config's size; those that are measured are not trained
-on. The optimizer is the config's.
+on here. Which ones a --checkpoint was trained on is not known: DIR should have none of them. The optimizer is the
+config's.
 """
 from __future__ import annotations
 
@@ -124,17 +125,18 @@ def main() -> None:
     MMLogger.get_instance('rank_blocks', log_level='WARNING')  # MMEngine says of every parameter how it was initialised
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    trained = args.checkpoint and read_state_dict(args.checkpoint)
+    steps = 0 if trained else args.steps
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
         model.init_weights()
         model.to(device)
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         size = model.backbone.pos_grid[0] * model.backbone.patch_size
-        images = draw_images(args.images, size, args.measure + args.steps * args.batch_size)
-    trained = args.checkpoint and read_state_dict(args.checkpoint)
-    if len(images) < args.measure + args.batch_size:
-        parser.error(f'{args.images} has {len(images)} images, and --measure {args.measure} and one batch of '
-                     f'{args.batch_size} need more')
+        images = draw_images(args.images, size, args.measure + steps * args.batch_size)
+    if len(images) < args.measure + (args.batch_size if steps else 0):
+        parser.error(f'{args.images} has {len(images)} images, and --measure {args.measure} '
+                     + (f'and one batch of {args.batch_size} need more' if steps else 'needs more'))
 
     def normalised(some: list[Tensor]) -> Tensor:
         return model.data_preprocessor(dict(inputs=some), False)['inputs']
@@ -143,12 +145,11 @@ def main() -> None:
     ranking = Ranking(model, [normalised(held_out[i:i + args.batch_size])
                               for i in range(0, args.measure, args.batch_size)])
     swapped, swapped_features = ranking.block_errors(), ranking.feature_error()
-    endless, stage1 = cycle(train), f'after {args.steps} steps'
+    endless, stage1 = cycle(train), 'aligned' if trained else f'after {steps} steps'
     model.train()
     if trained:
-        stage1 = 'aligned'
         model.load_state_dict(trained)
-    for _ in range(0 if trained else args.steps):
+    for _ in range(steps):
         model.train_step(dict(inputs=list(islice(endless, args.batch_size))), wrapper)
     aligned, features = ranking.block_errors(), ranking.feature_error()
     alone = {i: ranking.feature_error([i]) for i in ranking.linear}
