@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -153,6 +154,30 @@ def test_what_another_process_recorded_meanwhile_is_kept(tmp_path, monkeypatch):
                                            'other/seed1': dict(score=4)}
 
 
+@pytest.mark.parametrize('there', [True, False])
+def test_training_goes_on_from_a_checkpoint_that_is_there(there, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = Study(write_study(tmp_path, **CHAIN), tmp_path / 'out.json', 'elsewhere', 3)
+    folder, commands = study.work_dir(('one', 0)), []
+    folder.mkdir(parents=True)
+    (folder / 'last_checkpoint').write_text('/another/machine/iter_4.pth\n')
+    if there:
+        (folder / 'iter_4.pth').touch()
+
+    def run(command: list[str], env: dict, **kwargs) -> SimpleNamespace:
+        commands.append(command)
+        assert env['OMP_NUM_THREADS'] == '3'
+        kwargs['stdout'].write('what it says')
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr('study.subprocess.run', run)
+    study.train(('one', 0))
+    assert commands[0][2:] == [str(tmp_path / 'a.py'), '--work-dir', str(folder), '--seed', '0',
+                               *['--resume'] * there, '--data-root', 'elsewhere']
+    with pytest.raises(RuntimeError, match='training failed, and .*output.txt ends with\nwhat it says'):
+        study.train(('one', 0))
+
+
 def test_two_processes_do_not_train_one_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = Study(write_study(tmp_path, **CHAIN), tmp_path / 'out.json', None, 1)
@@ -221,10 +246,3 @@ def test_two_stages_for_real(pretrained, tmp_path, monkeypatch):
     before = (tmp_path / 'out.json').read_bytes()
     main()
     assert (tmp_path / 'out.json').read_bytes() == before
-
-    # Weights that are gone are made again from the start, not resumed from a file that is not there.
-    (tmp_path / 'work_dirs/study/one/seed4/iter_3.pth').unlink()
-    (tmp_path / 'out.json').write_text(json.dumps({'one/seed4': one}))
-    main()
-    again = json.loads((tmp_path / 'out.json').read_text())
-    assert again['one/seed4']['scores'] == one['scores'] and again['two/seed4']['scores'] == two['scores']
