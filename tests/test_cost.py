@@ -55,6 +55,21 @@ def test_multiply_adds_of_fused_attention():
     assert multiply_adds(lambda: torch.conv2d(image, kernels, padding=1), convolutions=False) == 0
 
 
+@pytest.mark.parametrize('transposed', [False, True])
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('learns', ['image', 'kernels', 'both'])
+def test_multiply_adds_of_the_backward_pass_of_convolutions(learns, groups, transposed):
+    image = torch.randn(2, 4, 6, 5, requires_grad=learns != 'kernels')
+    kernels = torch.randn(4, 4 // groups, 3, 3, requires_grad=learns != 'image')
+    function = torch.conv_transpose2d if transposed else torch.conv2d
+
+    def run():
+        function(image, kernels, padding=1, groups=groups).sum().backward()
+
+    forward = 2 * 4 * (4 // groups) * 9 * 30  # images, channels out and in, kernel, positions
+    assert multiply_adds(run) == forward * (3 if learns == 'both' else 2)
+
+
 def test_peak_bytes_counts_temporaries():
     x = torch.randn(256, 256)  # 262,144 bytes, there before
 

@@ -108,7 +108,9 @@ def config(name: str, scenes: Path, init_cfg: dict, by_epoch: bool, workers: int
         cfg.model.backbone = dict(vit, out_indices=[-1] * 4)
         cfg.model.data_preprocessor.size = (32, 32)
         cfg.model.neck.embed_dim = 32
-        cfg.model.decode_head.update(in_channels=[32] * 4, num_queries=5)
+        head = cfg.model.decode_head
+        head.update(in_channels=[32] * 4, num_queries=5)
+        head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
     else:
         cfg.model.backbone = vit
         cfg.train_dataloader.dataset.pipeline[1:-1] = [

@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
@@ -32,17 +32,12 @@ from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cost import multiply_adds
-from adala_mm.utils.records import logs_of_run, machine, newest_log
+from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
 
 TOOLS = Path(__file__).parent
 FOLDER = Path('work_dirs/study')
 KEYS = ('config', 'after', 'iterations', 'options', 'label')
 Run = tuple[str, int]  # name, seed
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -67,11 +62,7 @@ def minutes(log: Path) -> float:
 
 
 def training_cost(config: Config) -> int | None:
-    """Multiply-adds that one image costs an alignment in training: teacher, student, backward pass.
-
-    Matrix products are counted as they run. Of convolutions, of whose backward pass PyTorch's counter makes too much,
-    depth-wise ones count three times, the student's patch embedding twice where it learns: images have no gradient.
-    """
+    """Multiply-adds that one image costs an alignment in training: teacher, student, backward pass."""
     kind = MODELS.get(config.model.type)
     if kind is None or not issubclass(kind, Alignment):  # heads of mmseg are none of ours
         return None
@@ -79,16 +70,7 @@ def training_cost(config: Config) -> int | None:
     model.train().teacher_ready = True  # what anything costs does not depend on the weights
     vit = model.backbone
     images = torch.randn(1, 3, *(cells * vit.patch_size for cells in vit.pos_grid))
-
-    def convolutions(function: Callable[[], object]) -> int:
-        return multiply_adds(function) - multiply_adds(function, convolutions=False)
-
-    products = multiply_adds(lambda: model.loss(images)['loss'].backward(), convolutions=False)
-    patches = convolutions(lambda: vit.embed(images))
-    embeddings = patches * (1 + ('teacher' in model.frozen))
-    depthwise = convolutions(torch.no_grad()(lambda: model.loss(images))) - embeddings
-    learns = next(vit.patch_embed.parameters()).requires_grad
-    return products + 3 * depthwise + embeddings + patches * learns
+    return multiply_adds(lambda: model.loss(images)['loss'].backward())
 
 
 def read_study(path: Path) -> Config:
@@ -196,14 +178,13 @@ class Study:
         """What is recorded of a finished run."""
         folder, before = self.work_dir(run), self.before(run)
         config = Config.fromfile(newest_log(folder).with_name('config.py'))  # as it ran
-        vit = MODELS.build(config.model.backbone)
         source = json.loads((newest_log(folder).parents[1] / 'run.json').read_text())['source']
         return record(folder) | dict(
             after=before and self.key(before), plan=self.stated(run), amp=bool(self.plan.get('amp')),
             minutes=round(sum(map(minutes, logs_of_run(folder))), 1),
             machine=machine() | dict(threads=self.threads, commit=str(source['commit'])[:7], dirty=source['dirty']),
-            batch_size=config.train_dataloader.batch_size, softmax_blocks=vit.num_softmax_blocks,
-            linear_blocks=len(vit.blocks) - vit.num_softmax_blocks, training_multiply_adds=training_cost(config))
+            batch_size=config.train_dataloader.batch_size, training_multiply_adds=training_cost(config),
+            **MODELS.build(config.model.backbone).block_counts)
 
     def stated(self, run: Run) -> dict:
         """What the study says of a run, but for its label."""
@@ -252,8 +233,6 @@ class Study:
                     todo.remove(run)
                     running[pool.submit(self.train, run)] = run
                     print(f'{self.key(run)}: started, {self.work_dir(run)}', flush=True)
-                if not running:
-                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run, count = running.pop(future), count + 1
                     if not self.finish(run, future, f'{count} done, {len(todo) + len(running)} to go'):

@@ -71,6 +71,13 @@ def table(records: dict[str, dict], labels: dict[str, str], columns: dict[str, t
                            *(title for title, _ in columns.values()), 'seeds'], rows)
 
 
+def progress(runs: list[dict]) -> list[tuple[float, float]]:
+    """Compute spent on a chain, in 10^12 multiply-adds, and agreement, at every validation."""
+    return [(compute(runs[:last], score['step']) / 1e12, score['align/top1_agreement'])
+            for last, run in enumerate(runs, 1) for score in run['scores']
+            if score['step'] or last == 1]  # where a later stage starts is where the one before it ended
+
+
 def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
     """Agreement after each validation over the compute spent by then: a line a seed, a colour a recipe.
 
@@ -82,13 +89,10 @@ def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
     ends = [name for name in labels if not any(run['after'] in seeds_of(records, name) for run in records.values())]
     for number, name in enumerate(name for name in ends if seeds_of(records, name)):
         for index, key in enumerate(seeds_of(records, name)):
-            runs, points = chain(records, key), []
-            for last in range(1, len(runs) + 1):
-                points += [(compute(runs[:last], score['step']) / 1e12, score['align/top1_agreement'])
-                           for score in runs[last - 1]['scores'] if score['step'] or last == 1]
+            runs = chain(records, key)
             length = ' + '.join(str(run['iterations']) for run in runs)
-            axis.plot(*zip(*points, strict=True), marker='.', color=f'C{number % 10}', ls='-' if number < 10 else '--',
-                      lw=1, label=None if index else f'{labels[name]}, {length}')
+            axis.plot(*zip(*progress(runs), strict=True), marker='.', color=f'C{number % 10}',
+                      ls='-' if number < 10 else '--', lw=1, label=None if index else f'{labels[name]}, {length}')
     axis.axhline(100, color='black', lw=0.8)
     axis.set_xlabel('multiply-adds of teacher and student in training, 10¹²')
     axis.set_ylabel('top-1 agreement with the teacher (%)')

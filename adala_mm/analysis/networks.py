@@ -95,7 +95,7 @@ def open_network(name: str, cfg: Config, spec: Spec, size: Sequence[int] | None 
     file = spec.checkpoint or cfg.model.backbone.init_cfg.checkpoint
     record = dict(name=name, config=spec.config, checkpoint=file, sha256=checkpoint_sha256(file),
                   fingerprint=model.loaded[1], attention=target.notes['attention'],
-                  softmax_blocks=model.num_softmax_blocks, linear_blocks=len(model.blocks) - model.num_softmax_blocks)
+                  **model.block_counts)
     return Network(name, model, dict(cfg.model.get('data_preprocessor') or {}), target.size, cfg, record)
 
 

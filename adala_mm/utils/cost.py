@@ -1,6 +1,7 @@
 """What a forward pass costs, measured: multiply-adds and peak memory."""
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -10,14 +11,27 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 
+def convolution_backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, *rest: object,
+                               **_: object) -> int:
+    """The gradients of input and weight cost as much as the convolution, each, and none that nobody asks for.
+
+    PyTorch's own formula counts those of grouped convolutions as if there was one group.
+    """
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, needed = rest
+    positions = math.prod((x if transposed else grad)[2:])
+    return 2 * grad[0] * positions * math.prod(weight) * (needed[0] + needed[1])
+
+
 def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> int:
     """Multiply-adds of the matrix products (and convolutions) that ``function`` runs.
 
     Counted by PyTorch as operators are dispatched, with softmax attention taken apart: of its fused kernels the
     counter knows CUDA's only.
     """
+    own = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     # With gradients on, fused attention is one operator, whose cost is known, and not the calls that it consists of.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with (FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH),
+          torch.enable_grad()):
         function()
     counts = counter.get_flop_counts().get('Global', {})
     return sum(flops for op, flops in counts.items() if convolutions or 'conv' not in str(op)) // 2

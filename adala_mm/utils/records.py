@@ -19,10 +19,7 @@ def newest_log(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: if the folder holds no log.
     """
-    logs = sorted(Path(run).glob('*/vis_data/scalars.json'))
-    if not logs:
-        raise FileNotFoundError(f'no training log (*/vis_data/scalars.json) in {run}')
-    return logs[-1]
+    return all_logs(run)[-1]
 
 
 def logs_of_run(run: str | Path) -> list[Path]:
@@ -31,10 +28,17 @@ def logs_of_run(run: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: if the folder holds no log.
     """
-    logs = [newest_log(run)]
-    older = sorted(Path(run).glob('*/vis_data/scalars.json'))[:-1]
+    *older, newest = all_logs(run)
+    logs = [newest]
     while older and resumed(logs[0]):
         logs.insert(0, older.pop())
+    return logs
+
+
+def all_logs(run: str | Path) -> list[Path]:
+    logs = sorted(Path(run).glob('*/vis_data/scalars.json'))
+    if not logs:
+        raise FileNotFoundError(f'no training log (*/vis_data/scalars.json) in {run}')
     return logs
 
 
@@ -64,6 +68,11 @@ def curve(run: str | Path, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one logged quantity."""
     rows = [row for row in read_scalars(run) if key in row]
     return [row['step'] for row in rows], [row[key] for row in rows]
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def machine() -> dict[str, str | int]:

@@ -3,9 +3,8 @@ from mmengine.config import read_base
 
 with read_base():
     from .stage2_deitt_plus_caltech import *
-    from .._base_.retained.deitt import *
+    from .._base_.retained.deitt_plus import *
 
-model['backbone'].update(
-    attention=[dict(type='adala_mm.SoftmaxAttention') if i in retained_plus else plus_attention for i in range(12)])
+model['backbone'].update(attention=retained_softmax)
 model['backbone'].update(
     init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_deitt_plus_retain2_caltech/iter_200.pth'))

@@ -30,13 +30,9 @@ from torch.utils.data import DataLoader
 
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data, relocate
+from adala_mm.utils.records import cores
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import hardware, save, settings
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def core_seconds(wall: float, workers: int) -> float:

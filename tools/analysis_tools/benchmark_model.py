@@ -49,8 +49,8 @@ def count(arch: str, size: int, attention: str) -> dict:
     """What does not depend on the device: blocks, parameters, multiply-adds."""
     with torch.device('meta'):
         model, image = build(arch, size, attention), torch.empty(1, 3, size, size)
-    return dict(softmax_blocks=model.num_softmax_blocks, linear_blocks=len(model.blocks) - model.num_softmax_blocks,
-                parameters=sum(p.numel() for p in model.parameters()), gmac=multiply_adds(lambda: model(image)) / 1e9)
+    return dict(**model.block_counts, parameters=sum(p.numel() for p in model.parameters()),
+                gmac=multiply_adds(lambda: model(image)) / 1e9)
 
 
 @torch.no_grad()

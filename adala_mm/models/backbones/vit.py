@@ -151,6 +151,11 @@ class AdaLAViT(BaseModule):
         """How many blocks keep the softmax attention of the pretrained ViT."""
         return sum(block.attn.is_softmax for block in self.blocks)
 
+    @property
+    def block_counts(self) -> dict[str, int]:
+        """``softmax_blocks`` and ``linear_blocks``, as every record and table has them."""
+        return dict(softmax_blocks=self.num_softmax_blocks, linear_blocks=len(self.blocks) - self.num_softmax_blocks)
+
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         p = self.patch_size
         if height % p or width % p:

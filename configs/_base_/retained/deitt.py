@@ -2,4 +2,3 @@
 retained = (1, 2)
 retained_softmax = [
     dict(type='adala_mm.SoftmaxAttention' if block in retained else 'adala_mm.LinearAttention') for block in range(12)]
-retained_plus = (0, 1)  # where all others have the attention of the recipes named plus
