@@ -232,19 +232,20 @@ def write_study(root) -> None:
     (root / 'docs/results/study.json').write_text(json.dumps(records))
     (root / 'configs/real').mkdir(parents=True)
     (root / 'configs/real/study.yml').write_text(
-        'runs:\n  one: {config: a, label: first}\n  two: {config: b, after: one, label: both}\n'
+        'runs:\n  one: {config: a, swap: none, label: first}\n  two: {config: b, after: one, label: both}\n'
         '  head: {config: c, after: two}\n  later: {config: b, after: two}\n')
 
 
 def test_tables_of_a_study(tables):
     rows = tables.TABLES['study_alignment']().splitlines()
-    assert len(rows) == 2 + 2 + 2  # head, two recipes, a line about the machine
+    assert len(rows) == 2 + 3 + 2  # head, two recipes and what one starts from, a line about the machine
     same = '0.500 ± 0.000 | 0.750 ± 0.000'
-    assert rows[2] == f'| first | 1 / 11 | 10 | 20.0 | 21.0 ± 1.4 | {same} | 10.5 ± 0.7 | 2 |'
-    assert rows[3] == f'| both | 1 / 11 | 10 + 30 | 80.0 | 61.0 ± 1.4 | {same} | 30.5 ± 0.7 | 2 |'
+    assert rows[2] == '| none | 1 / 11 | 0 | 0.0 | 1.0 ± 0.0 | 1.500 ± 0.000 | 0.250 ± 0.000 | 10.5 ± 0.7 | 2 |'
+    assert rows[3] == f'| first | 1 / 11 | 10 | 20.0 | 21.0 ± 1.4 | {same} | 10.5 ± 0.7 | 2 |'
+    assert rows[4] == f'| both | 1 / 11 | 10 + 30 | 80.0 | 61.0 ± 1.4 | {same} | 30.5 ± 0.7 | 2 |'
     rows = tables.TABLES['study_segmentation']().splitlines()
     assert rows[2:-2] == ['| head | 1 / 11 | 10 + 30 + 7 | 43.21 | 87.65 | 1 |']
-    assert '3 of them a run' in rows[-1] and 'commits def5678+ (' in rows[-1]
+    assert '3 of them a run' in rows[-1] and 'Run at def5678+ (' in rows[-1]
 
 
 def test_picture_of_a_study(tables, tmp_path, monkeypatch, capsys):

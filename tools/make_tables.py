@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from study_report import ALIGNMENT, SEGMENTATION, labels_of, shown, table
+from study_report import ALIGNMENT, SEGMENTATION, read_plan, shown, table
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
@@ -51,16 +51,16 @@ def real_alignment() -> str:
     ]) + footnote(two)
 
 
-def study(columns: dict[str, tuple[str, int]]) -> str:
-    records = json.loads((ROOT / 'docs/results/study.json').read_text())
-    labels = labels_of(ROOT / 'configs/real/study.yml')
-    machines = [run['machine'] for run in shown(records, labels, columns)]
+def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml') -> str:
+    path = ROOT / file
+    records, plan = json.loads((ROOT / f'docs/results/{path.stem}.json').read_text()), read_plan(path)
+    machines = [run['machine'] for run in shown(records, plan, columns)]
     places = dict.fromkeys(f'{m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, Python {m["python"]}, '
                            f'torch {m["torch"]}' for m in machines)
     commits = dict.fromkeys(m['commit'] + '+' * bool(m['dirty']) for m in machines)
-    return table(records, labels, columns) + (
-        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Run at commits {", ".join(commits)} (+: '
-        'files were changed).')
+    changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
+    return table(records, plan, columns) + (
+        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Run at {", ".join(commits)}{changed}.')
 
 
 def real_camvid() -> str:
@@ -126,7 +126,8 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
 
 
 TABLES = dict(demo=demo, layers=layers, attentions=attentions, real_alignment=real_alignment, real_camvid=real_camvid,
-              study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION), configs=configs,
+              study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
+              demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),

@@ -1,13 +1,13 @@
 """Runs a study: configs x seeds, each run started from the one that it comes after; taken up again when stopped.
 
     python tools/study.py configs/real/study.yml [--data-root DIR] [--jobs 2] [--seeds 0 1 2] [--only NAME ...] \
-        [--out docs/results/study.json]
+        [--out docs/results/<study>.json]
 
 The study file names ``runs``, each with a ``config`` of the folder that the study is in, and perhaps with the run that
-it comes ``after`` and starts from, a number of ``iterations``, ``options`` as of --cfg-options, and a ``label``.
-``seeds`` and ``amp`` are for all. A run's work dir is ``work_dirs/study/<name>/seed<n>``. What is finished is recorded
-in ``--out`` at once, which keeps the records that it has. Recorded runs are not run again, unless another one starts
-from weights that are no longer there.
+it comes ``after`` and starts from, a number of ``iterations``, ``options`` as of --cfg-options, a ``label`` for tables,
+and one for its scores before training, ``swap``. ``seeds`` and ``amp`` are for all. A run's work dir is
+``work_dirs/<study>/<name>/seed<n>``. What is finished is recorded in ``--out`` at once, which keeps the records that it
+has. Recorded runs are not run again, unless another one starts from weights that are no longer there.
 """
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
 
 TOOLS = Path(__file__).parent
-FOLDER = Path('work_dirs/study')
-KEYS = ('config', 'after', 'iterations', 'options', 'label')
+WORDS = ('label', 'swap')  # what tables call a run, which may change
+KEYS = ('config', 'after', 'iterations', 'options', *WORDS)
 Run = tuple[str, int]  # name, seed
 
 
@@ -118,6 +118,7 @@ def wanted(study: Config, seeds: list[int], only: list[str]) -> list[Run]:
 class Study:
     def __init__(self, path: Path, out: Path, data_root: str | None, threads: int) -> None:
         self.path, self.out, self.data_root, self.threads = path, out, data_root, threads
+        self.folder = Path('work_dirs') / path.stem
         self.plan = read_study(path)
         self.records = json.loads(out.read_text()) if out.exists() else {}
 
@@ -125,7 +126,7 @@ class Study:
         return f'{run[0]}/seed{run[1]}'
 
     def work_dir(self, run: Run) -> Path:
-        return FOLDER / self.key(run)
+        return self.folder / self.key(run)
 
     def config(self, run: Run) -> Path:
         return self.path.with_name(f'{self.plan.runs[run[0]].config}.py')
@@ -187,12 +188,12 @@ class Study:
             **MODELS.build(config.model.backbone).block_counts)
 
     def stated(self, run: Run) -> dict:
-        """What the study says of a run, but for its label."""
-        return {key: value for key, value in self.plan.runs[run[0]].to_dict().items() if key != 'label'}
+        """What the study says of a run, but for its labels."""
+        return {key: value for key, value in self.plan.runs[run[0]].to_dict().items() if key not in WORDS}
 
     def keep(self, run: Run, result: dict) -> None:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with locked(FOLDER / 'lock'):  # another process may run other parts of the study
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / 'lock'):  # another process may run other parts of the study
             self.records = (json.loads(self.out.read_text()) if self.out.exists() else {}) | {self.key(run): result}
             write_atomically(self.out, (json.dumps(self.records, indent=1, sort_keys=True) + '\n').encode())
 
@@ -259,12 +260,13 @@ def main() -> None:
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
     parser.add_argument('--seeds', type=int, nargs='+', help='instead of those of the study')
     parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help='these runs, and what they come after')
-    parser.add_argument('--out', type=Path, default=Path('docs/results/study.json'), help='where runs are recorded')
+    parser.add_argument('--out', type=Path, help='where runs are recorded; docs/results/<study>.json if unset')
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
     try:
-        study = Study(args.study, args.out, args.data_root, max(1, cores() // args.jobs))
+        out = args.out or Path(f'docs/results/{args.study.stem}.json')
+        study = Study(args.study, out, args.data_root, max(1, cores() // args.jobs))
         seeds = list(dict.fromkeys(args.seeds or study.plan.seeds))
         failed = study.run(wanted(study.plan, seeds, args.only), args.jobs)
     except (FileNotFoundError, ValueError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -28,12 +28,15 @@ def chain(records: dict[str, dict], key: str | None) -> list[dict]:
     return [] if key is None else chain(records, records[key]['after']) + [records[key]]
 
 
-def compute(runs: list[dict], steps: int | None = None) -> float:
-    """Multiply-adds of a chain in training, teacher and student; of its last run, those up to ``steps``."""
-    lengths = [run['iterations'] for run in runs]
-    if steps is not None:
-        lengths[-1] = steps
-    return sum(n * run['batch_size'] * run['training_multiply_adds'] for n, run in zip(lengths, runs, strict=True))
+def lengths(runs: list[dict], steps: int) -> list[int]:
+    """Iterations of a chain: all of every run but the last, of that ``steps``."""
+    return [run['iterations'] for run in runs[:-1]] + [steps]
+
+
+def compute(runs: list[dict], steps: int) -> float:
+    """10^12 multiply-adds of a chain in training, teacher and student, up to ``steps`` of its last run."""
+    return sum(n * run['batch_size'] * run['training_multiply_adds'] / 1e12
+               for n, run in zip(lengths(runs, steps), runs, strict=True))
 
 
 def seeds_of(records: dict[str, dict], name: str) -> list[str]:
@@ -46,39 +49,40 @@ def spread(values: list[float], digits: int) -> str:
     return f'{text} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else text
 
 
-def shown(records: dict[str, dict], labels: dict[str, str], columns: Iterable[str]) -> list[dict]:
-    """Those records that `table` shows: of runs that ``labels`` names, with the scores of ``columns``."""
-    runs = [records[key] for name in labels for key in seeds_of(records, name)]
+def shown(records: dict[str, dict], names: Iterable[str], columns: Iterable[str]) -> list[dict]:
+    """Those records that `table` shows: of the runs ``names``, with the scores of ``columns``."""
+    runs = [records[key] for name in names for key in seeds_of(records, name)]
     return [run for run in runs if set(columns) <= set(run['scores'][-1])]
 
 
-def table(records: dict[str, dict], labels: dict[str, str], columns: dict[str, tuple[str, int]]) -> str:
-    """A row for each name of ``labels`` with records that have the scores of ``columns``: mean and spread.
+def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tuple[str, int]]) -> str:
+    """A row for each run of ``plan`` with records that have the scores of ``columns``: mean and spread.
 
-    Where all runs are alignments, the row says what they cost in training.
+    One of the scores before training is above it where the plan has a label for that. Where all runs are alignments,
+    the row says what they cost in training.
     """
     rows, priced = [], 'align/rel_error' in columns
-    for name, label in labels.items():
-        if not (runs := shown(records, {name: label}, columns)):
+    for name, which, label in labels(plan):
+        if not (runs := shown(records, [name], columns)):
             continue
-        whole = chain(records, seeds_of(records, name)[0])
-        scores = [spread([run['scores'][-1][metric] for run in runs], digits)
+        whole, steps = chain(records, seeds_of(records, name)[0]), runs[0]['scores'][which]['step']
+        scores = [spread([run['scores'][which][metric] for run in runs], digits)
                   for metric, (_, digits) in columns.items()]
         rows.append([label, f'{runs[0]["softmax_blocks"]} / {runs[0]["linear_blocks"]}',
-                     ' + '.join(str(run['iterations']) for run in whole),
-                     *([f'{compute(whole) / 1e12:.1f}'] if priced else []), *scores, str(len(runs))])
+                     ' + '.join(map(str, lengths(whole, steps))),
+                     *([f'{compute(whole, steps):.1f}'] if priced else []), *scores, str(len(runs))])
     return markdown_table(['recipe', 'softmax / linear blocks', 'iterations', *['10¹² multiply-adds'] * priced,
                            *(title for title, _ in columns.values()), 'seeds'], rows)
 
 
 def progress(runs: list[dict]) -> list[tuple[float, float]]:
     """Compute spent on a chain, in 10^12 multiply-adds, and agreement, at every validation."""
-    return [(compute(runs[:last], score['step']) / 1e12, score['align/top1_agreement'])
+    return [(compute(runs[:last], score['step']), score['align/top1_agreement'])
             for last, run in enumerate(runs, 1) for score in run['scores']
             if score['step'] or last == 1]  # where a later stage starts is where the one before it ended
 
 
-def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
+def draw(path: Path, records: dict[str, dict], plan: dict[str, dict]) -> None:
     """Agreement after each validation over the compute spent by then: a line a seed, a colour a recipe.
 
     Recipes are the alignments that no other alignment goes on from.
@@ -86,13 +90,13 @@ def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
     records = {key: run for key, run in records.items() if 'align/top1_agreement' in run['scores'][-1]}
     figure = Figure(figsize=(7, 4), layout='constrained')
     axis = figure.subplots()
-    ends = [name for name in labels if not any(run['after'] in seeds_of(records, name) for run in records.values())]
+    ends = [name for name in plan if not any(run['after'] in seeds_of(records, name) for run in records.values())]
     for number, name in enumerate(name for name in ends if seeds_of(records, name)):
         for index, key in enumerate(seeds_of(records, name)):
             runs = chain(records, key)
-            length = ' + '.join(str(run['iterations']) for run in runs)
+            label = f'{plan[name].get("label", name)}, {" + ".join(str(run["iterations"]) for run in runs)}'
             axis.plot(*zip(*progress(runs), strict=True), marker='.', color=f'C{number % 10}',
-                      ls='-' if number < 10 else '--', lw=1, label=None if index else f'{labels[name]}, {length}')
+                      ls='-' if number < 10 else '--', lw=1, label=None if index else label)
     axis.axhline(100, color='black', lw=0.8)
     axis.set_xlabel('multiply-adds of teacher and student in training, 10¹²')
     axis.set_ylabel('top-1 agreement with the teacher (%)')
@@ -101,8 +105,16 @@ def draw(path: Path, records: dict[str, dict], labels: dict[str, str]) -> None:
     save_figure(figure, path)
 
 
-def labels_of(study: Path) -> dict[str, str]:
-    return {name: run.get('label', name) for name, run in Config.fromfile(study).runs.items()}
+def labels(plan: dict[str, dict]) -> Iterator[tuple[str, int, str]]:
+    """Rows of a table: a run, which of its validations, and what to call it."""
+    for name, run in plan.items():
+        if 'swap' in run:
+            yield name, 0, run['swap']
+        yield name, -1, run.get('label', name)
+
+
+def read_plan(study: Path) -> dict[str, dict]:
+    return Config.fromfile(study).runs.to_dict()
 
 
 def main() -> None:
@@ -111,9 +123,9 @@ def main() -> None:
     parser.add_argument('--study', type=Path, default=ROOT / 'configs/real/study.yml')
     parser.add_argument('--png', type=Path, default=ROOT / 'docs/images/study.png')
     args = parser.parse_args()
-    records, labels = json.loads(args.records.read_text()), labels_of(args.study)
-    print(table(records, labels, ALIGNMENT), table(records, labels, SEGMENTATION), sep='\n\n')
-    draw(args.png, records, labels)
+    records, plan = json.loads(args.records.read_text()), read_plan(args.study)
+    print(table(records, plan, ALIGNMENT), table(records, plan, SEGMENTATION), sep='\n\n')
+    draw(args.png, records, plan)
 
 
 if __name__ == '__main__':
