@@ -760,6 +760,76 @@ def test_class_names_of_the_data_set(scope, kind, count, first, tmp_path):
     assert class_names(cfg, str(tmp_path / 'weights.pth'), count)['classes'] == ['x'] * count  # what was trained
 
 
+@pytest.fixture(scope='module')
+def scored(world, segmentor, tmp_path_factory) -> tuple[Path, Path]:
+    """Config with four labelled images of 40 x 56 pixels for that segmentor, and its checkpoint."""
+    folder = tmp_path_factory.mktemp('scored')
+    (folder / 'images').mkdir()
+    for i in range(4):
+        image, label = draw_scene(np.random.default_rng(i), 64)
+        Image.fromarray(image[:40, :56]).save(folder / f'images/{i}.png')
+        Image.fromarray(label[:40, :56] % 4).save(folder / f'images/{i}_label.png')
+    (folder / 'list.txt').write_text('0\n1\n2\n3\n')
+    cfg = Config.fromfile(segmentor[0])
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(99, 7), keep_ratio=True),
+                dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+    cfg.test_dataloader = dict(num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(
+        cfg.test_dataloader.dataset, data_root=str(folder), ann_file='list.txt', img_suffix='.png',
+        seg_map_suffix='_label.png', data_prefix=dict(img_path='images', seg_map_path='images'), pipeline=pipeline))
+    cfg.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+    cfg.model.test_cfg = dict(mode='slide', crop_size=(16, 16), stride=(16, 16))
+    cfg.dump(folder / 'config.py')
+    return folder / 'config.py', segmentor[1]
+
+
+def test_evaluate_segmentation(scored, tool, tmp_path):
+    config, checkpoint = scored
+    words = ['evaluate_segmentation', f'one={config}:{checkpoint}', f'two={config}:{checkpoint}']
+    out = tool(*words, '--sizes', 80, 40, '--num-images', 2, '--out', tmp_path)
+    data = json.loads((tmp_path / 'segmentation.json').read_text())
+    assert [(row['name'], row['size'], row['num_images'], row['softmax_blocks']) for row in data['rows']] == [
+        ('one', 40, 2, 0), ('two', 40, 2, 0), ('one', 80, 2, 0), ('two', 80, 2, 0)]
+    model = analysis.load_predictor(arguments(config=str(config), checkpoint=str(checkpoint)), 'EncoderDecoder')
+    for row in data['rows']:
+        matrix, scale = torch.zeros(4, 4), row['size'] // 40
+        for number in (0, 3):  # spread evenly
+            image = np.asarray(Image.open(config.parent / f'images/{number}.png'))
+            image = cv2.resize(image, (56 * scale, 40 * scale), interpolation=cv2.INTER_LINEAR)
+            batch = analysis.normalise([image], NORM)
+            with torch.no_grad():
+                logits = nn.functional.interpolate(model.encode_decode(batch, [dict(
+                    ori_shape=image.shape[:2], img_shape=image.shape[:2])]), (40, 56), mode='bilinear')
+            label = torch.tensor(np.asarray(Image.open(config.parent / f'images/{number}_label.png')).copy()).long()
+            matrix += torch.bincount(4 * label.flatten() + logits.argmax(1).flatten(), minlength=16).reshape(4, 4)
+        iou = matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
+        assert row['miou'] == pytest.approx(100 * iou[~iou.isnan()].mean().item(), abs=0.02)
+        assert row['accuracy'] == pytest.approx(100 * (matrix.diag().sum() / matrix.sum()).item(), abs=0.02)
+        assert row['ms'] > 0
+    assert data['rows'][0]['miou'] != data['rows'][2]['miou']
+    assert [model['name'] for model in data['models']] == ['one', 'two'] and data['models'][0]['sha256']
+    assert '| 80 | two | 0 / 2 |' in out
+    pixels(tmp_path / 'segmentation.png')
+
+
+def test_what_evaluate_segmentation_refuses(world, scored, tool, tmp_path):
+    config, checkpoint = scored
+    words = ['evaluate_segmentation', '--out', tmp_path / 'out']
+    assert 'say CONFIG:CHECKPOINT' in refused(tool, *words, config)
+    assert 'called config weights: give them names' in refused(tool, *words, *[f'{config}:{checkpoint}'] * 2)
+    assert 'describes a AttentionAlignment' in refused(tool, *words, f'{world["stage1"]}:{checkpoint}')
+    for change, message in (
+            (dict(type='LoadImageFromNDArray'), 'begins with LoadImageFromNDArray, not LoadImageFromFile'),
+            (None, 'test_evaluator gives aAcc, mDice, mAcc, and no mIoU')):
+        cfg = Config.fromfile(config)
+        if change:
+            cfg.test_dataloader.dataset.pipeline[0] = change
+        else:
+            cfg.test_evaluator.iou_metrics = ['mDice']
+        cfg.dump(tmp_path / 'other.py')
+        assert message in refused(tool, *words, f'{tmp_path / "other.py"}:{checkpoint}', '--sizes', 40)
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('name', ['segment_image', 'classify_image'])
 def test_tools_start_by_themselves(name):
     """In a process that imports nothing before them: mmpretrain does not survive transformers 5 by itself."""
