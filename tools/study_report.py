@@ -1,4 +1,4 @@
-"""What a study found: its table, and agreement against the compute that was spent on it, as a picture.
+"""What a study found: its table, and quality against the compute that was spent on it, as a picture.
 
     python tools/study_report.py [--records docs/results/study.json] [--study configs/real/study.yml] \
         [--png docs/images/study.png]
@@ -20,6 +20,7 @@ from adala_mm.utils.tables import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 ALIGNMENT = {'align/top1_agreement': ('top-1 agreement (%)', 1), 'align/rel_error': ('relative feature error', 3),
              'align/cosine': ('cosine', 3), 'knn/accuracy': ('1-NN accuracy (%)', 1)}
+DRAWN = {'align/top1_agreement': None, 'knn/accuracy': 'knn/teacher_accuracy'}  # with what the teacher has; 100 if None
 SEGMENTATION = {'mIoU': ('mIoU', 2), 'aAcc': ('pixel accuracy', 2)}
 
 
@@ -75,33 +76,35 @@ def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tu
                            *(title for title, _ in columns.values()), 'seeds'], rows)
 
 
-def progress(runs: list[dict]) -> list[tuple[float, float]]:
-    """Compute spent on a chain, in 10^12 multiply-adds, and agreement, at every validation."""
-    return [(compute(runs[:last], score['step']), score['align/top1_agreement'])
+def progress(runs: list[dict], metric: str) -> list[tuple[float, float]]:
+    """10^12 multiply-adds spent on a chain, and its score, at every validation."""
+    return [(compute(runs[:last], score['step']), score[metric])
             for last, run in enumerate(runs, 1) for score in run['scores']
             if score['step'] or last == 1]  # where a later stage starts is where the one before it ended
 
 
 def draw(path: Path, records: dict[str, dict], plan: dict[str, dict]) -> None:
-    """Agreement after each validation over the compute spent by then: a line a seed, a colour a recipe.
+    """Scores at each validation over the compute spent by then: a line a seed, a colour a recipe.
 
     Recipes are the alignments that no other alignment goes on from.
     """
-    records = {key: run for key, run in records.items() if 'align/top1_agreement' in run['scores'][-1]}
-    figure = Figure(figsize=(7, 4), layout='constrained')
-    axis = figure.subplots()
+    records = {key: run for key, run in records.items() if set(ALIGNMENT) <= set(run['scores'][-1])}
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    panels = figure.subplots(1, len(DRAWN))
     ends = [name for name in plan if not any(run['after'] in seeds_of(records, name) for run in records.values())]
     for number, name in enumerate(name for name in ends if seeds_of(records, name)):
         for index, key in enumerate(seeds_of(records, name)):
             runs = chain(records, key)
             label = f'{plan[name].get("label", name)}, {" + ".join(str(run["iterations"]) for run in runs)}'
-            axis.plot(*zip(*progress(runs), strict=True), marker='.', color=f'C{number % 10}',
-                      ls='-' if number < 10 else '--', lw=1, label=None if index else label)
-    axis.axhline(100, color='black', lw=0.8)
-    axis.set_xlabel('multiply-adds of teacher and student in training, 10¹²')
-    axis.set_ylabel('top-1 agreement with the teacher (%)')
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+            for axis, metric in zip(panels, DRAWN, strict=True):
+                axis.plot(*zip(*progress(runs, metric), strict=True), marker='.', color=f'C{number % 10}',
+                          ls='-' if number < 10 else '--', lw=1, label=None if index else label)
+    for axis, (metric, teacher) in zip(panels, DRAWN.items(), strict=True):
+        for height in {run['scores'][-1].get(teacher, 100) for run in records.values()}:
+            axis.axhline(height, color='black', lw=0.8)
+        axis.set(xlabel='multiply-adds of teacher and student in training, 10¹²', ylabel=ALIGNMENT[metric][0])
+        axis.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center', fontsize=7)
     save_figure(figure, path)
 
 
