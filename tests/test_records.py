@@ -245,19 +245,29 @@ def test_tables_of_a_study(tables):
     assert rows[4] == f'| both | 1 / 11 | 10 + 30 | 80.0 | 61.0 ± 1.4 | {same} | 30.5 ± 0.7 | 2 |'
     rows = tables.TABLES['study_segmentation']().splitlines()
     assert rows[2:-2] == ['| head | 1 / 11 | 10 + 30 + 7 | 43.21 | 87.65 | 1 |']
-    assert '3 of them a run' in rows[-1] and 'Run at def5678+ (' in rows[-1]
+    assert '3 of them a run' in rows[-1] and 'Commits def5678+ (' in rows[-1]
 
 
-def test_picture_of_a_study(tables, tmp_path, monkeypatch, capsys):
-    module, png = tool('study_report'), tmp_path / 'pictures/study.png'
-    monkeypatch.setattr(sys, 'argv', ['study_report.py', '--records', str(tables.ROOT / 'docs/results/study.json'),
-                                      '--study', str(tables.ROOT / 'configs/real/study.yml'), '--png', str(png)])
+def test_picture_of_a_study(tables, monkeypatch, capsys):
+    module, png = tool('study_report'), tables.ROOT / 'docs/images/study.png'
+    monkeypatch.setattr(module, 'ROOT', tables.ROOT)
+    monkeypatch.setattr(sys, 'argv', ['study_report.py', '--study', str(tables.ROOT / 'configs/real/study.yml')])
     module.main()
     assert '| both |' in capsys.readouterr().out
     picture = cv2.imread(str(png)).astype(int)
     first, second = (31, 119, 180)[::-1], (255, 127, 14)[::-1]  # matplotlib's first colours
     assert (abs(picture - first).sum(-1) < 30).sum() > 50  # stage 2, which goes on from stage 1
     assert (abs(picture - second).sum(-1) < 30).sum() == 0  # nothing else is drawn
+
+    records = json.loads((tables.ROOT / 'docs/results/study.json').read_text())
+    (tables.ROOT / 'docs/results/heads.json').write_text(json.dumps(
+        {'head/seed0': records['head/seed0'] | dict(after=None)}))
+    (tables.ROOT / 'configs/heads.yml').write_text('runs:\n  head: {config: c, swap: nothing before}\n')
+    monkeypatch.setattr(sys, 'argv', ['study_report.py', '--study', str(tables.ROOT / 'configs/heads.yml')])
+    module.main()
+    said = capsys.readouterr().out
+    assert '| head |' in said and 'nothing before' not in said  # it was not scored before it was trained
+    assert not (tables.ROOT / 'docs/images/heads.png').exists()  # there is no alignment to draw
 
 
 def write_benchmarks(folder) -> None:

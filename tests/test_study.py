@@ -58,6 +58,7 @@ def test_seeds_are_done_one_after_the_other_and_runs_bring_what_they_need(tmp_pa
 
 
 @pytest.mark.parametrize(('runs', 'message'), [
+    (dict(one=dict(config='a'), two=dict(config='a', after='one', swap='x')), 'has a label swap, and comes after'),
     (dict(one=dict(config='a', lr=1)), "run 'one' has an unknown key 'lr'; there are config, after, "
      'iterations, options, label, swap'),
     (dict(one=dict(config='a', after='two'), two=dict(config='a')), "'one' comes after 'two', which is not among the "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Plan, preflight, write_finding
 from adala_mm.utils.cli import base_parser, load_config
+from adala_mm.utils.records import cores
 
 
 def number_of_images(text: str) -> int | None:
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument('--auto-scale-lr', action='store_true', help='of tools/train.py')
     parser.add_argument('--images', type=number_of_images, default=300, metavar='N|all',
                         help='images of each data set to decode, spread evenly; 300 if unset')
-    parser.add_argument('--workers', type=int, default=min(16, os.cpu_count() or 1), help='threads that decode them')
+    parser.add_argument('--workers', type=int, default=min(16, cores()), help='threads that decode them')
     parser.add_argument('--gpus', type=int, default=int(os.environ.get('WORLD_SIZE', 1)),
                         help='processes that the run will have; $WORLD_SIZE or 1 if unset')
     parser.add_argument('--device-memory', type=positive, metavar='GB',

@@ -34,7 +34,7 @@ from adala_mm.registry import ATTENTIONS  # noqa: E402
 from adala_mm.utils.checkpoint import use_safe_loading  # noqa: E402
 from adala_mm.utils.cli import relocate  # noqa: E402
 from adala_mm.utils.cost import multiply_adds, peak_bytes  # noqa: E402
-from adala_mm.utils.records import curve, machine  # noqa: E402
+from adala_mm.utils.records import cores, curve, machine  # noqa: E402
 from adala_mm.utils.tables import attention_table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def train_teacher(out: Path, data_root: str, iterations: int) -> Path:
     checkpoint = out / f'iter_{iterations}.pth'
     if not checkpoint.exists():
         out.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        torch.set_num_threads(min(2, cores()))
         print(f'training the teacher, {iterations} iterations, see {out}/console.log', flush=True)
         with open(out / 'console.log', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             Runner.from_cfg(demo_config('teacher_demo_beacons', out, data_root, 0, iterations)).train()
@@ -215,7 +215,7 @@ def main() -> None:
                         help='lengths of the runs, instead')
     parser.add_argument('--attentions', nargs='+', metavar='NAME', help='registered names; all if unset')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, help='rows at a time')
+    parser.add_argument('--jobs', type=int, default=cores(), help='rows at a time')
     parser.add_argument('--work-dir', help='work_dirs/compare, or work_dirs/compare_quick')
     parser.add_argument('--data-root', default='data', help='where the embedded data set is drawn (beacons/)')
     args = parser.parse_args()

@@ -60,7 +60,7 @@ def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.y
     commits = dict.fromkeys(m['commit'] + '+' * bool(m['dirty']) for m in machines)
     changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
     return table(records, plan, columns) + (
-        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Run at {", ".join(commits)}{changed}.')
+        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Commits {", ".join(commits)}{changed}.')
 
 
 def real_camvid() -> str:

@@ -5,9 +5,10 @@
 
 The study file names ``runs``, each with a ``config`` of the folder that the study is in, and perhaps with the run that
 it comes ``after`` and starts from, a number of ``iterations``, ``options`` as of --cfg-options, a ``label`` for tables,
-and one for its scores before training, ``swap``. ``seeds`` and ``amp`` are for all. A run's work dir is
-``work_dirs/<study>/<name>/seed<n>``. What is finished is recorded in ``--out`` at once, which keeps the records that it
-has. Recorded runs are not run again, unless another one starts from weights that are no longer there.
+and one for its scores before training, ``swap``, if nothing comes before it. ``seeds`` and ``amp`` are for all. A run's
+work dir is ``work_dirs/<study>/<name>/seed<n>``; <study> is the file's name, which no other study may have. What is
+finished is recorded in ``--out`` at once, which keeps the records that it has. Recorded runs are not run again, unless
+another one starts from weights that are no longer there.
 """
 from __future__ import annotations
 
@@ -95,6 +96,9 @@ def read_study(path: Path) -> Config:
         if 'after' in run and run.after not in known:
             raise ValueError(f'{path}: run {name!r} comes after {run.after!r}, which is not among the runs before it: '
                              f'{", ".join(known) or "none"}')
+        if 'swap' in run and 'after' in run:
+            raise ValueError(f'{path}: run {name!r} has a label swap, and comes after {run.after!r}: only what a study '
+                             'begins with starts from a swap')
         known.append(name)
     return study
 

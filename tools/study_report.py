@@ -1,7 +1,9 @@
 """What a study found: its table, and quality against the compute that was spent on it, as a picture.
 
-    python tools/study_report.py [--records docs/results/study.json] [--study configs/real/study.yml] \
-        [--png docs/images/study.png]
+    python tools/study_report.py [--study configs/real/study.yml] [--records docs/results/<study>.json] \
+        [--png docs/images/<study>.png]
+
+There is a picture where there are alignments.
 """
 from __future__ import annotations
 
@@ -59,14 +61,16 @@ def shown(records: dict[str, dict], names: Iterable[str], columns: Iterable[str]
 def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tuple[str, int]]) -> str:
     """A row for each run of ``plan`` with records that have the scores of ``columns``: mean and spread.
 
-    One of the scores before training is above it where the plan has a label for that. Where all runs are alignments,
-    the row says what they cost in training.
+    A row of the scores before training is above it where the plan has a label for that. Where all runs are alignments,
+    rows say what they cost in training.
     """
     rows, priced = [], 'align/rel_error' in columns
     for name, which, label in labels(plan):
         if not (runs := shown(records, [name], columns)):
             continue
         whole, steps = chain(records, seeds_of(records, name)[0]), runs[0]['scores'][which]['step']
+        if which == 0 and steps:  # there was no validation before training
+            continue
         scores = [spread([run['scores'][which][metric] for run in runs], digits)
                   for metric, (_, digits) in columns.items()]
         rows.append([label, f'{runs[0]["softmax_blocks"]} / {runs[0]["linear_blocks"]}',
@@ -122,13 +126,15 @@ def read_plan(study: Path) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--records', type=Path, default=ROOT / 'docs/results/study.json')
     parser.add_argument('--study', type=Path, default=ROOT / 'configs/real/study.yml')
-    parser.add_argument('--png', type=Path, default=ROOT / 'docs/images/study.png')
+    parser.add_argument('--records', type=Path, help='docs/results/<study>.json if unset')
+    parser.add_argument('--png', type=Path, help='docs/images/<study>.png if unset')
     args = parser.parse_args()
-    records, plan = json.loads(args.records.read_text()), read_plan(args.study)
+    records = json.loads((args.records or ROOT / f'docs/results/{args.study.stem}.json').read_text())
+    plan = read_plan(args.study)
     print(table(records, plan, ALIGNMENT), table(records, plan, SEGMENTATION), sep='\n\n')
-    draw(args.png, records, plan)
+    if shown(records, plan, ALIGNMENT):
+        draw(args.png or ROOT / f'docs/images/{args.study.stem}.png', records, plan)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""What a forward pass costs, measured: multiply-adds and peak memory."""
+"""What running a network costs, measured: multiply-adds and peak memory."""
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,15 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def convolution_backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, *rest: object,
-                               **_: object) -> int:
-    """The gradients of input and weight cost as much as the convolution, each, and none that nobody asks for.
+def convolution_backward_flops(
+        grad_output: torch.Size, input: torch.Size, weight: torch.Size, bias_sizes: Sequence[int] | None,
+        stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+        output_padding: Sequence[int], groups: int, output_mask: Sequence[bool], **_: object) -> int:
+    """FLOPs of ``aten.convolution_backward``, whose parameters these are, tensors being their shapes.
 
-    PyTorch's own formula counts those of grouped convolutions as if there was one group.
+    The gradients of input and weight cost as much as the convolution, each, where they are asked for. PyTorch's own
+    formula counts the weight's of a grouped convolution as if there was one group.
     """
-    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, needed = rest
-    positions = math.prod((x if transposed else grad)[2:])
-    return 2 * grad[0] * positions * math.prod(weight) * (needed[0] + needed[1])
+    positions = math.prod((input if transposed else grad_output)[2:])
+    return 2 * grad_output[0] * positions * math.prod(weight) * (output_mask[0] + output_mask[1])
 
 
 def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> int:

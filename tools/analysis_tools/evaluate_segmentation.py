@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data
 from adala_mm.utils.pictures import save_figure
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import failure, synchronize
+from adala_mm.utils.timing import failure, wall_timer
 
 SIZES = [128, 256, 512, 1024]
 LONGEST = 16  # times the short side: no image is that long
@@ -69,18 +69,16 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, progress: 
     Raises:
         ValueError: if the config's test evaluator gives something else.
     """
-    evaluator = Evaluator(model.cfg.test_evaluator)
+    evaluator, timer, samples, seconds = Evaluator(model.cfg.test_evaluator), wall_timer(device), [], []
     evaluator.dataset_meta = model.dataset_meta
-    if note := failure(lambda: model.test_step(next(iter(loader))), device):
-        progress.update(len(loader))
-        return dict(note=note)
-    seconds = []
+
+    def step(batch: dict) -> None:
+        seconds.append(timer(lambda: samples.append(model.test_step(batch))))
+
     for batch in loader:
-        start = time.perf_counter()
-        samples = model.test_step(batch)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        evaluator.process(data_samples=samples, data_batch=batch)
+        if note := failure(functools.partial(step, batch), device):
+            return dict(note=note)
+        evaluator.process(data_samples=samples.pop(), data_batch=batch)
         progress.update()
     scores = evaluator.evaluate(len(loader.dataset))
     if absent := {'mIoU', 'aAcc'} - set(scores):
@@ -91,7 +89,7 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, progress: 
 def table(rows: Sequence[dict]) -> str:
     return markdown_table(
         ['short side', 'segmentor', 'softmax / linear blocks', 'mIoU', 'pixel accuracy', 'ms', ''],
-        [[str(row['size']), row['name'], f'{row["softmax_blocks"]} / {row["linear_blocks"]}',
+        [[str(row['size']), row['name'], f'{row.get("softmax_blocks", "-")} / {row.get("linear_blocks", "-")}',
           *(format(row[key], form) if key in row else '-'
             for key, form in (('miou', '.2f'), ('accuracy', '.2f'), ('ms', '.1f'))), row.get('note', '')]
          for row in rows])
@@ -141,7 +139,7 @@ def open_segmentor(spec: Spec, args: argparse.Namespace) -> nn.Module:
                            'EncoderDecoder')
     check_data(model.cfg, ('test_dataloader',))
     model.test_cfg = type(model.cfg.model)(model.test_cfg or {}, mode='whole')
-    model.record.update(name=spec.name, **model.backbone.block_counts)
+    model.record.update(name=spec.name, **getattr(model.backbone, 'block_counts', {}))  # L2ViT counts stages
     return model
 
 
@@ -160,9 +158,10 @@ def run(args: argparse.Namespace) -> None:
                 print(f'{model.record["name"]}, {size} pixels:')
                 found = score(model, loader, device, ProgressBar(len(loader)))
             print()
-            counts = {key: model.record[key] for key in ('name', 'softmax_blocks', 'linear_blocks')}
+            counts = {key: model.record[key] for key in ('name', 'softmax_blocks', 'linear_blocks')
+                      if key in model.record}
             rows.append(counts | dict(size=size, num_images=len(loader)) | found)
-    write(json_path, dict(rows=rows, models=[model.record for model in models]), args.device)
+            write(json_path, dict(rows=rows, models=[model.record for model in models]), args.device)
     draw(png_path, rows)
     print(table(rows), f'{png_path}\n{json_path}', sep='\n\n')
 

@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 def read_run(run: Run) -> dict:
-    """Stage and curves of a work dir, of its last start.
+    """Stage and curves of a work dir, from before and after a restart.
 
     Raises:
         FileNotFoundError: if there is no log, or no config beside it.
@@ -62,8 +62,6 @@ def read_run(run: Run) -> dict:
     curves = {key: values for key in CURVES if (values := curve(run.folder, key))[0]}
     if not curves:
         raise ValueError(f'{run.folder} has logged none of {", ".join(CURVES)} yet')
-    if config.get('resume') and len(list(run.folder.glob('*/vis_data/scalars.json'))) > 1:
-        print(f'{run.name}: was resumed; only what was logged after that is drawn')
     return dict(name=run.name, folder=str(run.folder), stage=STAGES[kind],
                 curves={key: dict(steps=steps, values=values) for key, (steps, values) in curves.items()})
 

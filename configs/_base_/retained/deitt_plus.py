@@ -1,5 +1,4 @@
-# Which two blocks of DeiT-tiny keep softmax attention where all others have that of the recipes named plus: measured, see
-# docs/beyond.md.
+# Which two blocks of DeiT-tiny keep softmax attention in the configs named plus_retain2: measured, see docs/beyond.md.
 from mmengine.config import read_base
 
 with read_base():
