@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(THREADS) $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	$(THREADS) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # Kills, tears and fills up real runs, and prints what came of it: a few minutes.
 test-faults: $(READY)

@@ -435,6 +435,7 @@ PREVIOUS = {
     'stage2_demo_nostage1_beacons': {'teacher_demo_beacons'},
     'teacher_demo_beacons': set(),
     'stage2_deitt_caltech': {'stage1_deitt_caltech'},
+    'stage2_deitt_nostage1_caltech': set(),
     'mask2former_deitt_camvid': {'stage2_deitt_caltech'},
     'linear_deitt_camvid': {'stage2_deitt_caltech'},
     'stage1_deitt_task_camvid': {'mask2former_deitt_softmax_camvid'},
