@@ -466,8 +466,11 @@ def test_configs(path):
     stage3 = Config.fromfile(next(ROOT.glob(f'configs/*/{base}.py')))
     model = cfg.model
     assert model.teacher.checkpoint == last_checkpoint(f'{head}_{vfm}_softmax_{dataset}')
+    # A head on frozen features: the teacher's attentions are those of the pretrained ViT, which have a stage 1 already.
+    frozen = stage3.model.backbone.get('trainable') is not None
+    stage1 = 'stage1_deitt_caltech' if frozen else f'stage1_{vfm}_task_{dataset}'
     assert model.backbone.init_cfg.checkpoint == (
-        stage3.model.backbone.init_cfg.checkpoint if keepattn else last_checkpoint(f'stage1_{vfm}_task_{dataset}'))
+        stage3.model.backbone.init_cfg.checkpoint if keepattn else last_checkpoint(stage1))
     assert model.task_model == stage3.model.type
     for key in ('train_dataloader', 'val_dataloader', 'val_evaluator', 'default_scope', 'default_hooks'):
         assert cfg[key] == stage3[key], key

@@ -8,6 +8,7 @@ model.update(
     type='adala_mm.TaskModelAlignment',
     task_model='EncoderDecoder',
     teacher=dict(type='Pretrained', checkpoint='work_dirs/linear_deitt_softmax_camvid/iter_300.pth'))
+# That segmentor's attentions are those of the pretrained DeiT-tiny, frozen: any stage 1 of it will do.
 stage1_init = dict(type='Pretrained', checkpoint='work_dirs/stage1_deitt_caltech/iter_200.pth')
 model['backbone'].update(trainable=None, init_cfg=stage1_init)
 optim_wrapper['optimizer'].update(lr=1e-3)
