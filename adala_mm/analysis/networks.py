@@ -132,9 +132,7 @@ def load_networks(teacher: Spec | None, students: Sequence[Spec], args: argparse
         ValueError: for names that are not distinct, students of different teachers or none at all, a teacher that is
             not softmax in all blocks, and as `open_network`.
     """
-    names = [spec.name for spec in students] + ['teacher']
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f'more than one network is called {", ".join(twice)}: give them names, NAME=CONFIG:CHECKPOINT')
+    require_distinct('network', [spec.name for spec in students] + ['teacher'])
     configs = [read_config(spec, args) for spec in students]
     if teacher is None:
         found = {}
@@ -162,6 +160,12 @@ def load_networks(teacher: Spec | None, students: Sequence[Spec], args: argparse
     for network in opened:
         network.model.to(device)
     return opened[0], opened[1:]
+
+
+def require_distinct(what: str, names: Sequence[str], form: str = 'CONFIG:CHECKPOINT') -> None:
+    """Raises ValueError if two of what the command line names, each as NAME=``form``, are called alike."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'more than one {what} is called {", ".join(twice)}: give them names, NAME={form}')
 
 
 def require_equal(teacher: Network, students: Sequence[Network], *facts: str) -> None:

@@ -1,10 +1,12 @@
 """Pictures of features and of segmentations."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -45,6 +47,13 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: list[list[int]], opac
     out = image.astype(float)
     out[known] = (1 - opacity) * out[known] + opacity * colours[label[known]]
     return out.round().astype(np.uint8)
+
+
+def size_axis(axis: Axes, sizes: Sequence[int]) -> None:
+    """Image sizes from left to right, a tick each, twice the size being the same step everywhere."""
+    axis.set_xscale('log', base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -34,7 +34,7 @@ from adala_mm.analysis import (
 )
 from adala_mm.analysis.comparison import Sums, cosine, squares
 from adala_mm.utils.cost import multiply_adds
-from adala_mm.utils.pictures import save_figure
+from adala_mm.utils.pictures import save_figure, size_axis
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import Allowance, failure, peak_memory, take_turns, total_memory, wall_timer
 
@@ -147,9 +147,7 @@ def draw(path: Path, rows: Sequence[dict], aligned: Sequence[int]) -> None:
             points = [(row['size'], row[key]) for row in own if key in row]
             if points:
                 axis.plot(*zip(*points, strict=True), 'o-', color=f'C{i - 1}' if i else 'black', label=name)
-        axis.set_xscale('log', base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
+        size_axis(axis, sizes)
         if key in ('rel_error', 'cosine'):
             axis.margins(y=0.2)
             axis.set_ylim(0, None if key == 'rel_error' else 1.02)

@@ -26,11 +26,20 @@ from mmengine.utils import ProgressBar
 from torch import nn
 from torch.utils.data import DataLoader
 
-from adala_mm.analysis import Spec, analysis_parser, load_predictor, one_message, outputs, positive, write
+from adala_mm.analysis import (
+    Spec,
+    analysis_parser,
+    load_predictor,
+    one_message,
+    outputs,
+    positive,
+    require_distinct,
+    write,
+)
 from adala_mm.analysis.images import spread
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data
-from adala_mm.utils.pictures import save_figure
+from adala_mm.utils.pictures import save_figure, size_axis
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import failure, wall_timer
 
@@ -104,9 +113,7 @@ def draw(path: Path, rows: Sequence[dict]) -> None:
             points = [(row['size'], row[key]) for row in rows if row['name'] == name and key in row]
             if points:
                 axis.plot(*zip(*points, strict=True), 'o-', color=f'C{i}', label=name)
-        axis.set_xscale('log', base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
+        size_axis(axis, sizes)
         axis.set_yscale('linear' if key == 'miou' else 'log')
         axis.set(xlabel='short side of the image, pixels', ylabel=title)
         axis.grid(alpha=0.3)
@@ -145,10 +152,7 @@ def open_segmentor(spec: Spec, args: argparse.Namespace) -> nn.Module:
 
 def run(args: argparse.Namespace) -> None:
     json_path, png_path = outputs(args, 'segmentation')
-    names = [spec.name for spec in args.segmentors]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f'more than one segmentor is called {", ".join(twice)}: give them names, '
-                         'NAME=CONFIG:CHECKPOINT')
+    require_distinct('segmentor', [spec.name for spec in args.segmentors])
     models = [open_segmentor(spec, args) for spec in args.segmentors]
     device, rows = torch.device(args.device), []
     for size in sorted(set(args.sizes)):

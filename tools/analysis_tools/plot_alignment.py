@@ -18,7 +18,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from mmengine.config import Config
 
-from adala_mm.analysis import one_message, outputs, write
+from adala_mm.analysis import one_message, outputs, require_distinct, write
 from adala_mm.utils.pictures import save_figure
 from adala_mm.utils.records import curve, newest_log
 from adala_mm.utils.tables import markdown_table
@@ -151,11 +151,6 @@ def summary(runs: Sequence[dict]) -> str:
                             *(last(run, key) for key in CURVES)] for run in runs])
 
 
-def require_distinct(what: str, names: Sequence[str]) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f'more than one {what} is called {", ".join(twice)}: give them other names, NAME=...')
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', nargs='*', type=Run.parse, metavar='[NAME=]RUN_DIR', help='work dirs of stages 1 and 2')
@@ -173,10 +168,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     json_path, png_path = outputs(args, 'curves')
-    require_distinct('run', [run.name for run in args.runs])
+    require_distinct('run', [run.name for run in args.runs], '...')
     runs = [read_run(run) for run in args.runs]
     students = [student for path in args.evaluation for student in read_evaluation(path)]
-    require_distinct('student of these evaluations', [student['name'] for student in students])
+    require_distinct('student of these evaluations', [student['name'] for student in students], '...')
     draw(png_path, runs, students)
     write(json_path, dict(runs=runs, students=students))
     if runs:
