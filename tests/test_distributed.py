@@ -28,7 +28,7 @@ from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import ShardedRunner
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
-from adala_mm.utils.cli import join_cpu_processes
+from adala_mm.utils.cli import join_cpu_processes, leave_processes
 from adala_mm.utils.records import curve
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
@@ -185,6 +185,30 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def gloo_threads() -> list[Path]:
+    """Of this process."""
+    return [thread for thread in Path('/proc/self/task').iterdir() if 'gloo' in (thread / 'comm').read_text()]
+
+
+def join_and_leave(environment: dict) -> None:
+    os.environ.update(environment)
+    join_cpu_processes(Config(dict(launcher='pytorch')))
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    model.holder = [model]  # like runners, which are full of cycles
+    assert gloo_threads()
+    del model
+    leave_processes()
+    assert not gloo_threads()
+
+
+def test_no_thread_is_left_to_meet_the_end_of_the_interpreter():
+    process = multiprocessing.get_context('fork').Process(target=join_and_leave, args=(dict(
+        RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()),))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+
 def work(place: Path, log: Path, environment: dict, words: list[str]) -> None:
     """One forked process: `tools/train.py` with what its launcher would put into the environment."""
     with open(log, 'w') as out:
@@ -200,6 +224,7 @@ def work(place: Path, log: Path, environment: dict, words: list[str]) -> None:
     mmengine.runner.runner.collect_env = dict  # asks compilers for their versions
     sys.argv = ['train.py', *words]
     runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
+    print(f'{len(gloo_threads())} threads of gloo are left')
 
 
 def train(place: Path, run: Path, count: int, config: Path, *words: str) -> str:
@@ -310,6 +335,7 @@ def test_processes_and_accumulation_equal_one_process(place, pretrained, stage):
         options = ['model.backbone.with_cp=True'] if name == 'four' and stage != 'stage1' else []
         folder, steps, log = run(name, processes, batch, accumulated, *options)
         assert ('MMDistributedDataParallel' in log) == (processes > 1)
+        assert '\n0 threads of gloo are left\n' in log
         if accumulated == 1:
             assert 'LR is set based on batch size of 8 and the current batch size is 4. Scaling the original LR by ' \
                    '0.5' in log

@@ -36,6 +36,7 @@ def main() -> None:
     runner = Runner.from_cfg(cfg)
     with outcome_recorded(runner):
         runner.test()
+    del runner
     leave_processes()
 
 

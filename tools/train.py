@@ -48,6 +48,7 @@ def main() -> None:
     runner = RUNNERS.build(cfg)  # MMEngine's Runner, unless the config names a runner_type
     with outcome_recorded(runner):
         runner.train()
+    del runner
     leave_processes()
 
 

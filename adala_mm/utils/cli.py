@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -125,7 +126,12 @@ def join_cpu_processes(cfg: Config) -> None:
 
 
 def leave_processes() -> None:
-    """Ends a distributed run in step: a process that just exits makes the others' open connections abort."""
+    """Ends a distributed run in step; the caller must hold nothing of it any more.
+
+    A process that just exits makes the others' open connections abort. A model that is still there at the
+    interpreter's end holds its process group, whose threads then abort the process itself.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        gc.collect()
