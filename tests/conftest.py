@@ -1,11 +1,13 @@
 """Fixtures shared by all tests. Everything runs on the CPU, offline, and from fixed seeds."""
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.data._utils
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 if not torch.cuda.is_available():
@@ -22,6 +24,16 @@ def pytest_configure():
     # PyTorch's fake tensors pretend that there is a GPU. An autograd that first starts after that makes threads for it,
     # and refuses to work in forked processes, of which some tests have several.
     torch.ones(1, requires_grad=True).backward()
+    # A runner keeps its loader's iterator in a cycle. When that is collected, the thread that would have told the
+    # workers to stop is gone already, and they are waited for, this many seconds each.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
+
+
+@pytest.fixture(autouse=True, scope='module')
+def small_heap():
+    """Datasets and runners collect garbage: not again and again among what earlier files and the libraries keep."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,29 +1,38 @@
 """The comparison of attentions: every registered one by default, resumable, and a table that says what was measured."""
 import json
-import subprocess
+import pickle
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import ROOT, put_back
 
+from adala_mm.datasets import beacons
 from adala_mm.utils.tables import attention_table
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import compare_attentions
 
 
-def options(folder: Path) -> list[str]:
-    return ['--iterations', '2', '2', '2', '--jobs', '1', '--work-dir', str(folder / 'out'),
-            '--data-root', str(folder / 'data'), '--attentions', 'adala_mm.ViTALiTyAttention']
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The command on one attention and few, small things, with a thread in place of its processes."""
+    put_back(monkeypatch)
+    for split in beacons.SPLITS:
+        monkeypatch.setitem(beacons.SPLITS, split, 20)
+    monkeypatch.setattr(compare_attentions, 'GRID', (32, 32))
+    monkeypatch.setattr(compare_attentions, 'ProcessPoolExecutor', lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(torch, 'set_num_threads', lambda count: None)  # this process has other tests to run
+    monkeypatch.setattr(sys, 'argv', [
+        'compare_attentions.py', '--iterations', '2', '2', '2', '--jobs', '1', '--work-dir', str(tmp_path / 'out'),
+        '--data-root', str(tmp_path / 'data'), '--attentions', 'adala_mm.ViTALiTyAttention'])
 
 
-def test_one_attention_and_once_more(tmp_path, monkeypatch, capsys):
-    first = subprocess.run([sys.executable, str(ROOT / 'tools/compare_attentions.py'), *options(tmp_path)],
-                           capture_output=True, text=True, check=False, timeout=300)
-    assert first.returncode == 0, first.stderr
-    assert 'teacher:' in first.stdout and '0 rows are there already, 1 to go' in first.stdout and 'ETA' in first.stdout
+def test_one_attention_and_once_more(small, tmp_path, monkeypatch, capsys):
+    compare_attentions.main()
+    said = capsys.readouterr().out
+    assert 'teacher:' in said and '0 rows are there already, 1 to go' in said and 'ETA' in said
 
     data = json.loads((tmp_path / 'out/results.json').read_text())
     row, = data['rows']
@@ -32,18 +41,19 @@ def test_one_attention_and_once_more(tmp_path, monkeypatch, capsys):
     assert all(error > 0 for error in row['rel_error'])
     assert set(data['costs']) == {'SoftmaxAttention', 'ViTALiTyAttention'}
     assert all(cost['ms'] > 0 and cost['mib'] > 0 for cost in data['costs'].values())
-    assert data['costs']['SoftmaxAttention']['gmac'] > 5 * data['costs']['ViTALiTyAttention']['gmac']
+    assert data['costs']['SoftmaxAttention']['gmac'] > 2 * data['costs']['ViTALiTyAttention']['gmac']
     assert data['iterations'] == dict(teacher=2, stage1=2, stage2=2)
     assert (tmp_path / 'out/comparison.md').read_text() == attention_table(data) + '\n'
     assert (tmp_path / 'out/comparison.png').read_bytes().startswith(b'\x89PNG')
 
-    put_back(monkeypatch)
-    monkeypatch.setattr(torch, 'set_num_threads', lambda count: None)  # this process has other tests to run
     monkeypatch.setattr(compare_attentions, 'measure_costs', lambda names: {n: data['costs'][n] for n in names})
-    monkeypatch.setattr(sys, 'argv', ['compare_attentions.py', *options(tmp_path)])
     compare_attentions.main()
     assert '1 rows are there already, 0 to go' in capsys.readouterr().out
     assert json.loads((tmp_path / 'out/results.json').read_text())['rows'] == data['rows']
+
+
+def test_rows_can_be_handed_to_other_processes():
+    assert pickle.loads(pickle.dumps(compare_attentions.run_row)) is compare_attentions.run_row
 
 
 def test_unknown_attention_is_named(monkeypatch, capsys):
