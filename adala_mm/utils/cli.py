@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import os
 import subprocess
 from collections.abc import Iterator
@@ -134,4 +135,7 @@ def leave_processes() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        for child in multiprocessing.active_children():
+            if child.daemon:  # a loader's worker: it would be waited for, five seconds, when the loader is collected
+                child.terminate()
         gc.collect()
