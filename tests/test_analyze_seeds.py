@@ -105,6 +105,11 @@ def test_other_configs_are_refused(run, analyze):
     assert 'seed:' not in message and 'work_dir' not in message and '--ignore' in message
 
 
+def test_leaves(tool):
+    assert dict(tool.flat(dict(a=[], b={}, c=(), d=[1, dict(e=None)]))) == {
+        'a': [], 'b': {}, 'c': (), 'd.0': 1, 'd.1.e': None}
+
+
 def test_ignored_differences(run, analyze):
     runs = [run('a', 0, mIoU=50.0), run('b', 1, mIoU=52.0, start='b.pth')]
     assert cells(analyze(*runs, '--ignore', 'model.backbone.init_cfg'))[2][2] == '51'

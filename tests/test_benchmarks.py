@@ -244,7 +244,7 @@ def test_training(bench, tmp_path):
         Image.new('RGB', (80, 80), (60 * i, 0, 0)).save(path)
     config = str(ROOT / 'configs/demo/stage1_demo_beacons.py')
     data, text = bench('training', '--arch', 'S', '--size', '32', '--batch', '2', '--depths', '2', '3', '--config',
-                       config, '--data-root', str(tmp_path / 'data'), '--batches', '2')
+                       config, '--data-root', str(tmp_path / 'data'), '--seconds', '0.2')
     assert [(row['stage'], row['version']) for row in data['rows']] == [
         (stage, version) for stage in (1, 2) for version in ('straightforward', 'ours, fp32')]
     assert all(row['ms'] > 0 and row['mib'] > row['held_mib'] > 0 for row in data['rows'])

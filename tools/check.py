@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Plan, preflight, write_finding
-from adala_mm.utils.cli import base_parser, load_config
+from adala_mm.utils.cli import base_parser, load_config, scale_learning_rate
 from adala_mm.utils.records import cores
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     if args.amp:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
     if args.auto_scale_lr:
-        cfg.auto_scale_lr.enable = True
+        scale_learning_rate(cfg, parser)
     if args.resume and args.resume != 'auto':
         cfg.load_from = args.resume
     findings = []

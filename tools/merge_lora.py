@@ -11,6 +11,7 @@ import torch
 
 from adala_mm.models.attentions.lolcats import merge_lora
 from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.cli import one_message
 
 
 def main() -> None:
@@ -21,8 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f'{args.out} exists already; nothing is overwritten')
-    state = read_state_dict(args.checkpoint)
-    merged = merge_lora(state, args.alpha)
+    with one_message():
+        state = read_state_dict(args.checkpoint)
+        merged = merge_lora(state, args.alpha)
     torch.save({'state_dict': merged}, args.out)
     print(f'{args.out}: {len(state) - len(merged)} LoRA tensors merged, {len(merged)} tensors left')
 

@@ -9,7 +9,7 @@ import torch
 from mmengine.registry import RUNNERS
 
 from adala_mm.engine.provenance import outcome_recorded
-from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config
+from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config, scale_learning_rate
 
 
 def main() -> None:
@@ -34,10 +34,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.auto_scale_lr:
-        if 'auto_scale_lr' not in cfg:
-            parser.error(f'--auto-scale-lr: {args.config} does not say which total batch its learning rate is for; add '
-                         'auto_scale_lr = dict(enable=False, base_batch_size=...)')
-        cfg.auto_scale_lr.enable = True
+        scale_learning_rate(cfg, parser)
     cfg.randomness = dict(cfg.get('randomness', {}))
     if args.seed is not None:
         cfg.randomness.update(seed=args.seed)

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,12 +75,3 @@ def find_images(args: argparse.Namespace, students: Sequence[Network]) -> list[s
     if args.images:
         return named_images(args.images, args.num_images)
     return validation_images(students[0].cfg, args.num_images)
-
-
-@contextlib.contextmanager
-def one_message() -> Iterator[None]:
-    """Ends the program with one message, not a traceback, if what the user named is not there or does not fit."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError, TypeError) as error:
-        raise SystemExit(f'error: {error}') from error

@@ -18,19 +18,27 @@ from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data
 
 
+def open_image(path: str) -> Image.Image:
+    """All pixels of a file, as RGB.
+
+    Raises:
+        ValueError: if the file is not a whole image.
+    """
+    try:
+        return Image.open(BytesIO(fileio.get(path))).convert('RGB')
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # Pillow's, for what is truncated or no image
+        raise ValueError(f'cannot read the image {path}: {error}') from error
+
+
 def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
     """RGB image (H, W, 3) uint8: short side to fit (bicubic, antialiased), the rest cut off at both ends.
 
     Raises:
         ValueError: if the file is not a whole image.
     """
-    try:
-        image = Image.open(BytesIO(fileio.get(path))).convert('RGB')
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # Pillow's, for what is truncated or no image
-        raise ValueError(f'cannot read the image {path}: {error}') from error
-    return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(ImageOps.fit(open_image(path), size[::-1], Image.Resampling.BICUBIC))
 
 
 def normalise(images: Sequence[np.ndarray], preprocessor: dict, device: torch.device | str = 'cpu') -> Tensor:
@@ -67,7 +75,7 @@ def named_images(names: Sequence[str], wanted: int | None = None) -> list[str]:
         elif Path(name).is_file():
             paths.append(name)
         else:
-            raise FileNotFoundError(f'--images {name}: there is no such file or folder')
+            raise FileNotFoundError(f'{name}: there is no such file or folder')
     return [paths[i] for i in spread(len(paths), wanted or len(paths))]
 
 

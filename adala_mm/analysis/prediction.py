@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from adala_mm.analysis.images import named_images
+from adala_mm.analysis.images import named_images, open_image
 from adala_mm.analysis.outputs import require_free
 from adala_mm.export import assemble, load
 from adala_mm.registry import DATASETS
@@ -99,9 +99,11 @@ def output_paths(args: argparse.Namespace, ending: str, name: str) -> tuple[list
     Raises:
         FileNotFoundError: for an image that is not there.
         FileExistsError: if a picture would replace an image, or without ``--overwrite`` anything else.
-        ValueError: if two pictures would have the same name.
+        ValueError: if two pictures would have the same name, or a file is not a whole image.
     """
     images = named_images(args.images)
+    for image in images:  # all of them, before a long work begins
+        open_image(image)
     found = [Output(image, args.out / f'{Path(image).stem}{ending}.png') for image in images]
     inputs = {Path(image).resolve() for image in images}
     taken: dict[Path, str] = {}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
     for loader in loaders:
         for path, state in absent_data(cfg, loader):
             raise FileNotFoundError(f'{loader}: {path} {state}. {data_advice(loader)}')
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Ends the program with one message, not a traceback, if what the user named is not there or does not fit."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        raise SystemExit(f'error: {error}') from error
+
+
+def scale_learning_rate(cfg: Config, parser: argparse.ArgumentParser) -> None:
+    """What ``--auto-scale-lr`` asks for; ends the program if the config has no batch that its rate is meant for."""
+    if 'auto_scale_lr' not in cfg:
+        parser.error(f'--auto-scale-lr: {cfg.filename} does not say which total batch its learning rate is for; add '
+                     'auto_scale_lr = dict(enable=False, base_batch_size=...)')
+    cfg.auto_scale_lr.enable = True
 
 
 def join_cpu_processes(cfg: Config) -> None:

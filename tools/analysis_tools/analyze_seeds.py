@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from mmengine.config import Config
 
+from adala_mm.utils.pictures import save_figure
 from adala_mm.utils.records import newest_log, read_scores
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import save
@@ -29,10 +31,10 @@ NOT_COMPARED = ('randomness.seed', 'work_dir', 'launcher', 'resume')
 
 def flat(node: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
     """The leaves of nested dicts and lists, named ``a.b.0.c``; empty containers are leaves."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
-    if not items:
+    if not isinstance(node, (dict, list, tuple)) or not node:
         yield prefix, node
-    for key, value in items:
+        return
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield from flat(value, f'{prefix}.{key}' if prefix else str(key))
 
 
@@ -97,11 +99,8 @@ def table(rows: dict[str, dict]) -> str:
 
 def draw(path: Path, rows: dict[str, dict]) -> None:
     """Each run as a point, their mean as a line within one standard deviation."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows) + 0.6, 3), squeeze=False)
-    for axis, (metric, row) in zip(axes[0], rows.items(), strict=True):
+    figure = Figure(figsize=(2.6 * len(rows) + 0.6, 3), layout='constrained')
+    for axis, (metric, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         axis.axhline(row['mean'], color='tab:blue')
         if row['std'] is not None:
             axis.axhspan(row['mean'] - row['std'], row['mean'] + row['std'], color='tab:blue', alpha=0.15, lw=0)
@@ -109,10 +108,7 @@ def draw(path: Path, rows: dict[str, dict]) -> None:
         axis.set_xticks(range(row['n']), [str(seed) for seed in row['seeds']])
         axis.set_xlabel('seed')
         axis.set_title(f'{metric}, mean {row["mean"]:.4g}', fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from adala_mm.registry import DATASETS
-from adala_mm.utils.cli import check_data, relocate
+from adala_mm.utils.cli import check_data, one_message, relocate
 from adala_mm.utils.records import cores
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import hardware, save, settings
@@ -46,7 +46,27 @@ def core_seconds(wall: float, workers: int) -> float:
     return ticks / os.sysconf('SC_CLK_TCK')
 
 
-def make_loader(cfg: Config, dataset: object, workers: int, batch: int | None) -> DataLoader:
+def open_dataset(config: str, data_root: str | None, options: dict | None = None) -> tuple[Config, Dataset]:
+    """A config, with another place for its data and other options, and the data set that it trains on.
+
+    Raises:
+        FileNotFoundError: if the data are not there.
+        ValueError: if the config has no training data.
+    """
+    cfg = Config.fromfile(config)
+    if data_root:
+        cfg.merge_from_dict(relocate(cfg.to_dict(), data_root))
+    cfg.merge_from_dict(options or {})
+    if not cfg.get('train_dataloader'):
+        raise ValueError(f'{config} has no train_dataloader')
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    check_data(cfg, ('train_dataloader',))
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset.full_init()
+    return cfg, dataset
+
+
+def make_loader(cfg: Config, dataset: Dataset, workers: int, batch: int | None) -> DataLoader:
     options = cfg.train_dataloader.to_dict() | dict(dataset=dataset, num_workers=workers)
     options['batch_size'] = batch or options['batch_size']
     if not workers:  # there is nobody to keep or to read ahead
@@ -91,10 +111,18 @@ def loader_table(rows: list[dict]) -> str:
                             f'{row["corrupt"]:,} of {row["images"]:,}'] for row in rows])
 
 
-def demands(training: dict) -> dict[str, float]:
-    """Images/s that each training step of a record of benchmark_training.py takes."""
-    return {f'stage {row["stage"]}, {row["version"]}': 1000 * training['settings']['batch'] / row['ms']
-            for row in training['rows'] if 'ms' in row}
+def demands(record: Path) -> dict[str, float]:
+    """Images/s that each training step of a record of benchmark_training.py takes.
+
+    Raises:
+        ValueError: for another file.
+    """
+    try:
+        training = json.loads(record.read_text())
+        return {f'stage {row["stage"]}, {row["version"]}': 1000 * training['settings']['batch'] / row['ms']
+                for row in training['rows'] if 'ms' in row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'--training {record}: no record of benchmark_training.py ({error!r})') from error
 
 
 def verdict(name: str, wanted: float, rows: list[dict]) -> str:
@@ -126,17 +154,15 @@ def main() -> None:
     if args.training and not Path(args.training).is_file():
         parser.error(f'--training: no record at {args.training}; tools/analysis_tools/benchmark_training.py writes one')
     args.workers = args.workers or [0] + [2 ** i for i in range(cores().bit_length())]
+    with one_message():
+        run(args)
 
-    cfg = Config.fromfile(args.config)
-    if args.data_root:
-        cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
-    cfg.merge_from_dict(args.cfg_options or {})
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+
+def run(args: argparse.Namespace) -> None:
+    training = args.training and demands(Path(args.training))
+    cfg, dataset = open_dataset(args.config, args.data_root, args.cfg_options)
     set_multi_processing(**cfg.get('env_cfg', {}).get('mp_cfg', {}))
     torch.set_num_threads(1)  # as in the workers
-    check_data(cfg, ('train_dataloader',))
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    dataset.full_init()
     print(f'{len(dataset):,} images, {cores()} cores', flush=True)
     rows = []
     for workers in args.workers:
@@ -147,7 +173,7 @@ def main() -> None:
                       batch=args.batch or cfg.train_dataloader.batch_size), cores=cores())
     print(loader_table(rows))
     if args.training:
-        record['demands'] = demands(json.loads(Path(args.training).read_text()))
+        record['demands'] = training
         for name, wanted in record['demands'].items():
             print(f'- {verdict(name, wanted, rows)}')
     save(args.out, record)

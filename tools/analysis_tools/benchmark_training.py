@@ -14,17 +14,15 @@ import functools
 import itertools
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from benchmark_loader import make_loader, open_dataset
+from benchmark_loader import measure as measure_loader
 from benchmark_model import ARCHS
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +30,7 @@ from adala_mm.models.attentions import Attention, LinearAttention
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.ops import linear_attention_reference
 from adala_mm.registry import MODELS
-from adala_mm.utils.cli import check_data, relocate
+from adala_mm.utils.cli import one_message
 from adala_mm.utils.timing import (
     default_device,
     depth_table,
@@ -174,23 +172,6 @@ def measure_depths(args: argparse.Namespace, device: torch.device) -> list[dict]
     return rows
 
 
-def loader_speed(path: str, data_root: str | None, batches: int) -> dict:
-    """Images/s of a config's train_dataloader, its start-up not counted."""
-    cfg = Config.fromfile(path)
-    if data_root:
-        cfg.merge_from_dict(relocate(cfg.to_dict(), data_root))
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    check_data(cfg, ('train_dataloader',))
-    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
-    stream = itertools.chain.from_iterable(itertools.repeat(loader))
-    next(stream)
-    start, images = time.perf_counter(), 0
-    for batch in itertools.islice(stream, batches):
-        images += len(batch['inputs'])
-    return dict(config=Path(path).stem, workers=cfg.train_dataloader.num_workers,
-                images_per_s=images / (time.perf_counter() - start))
-
-
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -205,7 +186,6 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, help='of measurements for each stage; 10, with --quick 5')
     parser.add_argument('--config', help='measure the train_dataloader of this config, too')
     parser.add_argument('--data-root', help='use this folder wherever the config says data/')
-    parser.add_argument('--batches', type=int, default=20, help='of the data loader')
     parser.add_argument('--out', default='work_dirs/benchmarks/training.json')
     args = parser.parse_args()
     if 'bf16' in args.dtype and device.type == 'cpu':
@@ -214,6 +194,9 @@ def main() -> None:
     full = dict(arch='B', size=512, batch=8, seconds=10.0)
     for name, value in (quick if args.quick else full).items():
         setattr(args, name, getattr(args, name) or value)
+    if args.config:  # before the long measurements, not after them
+        with one_message():
+            cfg, dataset = open_dataset(args.config, args.data_root)
     logging.disable(logging.INFO)  # MMEngine lists every parameter
     data = dict(rows=[row for stage in (1, 2) for row in measure(args, stage, device)],
                 depths=measure_depths(args, device), settings=settings(args), machine=hardware(device))
@@ -221,7 +204,9 @@ def main() -> None:
     if args.depths:
         print(depth_table(data))
     if args.config:
-        data['loader'] = loader_speed(args.config, args.data_root, args.batches)
+        workers = cfg.train_dataloader.get('num_workers', 0)
+        data['loader'] = dict(measure_loader(make_loader(cfg, dataset, workers, None), args.seconds),
+                              config=Path(args.config).stem)
         print('{config}: {images_per_s:.1f} images/s from the data loader, {workers} workers'.format(**data['loader']))
     save(args.out, data)
 

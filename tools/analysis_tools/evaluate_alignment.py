@@ -20,7 +20,6 @@ from adala_mm.analysis import (
     analysis_parser,
     find_images,
     normalise,
-    one_message,
     open_networks,
     outputs,
     positive,
@@ -29,6 +28,7 @@ from adala_mm.analysis import (
     write,
 )
 from adala_mm.analysis.comparison import SMALLEST
+from adala_mm.utils.cli import one_message
 from adala_mm.utils.pictures import save_figure
 from adala_mm.utils.tables import markdown_table
 

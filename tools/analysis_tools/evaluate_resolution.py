@@ -24,7 +24,6 @@ from adala_mm.analysis import (
     analysis_parser,
     find_images,
     normalise,
-    one_message,
     open_networks,
     outputs,
     positive,
@@ -33,6 +32,7 @@ from adala_mm.analysis import (
     write,
 )
 from adala_mm.analysis.comparison import Sums, cosine, squares
+from adala_mm.utils.cli import one_message
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.pictures import save_figure, size_axis
 from adala_mm.utils.tables import markdown_table

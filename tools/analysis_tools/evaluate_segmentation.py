@@ -30,7 +30,6 @@ from adala_mm.analysis import (
     Spec,
     analysis_parser,
     load_predictor,
-    one_message,
     outputs,
     positive,
     require_distinct,
@@ -38,7 +37,7 @@ from adala_mm.analysis import (
 )
 from adala_mm.analysis.images import spread
 from adala_mm.registry import DATASETS
-from adala_mm.utils.cli import check_data
+from adala_mm.utils.cli import check_data, one_message
 from adala_mm.utils.pictures import save_figure, size_axis
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import failure, wall_timer

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from mmengine.config import Config
 
-from adala_mm.analysis import one_message, outputs, require_distinct, write
+from adala_mm.analysis import outputs, require_distinct, write
+from adala_mm.utils.cli import one_message
 from adala_mm.utils.pictures import save_figure
 from adala_mm.utils.records import curve, newest_log
 from adala_mm.utils.tables import markdown_table
@@ -75,11 +76,14 @@ def read_evaluation(path: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f'--evaluation {path}: there is no such file')
     try:
-        return [dict(name=row['name'], blocks=[{key: block[key] for key in ('attention_error', 'rel_error')}
-                                               for block in row['blocks']])
-                for row in json.loads(path.read_text())['students']]
+        students = [dict(name=row['name'], blocks=[{key: block[key] for key in ('attention_error', 'rel_error')}
+                                                   for block in row['blocks']])
+                    for row in json.loads(path.read_text())['students']]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'--evaluation {path}: no result of evaluate_alignment.py ({error!r})') from error
+    if not students:
+        raise ValueError(f'--evaluation {path}: it has no students')
+    return students
 
 
 def draw_curves(figure: SubFigure, runs: Sequence[dict], keys: Sequence[str], title: str) -> None:

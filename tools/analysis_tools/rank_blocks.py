@@ -16,6 +16,7 @@ config's.
 """
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable
 from itertools import cycle, islice
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from adala_mm.models.algorithms import AttentionAlignment
 from adala_mm.utils.checkpoint import read_state_dict
-from adala_mm.utils.cli import base_parser, load_config
+from adala_mm.utils.cli import base_parser, load_config, one_message
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import save
 
@@ -119,6 +120,11 @@ def main() -> None:
     for name in ('keep', 'steps', 'batch_size', 'measure'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    with one_message():
+        run(args, parser)
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     cfg = load_config(args)
     if str(cfg.model.type).removeprefix('adala_mm.') != 'AttentionAlignment':
         parser.error(f'{args.config} is no config of stage 1: its model is {cfg.model.type}')

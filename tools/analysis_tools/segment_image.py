@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.utils import track_iter_progress
 
-from adala_mm.analysis import analysis_parser, load_predictor, one_message, output_paths, segment, write
+from adala_mm.analysis import analysis_parser, load_predictor, output_paths, segment, write
+from adala_mm.utils.cli import one_message
 from adala_mm.utils.pictures import overlay, save_figure
 
 SHOWN = 20  # classes in a legend

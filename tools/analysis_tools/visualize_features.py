@@ -20,7 +20,6 @@ from adala_mm.analysis import (
     analysis_parser,
     find_images,
     normalise,
-    one_message,
     open_networks,
     outputs,
     read_image,
@@ -28,6 +27,7 @@ from adala_mm.analysis import (
     write,
 )
 from adala_mm.models.algorithms.base import relative_error
+from adala_mm.utils.cli import one_message
 from adala_mm.utils.pictures import picture_grid, shared_pca
 from adala_mm.utils.tables import markdown_table
 
