@@ -3,10 +3,8 @@
 norm_cfg = dict(type='mmpretrain.LN2d')
 model = dict(
     type='MaskRCNN',
-    # Every batch has the same size: where a ViT sees its own padding, it is to see as much of it in training as later.
-    data_preprocessor=dict(
-        type='DetDataPreprocessor', bgr_to_rgb=True, pad_mask=True, pad_size_divisor=32,
-        batch_augments=[dict(type='BatchFixedSizePad', size=(1024, 1024), pad_mask=True)]),
+    # Every batch has the size of the crop: a ViT sees its own padding, and is to see it in training as in testing.
+    data_preprocessor=dict(type='DetDataPreprocessor', bgr_to_rgb=True, pad_mask=True, pad_size_divisor=1024),
     neck=dict(type='adala_mm.SimpleFeaturePyramid', in_channels=1024, scales=[4, 2, 1, 0.5], num_outs=5),
     rpn_head=dict(
         type='RPNHead',
