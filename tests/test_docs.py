@@ -12,10 +12,14 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import cv2
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
 
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
 NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
@@ -191,3 +195,43 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
     for cell in cells:
         if cell['cell_type'] == 'markdown':
             assert broken_links(NOTEBOOK, ''.join(cell['source'])) == []
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> Path:
+    """A folder for configs of one's own beside this repository's."""
+    (tmp_path / 'configs/mine').mkdir(parents=True)
+    for name in ('adala', '_base_'):
+        (tmp_path / 'configs' / name).symlink_to(ROOT / 'configs' / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'configs/mine'
+
+
+def test_configs_of_ones_own_data(mine):
+    segmentor, classifier = code_blocks('docs/own_data.md')
+    for name, code in dict(rooftops=segmentor, flowers=classifier).items():
+        (mine / f'{name}.py').write_text(code)
+    for split in ('train', 'val'):
+        for kind, suffix in (('images', 'jpg'), ('labels', 'png')):
+            path = Path(f'data/rooftops/{kind}/{split}/1.{suffix}')
+            path.parent.mkdir(parents=True)
+            cv2.imwrite(str(path), np.arange(600 * 700).reshape(600, 700) % 3)
+        for flower in ('daisy', 'rose'):
+            Path(f'data/flowers/{split}/{flower}').mkdir(parents=True)
+            cv2.imwrite(f'data/flowers/{split}/{flower}/1.jpg', np.full((40, 50, 3), 99))
+
+    cfg = Config.fromfile(mine / 'rooftops.py')
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            (sample,) = DATASETS.build(cfg[loader].dataset)
+        assert sample['data_samples'].gt_sem_seg.data.unique().tolist() == [0, 1, 2]  # nothing is taken off them
+        assert sample['data_samples'].img_path.startswith('data/rooftops/images/')
+    head = cfg.model.decode_head
+    assert head.num_classes == 3 and head.loss_cls.class_weight == [1.0, 1.0, 1.0, 0.1]
+
+    cfg = Config.fromfile(mine / 'flowers.py')
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            samples = list(DATASETS.build(cfg[loader].dataset))
+        assert [sample['data_samples'].gt_label.item() for sample in samples] == [0, 1]
+    assert cfg.model.head.num_classes == cfg.model.data_preprocessor.num_classes == 5
