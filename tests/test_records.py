@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from adala_mm.utils import records
+from adala_mm.utils import records, timing
+from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.records import curve, machine, read_scalars
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
@@ -52,7 +53,7 @@ def run(tmp_path):
     write_log(run, scored(0, mIoU=5.0), trained(10, 0.9, 0.5), trained(20, 0.5, 0.7), trained(30, 0.25, 0.9),
               scored(30, mIoU=60.0))
     (run / 'mask2former_x.py').write_text("model = dict(type='X')\nrandomness = dict(deterministic=True, seed=17)\n")
-    (run / 'iter_30.pth').write_bytes(b'weights')
+    torch.save(dict(meta=dict(iter=30)), run / 'iter_30.pth')
     (run / 'iter_20.pth').write_bytes(b'older weights')
     (run / 'last_checkpoint').write_text(f'/another/machine/{run.name}/iter_30.pth\n')
     return run
@@ -86,6 +87,20 @@ def test_a_run_that_was_taken_up_again_is_one_run(run):
     assert read_scalars(run) == [trained(10, 0.8)]
     start('20260101_000004', 'resume = True\n', trained(20, 0.4))
     assert [row['step'] for row in read_scalars(run)] == [10, 20]
+
+
+@pytest.mark.parametrize(('noted', 'resume', 'continued'), [
+    (dict(weights=[dict(role='init_cfg')]), True, False),  # --resume, and nothing was there
+    (dict(weights=[dict(role='init_cfg'), dict(role='resume')]), False, True),
+    (dict(outcome='failed'), True, True), (dict(outcome='failed'), False, False),  # it ended before it could say
+    (None, True, True)])
+def test_a_continuation_is_what_was_resumed(noted, resume, continued, run):
+    folder = run / '20260101_000001'
+    write_log(run, trained(10, 0.8), stamp=folder.name)
+    (folder / 'vis_data/config.py').write_text(f'resume = {resume}\n')
+    if noted is not None:
+        (folder / 'run.json').write_text(json.dumps(noted))
+    assert curve(run, 'loss') == (([10, 20, 30], [0.8, 0.5, 0.25]) if continued else ([10], [0.8]))
 
 
 def test_no_log_is_an_error_that_names_the_folder(tmp_path):
@@ -143,7 +158,15 @@ def test_record(run):
     assert record == {
         'config': 'mask2former_x', 'seed': 17, 'iterations': 30, 'checkpoint': 'iter_30.pth',
         'scores': [{'mIoU': 5.0, 'step': 0}, {'mIoU': 60.0, 'step': 30}],
-        'sha256': hashlib.sha256(b'weights').hexdigest()[:16]}
+        'sha256': hashlib.sha256((run / 'iter_30.pth').read_bytes()).hexdigest()[:16]}
+
+
+@pytest.mark.parametrize(('name', 'iterations'), [('iter_35.pth', 35), ('epoch_2.pth', 34)])
+def test_iterations_are_those_of_the_checkpoint(name, iterations, run):
+    """The log ends at a multiple of its interval, and counts validations in epochs if the run has them."""
+    torch.save(dict(meta=dict(iter=iterations, epoch=2)), run / name)
+    (run / 'last_checkpoint').write_text(str(run / name))
+    assert tool('record_runs').record(run)['iterations'] == iterations
 
 
 def test_record_of_a_dumped_config(run):
@@ -165,6 +188,22 @@ def test_recorder_keeps_what_it_knows(run, tmp_path, monkeypatch):
     first = out.read_text()
     recorder.main()
     assert out.read_text() == first
+
+
+@pytest.mark.parametrize('writer', ['record_runs', 'save'])
+def test_a_kill_while_records_are_written_leaves_those_before(writer, run, tmp_path, monkeypatch):
+    out = tmp_path / 'results/real.json'
+    timing.save(out, {'earlier_run': {'seed': 3}})
+    before = out.read_bytes()
+
+    def killed(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('os.fsync', killed)
+    monkeypatch.setattr(sys, 'argv', ['record_runs.py', str(run), '--out', str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        tool('record_runs').main() if writer == 'record_runs' else timing.save(out, {})
+    assert out.read_bytes() == before
 
 
 def alignment(step: int, agreement: float, error: float) -> dict:
@@ -429,3 +468,15 @@ def test_pages_ask_for_tables_that_exist():
         assert page.read_text().count('<!-- end -->') == len(found), page
         asked |= set(found)
     assert asked == set(module.TABLES)
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / 'pipe'
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # so that writing does not wait
+    try:
+        write_atomically(pipe, b'content')
+        assert os.read(reader, 100) == b'content' and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ['pipe']

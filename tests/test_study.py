@@ -68,6 +68,13 @@ def test_studies_that_cannot_be(runs, message, tmp_path):
         read_study(write_study(tmp_path, **runs))
 
 
+def test_unknown_keys_of_a_study_are_named(tmp_path):
+    path = write_study(tmp_path, **CHAIN)
+    path.write_text(path.read_text() + 'Amp = True\nseed = 1\namp = True\n')
+    with pytest.raises(ValueError, match='study.py has unknown keys: Amp, seed; there are runs, seeds, amp$'):
+        read_study(path)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='no study at .*nowhere.py'):
         read_study(tmp_path / 'nowhere.py')
@@ -155,15 +162,16 @@ def test_what_another_process_recorded_meanwhile_is_kept(tmp_path, monkeypatch):
                                            'other/seed1': dict(score=4)}
 
 
-@pytest.mark.parametrize('there', [True, False])
-def test_training_goes_on_from_a_checkpoint_that_is_there(there, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('there', 'resumed'), [
+    (('last_checkpoint', 'iter_4.pth'), True), (('last_checkpoint',), False), (('preempted.pth',), True),
+    (('last_checkpoint', 'preempted.pth'), True), ((), False)])
+def test_training_goes_on_from_a_checkpoint_that_is_there(there, resumed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = Study(write_study(tmp_path, **CHAIN), tmp_path / 'out.json', 'elsewhere', 3)
     folder, commands = study.work_dir(('one', 0)), []
     folder.mkdir(parents=True)
-    (folder / 'last_checkpoint').write_text('/another/machine/iter_4.pth\n')
-    if there:
-        (folder / 'iter_4.pth').touch()
+    for name in there:
+        (folder / name).write_text('/another/machine/iter_4.pth\n')
 
     def run(command: list[str], env: dict, **kwargs) -> SimpleNamespace:
         commands.append(command)
@@ -174,7 +182,7 @@ def test_training_goes_on_from_a_checkpoint_that_is_there(there, tmp_path, monke
     monkeypatch.setattr('study.subprocess.run', run)
     study.train(('one', 0))
     assert commands[0][2:] == [str(tmp_path / 'a.py'), '--work-dir', str(folder), '--seed', '0',
-                               *['--resume'] * there, '--data-root', 'elsewhere']
+                               *['--resume'] * resumed, '--data-root', 'elsewhere']
     with pytest.raises(RuntimeError, match='training failed, and .*output.txt ends with\nwhat it says'):
         study.train(('one', 0))
 
@@ -194,6 +202,29 @@ def test_a_recorded_run_that_was_another_one(tmp_path):
     with pytest.raises(ValueError, match="two/seed0 is recorded in .* as .*'iterations': 4.*, and the study says .*"
                                          "'iterations': 5.*: rename it, or remove"):
         study.run([('one', 0), ('two', 0)], 1)
+
+
+def test_a_recorded_run_of_another_precision(tmp_path):
+    path = write_study(tmp_path, **CHAIN)
+    path.write_text(path.read_text() + 'amp = True\n')
+    study, run = Study(path, tmp_path / 'out.json', None, 1), ('one', 0)
+    for amp in (dict(amp=True), {}):  # what a record does not say is not held against it
+        study.records = {'one/seed0': dict(plan=dict(config='a'), **amp)}
+        assert study.outstanding([run]) == []
+    study.records = {'one/seed0': dict(plan=dict(config='a'), amp=False)}
+    with pytest.raises(ValueError, match="one/seed0 is recorded in .*'amp': False.*, and the study says .*'amp': True"):
+        study.outstanding([run])
+
+
+@pytest.mark.parametrize('name', ['real/study', 'demo/demo_seeds'])
+def test_nothing_recorded_is_outstanding(name):
+    path = ROOT / f'configs/{name}.yml'
+    out = ROOT / f'docs/results/{path.stem}.json'
+    if not out.exists():
+        pytest.skip(f'not there (yet): {out.name}')
+    study = Study(path, out, None, 1)
+    recorded = [run for run in wanted(study.plan, study.plan.seeds, []) if study.key(run) in study.records]
+    assert recorded and study.outstanding(recorded) == []
 
 
 @pytest.mark.parametrize('dwconv', [None, 3])

@@ -9,18 +9,19 @@ import json
 import re
 from pathlib import Path
 
+from adala_mm.utils.atomic import write_atomically
+from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.fingerprint import file_sha256
-from adala_mm.utils.records import machine, read_scalars, read_scores
+from adala_mm.utils.records import machine, read_scores
 
 
 def record(run: Path) -> dict:
     """What a table needs to know about one work dir."""
-    newest = (run / 'last_checkpoint').read_text().strip()
+    newest = run / Path((run / 'last_checkpoint').read_text().strip()).name
     config = next(run.glob('*.py'))
     return dict(config=config.stem, seed=int(re.search(r'seed=(\d+)', config.read_text())[1]),
-                iterations=max(row['step'] for row in read_scalars(run) if 'loss' in row),
-                scores=read_scores(run), checkpoint=Path(newest).name,
-                sha256=file_sha256(run / Path(newest).name)[:16])
+                iterations=load_checkpoint(newest)['meta']['iter'],  # the log may end before: it has an interval
+                scores=read_scores(run), checkpoint=newest.name, sha256=file_sha256(newest)[:16])
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     for run in args.runs:
         known[run.name] = record(run) | dict(machine=machine())
         print(run.name, known[run.name]['scores'][-1])
-    args.out.write_text(json.dumps(known, indent=1, sort_keys=True) + '\n')
+    write_atomically(args.out, (json.dumps(known, indent=1, sort_keys=True) + '\n').encode())
 
 
 if __name__ == '__main__':

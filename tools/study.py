@@ -29,6 +29,7 @@ import torch
 from mmengine.config import Config
 from record_runs import record
 
+from adala_mm.engine.preemption import FILE as PREEMPTED
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.atomic import write_atomically
@@ -38,6 +39,7 @@ from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
 TOOLS = Path(__file__).parent
 WORDS = ('label', 'swap')  # what tables call a run, which may change
 KEYS = ('config', 'after', 'iterations', 'options', *WORDS)
+STUDY_KEYS = ('runs', 'seeds', 'amp')
 Run = tuple[str, int]  # name, seed
 
 
@@ -79,13 +81,16 @@ def read_study(path: Path) -> Config:
 
     Raises:
         FileNotFoundError: for a study or a config that does not exist.
-        ValueError: for what a study or a run must have and has not, and for a run after one that is not before it.
+        ValueError: for what a study or a run must have and has not, for a key that there is not, and for a run after
+            one that is not before it.
     """
     if not path.is_file():
         raise FileNotFoundError(f'no study at {path}')
     study, known = Config.fromfile(path), []
     if absent := {'runs', 'seeds'} - set(study):
         raise ValueError(f'{path} has no {" and no ".join(sorted(absent))}')
+    if extra := set(study) - set(STUDY_KEYS):
+        raise ValueError(f'{path} has unknown keys: {", ".join(sorted(extra))}; there are {", ".join(STUDY_KEYS)}')
     for name, run in study.runs.items():
         if extra := set(run) - set(KEYS):
             raise ValueError(f'{path}: run {name!r} has an unknown key {extra.pop()!r}; there are {", ".join(KEYS)}')
@@ -124,6 +129,7 @@ class Study:
         self.path, self.out, self.data_root, self.threads = path, out, data_root, threads
         self.folder = Path('work_dirs') / path.stem
         self.plan = read_study(path)
+        self.amp = bool(self.plan.get('amp'))
         self.records = json.loads(out.read_text()) if out.exists() else {}
 
     def key(self, run: Run) -> str:
@@ -162,9 +168,10 @@ class Study:
         folder = self.work_dir(run)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, TOOLS / 'train.py', self.config(run), '--work-dir', folder, '--seed', run[1],
-                   *['--amp'] * bool(self.plan.get('amp'))]
+                   *['--amp'] * self.amp]
         newest = folder / 'last_checkpoint'
-        if newest.exists() and (folder / Path(newest.read_text().strip()).name).exists():
+        if (folder / PREEMPTED).exists() or (
+                newest.exists() and (folder / Path(newest.read_text().strip()).name).exists()):
             command += ['--resume']
         if self.data_root:
             command += ['--data-root', self.data_root]
@@ -185,7 +192,7 @@ class Study:
         config = Config.fromfile(newest_log(folder).with_name('config.py'))  # as it ran
         source = json.loads((newest_log(folder).parents[1] / 'run.json').read_text())['source']
         return record(folder) | dict(
-            after=before and self.key(before), plan=self.stated(run), amp=bool(self.plan.get('amp')),
+            after=before and self.key(before), plan=self.stated(run), amp=self.amp,
             minutes=round(sum(map(minutes, logs_of_run(folder))), 1),
             machine=machine() | dict(threads=self.threads, commit=str(source['commit'])[:7], dirty=source['dirty']),
             batch_size=config.train_dataloader.batch_size, training_multiply_adds=training_cost(config),
@@ -209,9 +216,11 @@ class Study:
         """
         todo = {run for run in runs if self.key(run) not in self.records}
         for run in set(runs) - todo:
-            if (was := self.records[self.key(run)]['plan']) != self.stated(run):
-                raise ValueError(f'{self.key(run)} is recorded in {self.out} as {was}, and the study says '
-                                 f'{self.stated(run)}: rename it, or remove the record and {self.work_dir(run)}')
+            known = self.records[self.key(run)]
+            was = dict(known['plan'], amp=known.get('amp', self.amp))  # one that says nothing of it may stay
+            if was != (now := dict(self.stated(run), amp=self.amp)):
+                raise ValueError(f'{self.key(run)} is recorded in {self.out} as {was}, and the study says {now}: '
+                                 f'rename it, or remove the record and {self.work_dir(run)}')
         for run in list(todo):
             while (run := self.before(run)) and run not in todo and not self.weights(run).exists():
                 print(f'{self.key(run)}: recorded, but {self.weights(run)} is not there')

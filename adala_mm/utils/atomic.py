@@ -7,8 +7,6 @@ import secrets
 import shutil
 from pathlib import Path
 
-from mmengine.fileio import LocalBackend, register_backend
-
 PART = '.part'  # what a file is called until it is whole
 
 
@@ -20,6 +18,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # /dev/null is no file to be replaced
+        path.write_bytes(content)
+        return
     # MMEngine writes some files on every process, at the same time: each under a name of its own.
     part = path.with_name(f'{secrets.token_hex(4)}_{path.name}{PART}')
     try:
@@ -38,19 +39,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
                       'then continue with --resume') from error
 
 
-class AtomicLocalBackend(LocalBackend):
-    """MMEngine's backend for local files, whose writes are atomic."""
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        write_atomically(filepath, obj)
-
-    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        write_atomically(filepath, obj.encode(encoding))
-
-
 def use_atomic_saving() -> None:
-    """Makes MMEngine write checkpoints and other files with `write_atomically`.
+    """Makes MMEngine write checkpoints and other local files with `write_atomically`.
 
     Called when `adala_mm.registry` is imported, so that it holds wherever a model of ours is trained.
     """
-    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+    from mmengine.fileio import LocalBackend  # here: benchmarks write files too, and need torch alone
+
+    def put(self: LocalBackend, obj: bytes, filepath: str | Path) -> None:
+        write_atomically(filepath, obj)
+
+    def put_text(self: LocalBackend, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        write_atomically(filepath, obj.encode(encoding))
+
+    LocalBackend.put, LocalBackend.put_text = put, put_text

@@ -43,6 +43,11 @@ def all_logs(run: str | Path) -> list[Path]:
 
 
 def resumed(log: Path) -> bool:
+    """Whether a start went on from a checkpoint; where its run.json does not say, whether it was to."""
+    noted = log.parents[1] / 'run.json'
+    weights = json.loads(noted.read_text()).get('weights') if noted.exists() else None
+    if weights is not None:  # --resume with nothing to resume begins anew
+        return any(file['role'] == 'resume' for file in weights)
     config = log.with_name('config.py')
     return config.exists() and re.search(r'^resume = True', config.read_text(), re.MULTILINE) is not None
 

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cost import peak_bytes
 from adala_mm.utils.records import machine
 from adala_mm.utils.tables import markdown_table
@@ -152,8 +153,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def save(path: str | Path, data: dict) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(data, indent=1, sort_keys=True) + '\n')
+    write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + '\n').encode())
 
 
 def speedup(baseline: float, own: float) -> str:
