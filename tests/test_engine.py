@@ -10,6 +10,7 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
@@ -191,3 +192,8 @@ def test_progressive_resolution_rejects_what_does_not_fit(segmentor):
     model = MMENGINE_MODELS.build(dict(type='adala_mm.FeatureAlignment', backbone=tiny_vit(), teacher=tiny_vit()))
     with pytest.raises(ValueError, match='60 is no multiple of the patch size 8'):
         ProgressiveResolutionHook({0: 60}).before_train_epoch(SimpleNamespace(epoch=0, model=model))
+    iterations, epochs = (SimpleNamespace(train_loop=object.__new__(kind))
+                          for kind in (IterBasedTrainLoop, EpochBasedTrainLoop))
+    with pytest.raises(ValueError, match='IterBasedTrainLoop counts none: use train_cfg'):
+        ProgressiveResolutionHook({0: 64}).before_train(iterations)
+    ProgressiveResolutionHook({0: 64}).before_train(epochs)

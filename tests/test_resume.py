@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
@@ -24,6 +26,7 @@ from saboteur import Killed
 from torch.utils.data import BatchSampler
 
 from adala_mm.datasets.beacons import draw_scene
+from adala_mm.engine import PreemptionHook
 from adala_mm.engine.exact_resume import newest_checkpoint
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.checkpoint import load_checkpoint
@@ -176,6 +179,52 @@ def test_terminated_in_the_middle_and_resumed(scenes, sharp_pretrained, tmp_path
     assert_same_run(whole, work_dir, last(by_epoch))
     assert len((work_dir / 'diary.jsonl').read_text().splitlines()) == STEPS
     assert not (work_dir / 'preempted.pth').exists()  # three newer ones are there
+
+
+def one_in_validation(rank: int, place: Path) -> None:
+    """Is told to stop in its own iteration of a validation whose every iteration needs all processes."""
+    torch.distributed.init_process_group('gloo', f'file://{place}/meeting', rank=rank, world_size=2)
+    saved = []
+    runner = SimpleNamespace(work_dir=str(place), epoch=1, iter=5, logger=SimpleNamespace(warning=print),
+                             save_checkpoint=lambda *args, meta, **kwargs: saved.append(meta['iter']))
+    hook = PreemptionHook(interval=4)
+    hook.before_train(runner)
+    with pytest.raises(SystemExit) as left:
+        for i in range(12):
+            if i == (5, 9)[rank]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert all_gather_object(i) == [i, i]
+            hook.after_val_iter(runner, i)
+    (place / f'{rank}.json').write_text(json.dumps([left.value.code, i, saved]))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_leave_a_validation_together(tmp_path):
+    processes = [multiprocessing.get_context('fork').Process(target=one_in_validation, args=(rank, tmp_path))
+                 for rank in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    left = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
+    assert left == [[128 + signal.SIGTERM, 7, [5]]] * 2
+
+
+@LOOPS
+def test_terminated_in_validation(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
+    """A single process leaves at once."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    whole, work_dir = whole_runs(cfg, 'stage2', by_epoch), tmp_path / 'run'
+    with pytest.raises(SystemExit):
+        train(cfg, work_dir, harm=dict(what='terminate', when='validation', at=10))
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    assert len((work_dir / 'diary.jsonl').read_text().splitlines()) == STEPS
 
 
 @LOOPS

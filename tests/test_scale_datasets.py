@@ -33,6 +33,7 @@ from adala_mm.datasets import ImageFiles, image_index
 from adala_mm.datasets.tar_shards import TarBackend
 from adala_mm.engine import CorruptImagesHook
 from adala_mm.registry import DATASETS
+from adala_mm.utils.checkpoint import load_checkpoint
 
 KINDS = {'folder': {}, 'list': dict(ann_file='list.txt'), 'shards': dict(shards='part-{000..001}.tar')}
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='mmpretrain.RandomFlip', prob=0.5),
@@ -544,6 +545,28 @@ def test_hook_of_two_processes(tmp_path, monkeypatch):
     assert len(hook.path.read_text().splitlines()) == 2
 
 
+def test_hook_goes_on_counting_after_a_resume(tmp_path):
+    checkpoint = {}
+    for resume in (True, False):
+        saved, hook = CorruptImagesHook(0.002, interval=1), CorruptImagesHook(0.002, interval=1)
+        runner = fake_runner(tmp_path)
+        runner._resume = resume
+        saved.before_run(runner)
+        for i in range(2):
+            saved.after_train_iter(runner, i, batch({f'{i}.jpg': 'no whole image'}, {}))
+        saved.before_save_checkpoint(runner, checkpoint)
+        torch.save(checkpoint, tmp_path / 'saved.pth')
+        hook.before_run(runner)
+        hook.after_load_checkpoint(runner, load_checkpoint(tmp_path / 'saved.pth'))
+        if resume:
+            with pytest.raises(ValueError, match='3 of 5 images drawn were unreadable'):
+                hook.after_train_iter(runner, 0, batch({'2.jpg': 'no whole image'}))
+        else:  # a new run that only starts from the weights
+            hook.after_train_iter(runner, 0, batch({'2.jpg': 'no whole image'}))
+            assert (hook.replaced, hook.drawn) == (1, 1)
+    CorruptImagesHook().after_load_checkpoint(SimpleNamespace(_resume=True), {})  # of before these numbers were kept
+
+
 @pytest.mark.parametrize('share', [-0.1, 1.5])
 def test_hook_takes_a_share(share):
     with pytest.raises(ValueError, match=f'max_corrupt={share} is no share'):
@@ -689,11 +712,14 @@ def test_processor_time_counts_workers_and_leaves_out_waiting(bench, monkeypatch
 
 
 def test_benchmark_mistakes(bench, capsys):
-    with pytest.raises(ValueError, match='6 images do not fill a batch of 32: give a smaller --batch'):
+    with pytest.raises(SystemExit, match='error: 6 images do not fill a batch of 32: give a smaller --batch'):
         bench('--workers', '0')
     with pytest.raises(SystemExit):
         bench('--training', 'none.json')
     assert 'no record at none.json' in capsys.readouterr().err
+    Path('other.json').write_text('{"rows": [{"ms": 1}]}')
+    with pytest.raises(SystemExit, match='--training other.json: no record of benchmark_training.py'):
+        bench('--training', 'other.json')
     shutil.rmtree(bench.data)
-    with pytest.raises(FileNotFoundError, match='train_dataloader: .* does not exist'):
+    with pytest.raises(SystemExit, match='error: train_dataloader: .* does not exist'):
         bench()

@@ -15,13 +15,16 @@ import pytest
 import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
+from mmengine.dist import all_reduce, get_rank
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from adala_mm.engine import DeadLossHook, NonFiniteHook, ShardedRunner, TeacherDriftHook, WeightsCheckHook
+from adala_mm.engine.non_finite import first_not_finite
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 
@@ -77,6 +80,28 @@ class Norms(BaseModel):
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         return {'loss': self.layers(inputs).square().mean()}
+
+
+class Averaging(Norms):
+    """As mmdet's heads, it divides by a mean over processes; ``harm`` is done to process 1's third layer."""
+
+    def __init__(self, harm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        if get_rank() == 1:
+            self.layers[2].register_forward_hook(lambda module, args, output: harm(output))
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        count = torch.tensor(float(len(inputs)))
+        all_reduce(count, op='mean')
+        return {'loss': self.layers(inputs).square().sum() / count}
+
+
+def broken(output: Tensor) -> Tensor:
+    """The output, of which running a batch again makes an error."""
+    broken.runs = getattr(broken, 'runs', 0) + 1
+    if broken.runs > 1:
+        raise ValueError('no second time')
+    return output * 1e30
 
 
 def stage(number: int, init_cfg: dict) -> BaseModel:
@@ -265,16 +290,34 @@ def test_bad_gradients_take_their_whole_accumulated_step_with_them(sharp_pretrai
     assert record['processes'][0]['step_files'] == [f'{i}.jpg' for i in range(1, 9)]
 
 
-def test_statistics_of_batch_norm_are_put_back(tmp_path):
+@pytest.mark.parametrize('finite', [False, True], ids=['nan_pixel', 'square_overflows'])
+def test_statistics_of_batch_norm_are_put_back(finite, tmp_path):
     numbers, results = pictures(4), []
     for bad in (False, True):
         torch.manual_seed(3)
         model = Norms()
-        chosen = pictures(4, bad=(3,)) if bad else numbers[:4] + numbers[6:]
-        make_runner(tmp_path / str(bad), model, chosen, dict(policy='skip')).train()
+        chosen = pictures(4, bad=() if finite else (3,)) if bad else numbers[:4] + numbers[6:]
+        runner = make_runner(tmp_path / str(bad), model, chosen, dict(policy='skip'))
+        if finite and bad:  # behind the norm, which sees ordinary numbers
+            model.layers[2].register_forward_hook(
+                lambda module, args, output, run=runner: output * (1e30 if run.iter == 2 else 1))
+        runner.train()
         results.append(weights(model))
     assert_same(*results)
     assert results[1]['layers.1.num_batches_tracked'] == 3
+    assert runner.message_hub.get_scalar('train/skipped').current() == 1
+
+
+@pytest.mark.parametrize('kind', [nn.SyncBatchNorm, type('SyncBatchNorm', (nn.BatchNorm2d,), {})])  # PyTorch's, mmcv's
+def test_no_process_runs_synchronised_batch_norm_again(kind, monkeypatch):
+    model = Norms()
+    model.layers[1] = kind(4)
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1))
+    model.layers[2].register_forward_hook(lambda module, args, output: output * 1e30)
+    batch = dict(inputs=torch.randn(2, 3, 8, 8), mode='loss')
+    assert first_not_finite(model, wrapper, batch) == 'the loss term loss'
+    monkeypatch.setattr('adala_mm.engine.non_finite.get_world_size', lambda: 2)
+    assert first_not_finite(model, wrapper, batch) is None
 
 
 def test_weights_broken_by_a_finite_step_are_not_saved(tmp_path):
@@ -339,8 +382,12 @@ def work(rank: int, place: Path, init_cfg: dict) -> None:
                                   ('accumulate', bad[:8], dict(hook=skip, accumulative_counts=2)),
                                   ('sharded', bad, dict(hook=skip, kind=ShardedRunner, optimizer=ADAMW)),
                                   ('sharded stop', bad, dict(kind=ShardedRunner)),
-                                  ('stop', bad, {})):
-        model = stage(2, init_cfg)
+                                  ('stop', bad, {}),
+                                  ('averaging image', bad, dict(harm=torch.Tensor.clone)),
+                                  ('averaging loss', numbers, dict(harm=lambda output: output * 1e30)),
+                                  ('averaging broken', numbers, dict(harm=broken))):
+        harm = options.pop('harm', None)
+        model = Averaging(harm) if harm else stage(2, init_cfg)
         runner = make_runner(place / name, model, chosen, launcher='pytorch', save_every=100, **options)
         try:
             runner.train()
@@ -378,6 +425,15 @@ def test_two_processes_stop_alike_and_name_the_one(together):
     assert 'files -6.jpg. The' in one['stop'] and 'process 0' not in one['stop']
     record = json.loads((place / 'stop/non_finite_iter_2.json').read_text())
     assert [process['files'] for process in record['processes']] == [['5.jpg', '7.jpg'], ['-6.jpg']]
+
+
+@pytest.mark.parametrize(('name', 'where'), [
+    ('image', 'the images themselves'), ('loss', 'the loss term loss'),
+    ('broken', 'unknown, as running the batch again fails (ValueError: no second time)')])
+def test_no_process_waits_in_vain_for_another_that_looks(together, name, where):
+    place, (one, two) = together
+    assert one[f'averaging {name}'] == two[f'averaging {name}']
+    assert f'process 1: first {where} (' in one[f'averaging {name}'] and 'process 0' not in one[f'averaging {name}']
 
 
 def test_sharded_processes_stop_and_skip_alike(together):

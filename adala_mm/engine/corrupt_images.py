@@ -24,6 +24,8 @@ class CorruptImagesHook(Hook):
             draws count as 1,000.
         interval: iterations from one look at all processes' notes to the next.
 
+    The numbers of drawn and of unreadable images are kept in checkpoints, and go on in a resumed run.
+
     Raises:
         ValueError: if more are unreadable, naming the first few; in all processes at once.
     """
@@ -41,6 +43,13 @@ class CorruptImagesHook(Hook):
         if self.path.exists():
             lines = self.path.read_text(errors='surrogateescape').splitlines()
             self.listed = dict(line.split('\t', 1) for line in lines if '\t' in line)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if runner._resume and 'corrupt_images' in checkpoint:
+            self.drawn, self.replaced = (checkpoint['corrupt_images'][key] for key in ('drawn', 'replaced'))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint['corrupt_images'] = dict(drawn=self.drawn, replaced=self.replaced)
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: object = None,
                     mode: str = 'train') -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_rank, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -44,19 +46,31 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def first_not_finite(model: nn.Module, wrapper: OptimWrapper, batch: dict) -> str | None:
-    """Where ``batch`` first stops being finite: the images, a module's output, a loss term, a parameter's gradient.
+def averages_batches(model: nn.Module) -> bool:
+    """Whether it has a SyncBatchNorm, PyTorch's or mmcv's, and several processes to use it with."""
+    return get_world_size() > 1 and any(type(module).__name__ == 'SyncBatchNorm' for module in model.modules())
 
-    Runs it once more, watching every module, in this process alone; None if nothing happens this time, or if the
-    model is sharded: no process could run it alone.
+
+@contextmanager
+def noting_errors(found: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, it must not hide what this is about
+        found.append(f'unknown, as running the batch again fails ({type(error).__name__}: {error})')
+
+
+def first_not_finite(model: nn.Module, wrapper: OptimWrapper, batch: dict) -> str | None:
+    """Where ``batch`` first stops being finite: a weight, the images, a module's output, a loss term, a gradient.
+
+    For the last three it is run once more, watching every module. As a loss may be averaged over processes, all of
+    them must call this together, and run it together: none does when one has the answer already, or when the model
+    itself averages over processes (sharded, SyncBatchNorm). None if nothing is found.
     """
-    for name, parameter in model.named_parameters():
-        if not is_finite(parameter):
-            return f'the weight {name}'
-    if not is_finite(batch.get('inputs')):
-        return 'the images themselves'
-    if is_sharded(model):
-        return None
+    known = next((f'the weight {name}' for name, p in model.named_parameters() if not is_finite(p)), None)
+    if known is None and not is_finite(batch.get('inputs')):
+        known = 'the images themselves'
+    if any(all_gather_object(known)) or is_sharded(model) or averages_batches(model):
+        return known
     found: list[str] = []
 
     def watch(name: str, module: nn.Module, args: tuple, output: object) -> None:
@@ -67,10 +81,13 @@ def first_not_finite(model: nn.Module, wrapper: OptimWrapper, batch: dict) -> st
     device = next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-            with wrapper.optim_context(model), torch.compiler.set_stance('force_eager'):
-                losses = model(**batch)
-            found += [f'the loss term {name}' for name, value in losses.items() if not is_finite(value)]
-            if not found:
+            with noting_errors(found):
+                with wrapper.optim_context(model), torch.compiler.set_stance('force_eager'):
+                    losses = model(**batch)
+                found += [f'the loss term {name}' for name, value in losses.items() if not is_finite(value)]
+            if any(all_gather_object(bool(found))):
+                return found[0] if found else None
+            with noting_errors(found):
                 loss, _ = BaseModel.parse_losses(model, losses)  # the model's own may talk to other processes
                 if hasattr(wrapper, 'loss_scaler'):
                     loss = wrapper.loss_scaler.scale(loss)
@@ -79,8 +96,6 @@ def first_not_finite(model: nn.Module, wrapper: OptimWrapper, batch: dict) -> st
                 # Backwards, so from the end: what comes before it in the network has caught it.
                 found += [f'the gradient of {name}' for name, grad in reversed(list(zip(learning, grads, strict=True)))
                           if grad is not None and not is_finite(grad)]
-    except Exception as error:  # whatever it is, it must not hide what this is about
-        found.append(f'unknown, as running the batch again fails ({type(error).__name__}: {error})')
     finally:
         for handle in handles:
             handle.remove()
@@ -102,7 +117,8 @@ class NonFiniteHook(Hook):
 
     MMEngine calls no hook between backward pass and step, so this one stands in the optimizer wrapper, before
     gradients are clipped. It costs a pass over the gradients and one number exchanged and read per step; MMEngine
-    reads the loss in each iteration anyway. Then, and only then, the batch is run once more to find the block.
+    reads the loss in each iteration anyway. Then, and only then, the batch is run once more to find the block, unless
+    the model itself averages over processes (sharded, SyncBatchNorm).
 
     Gradients that overflow in float16 are no fault: ``AmpOptimWrapper`` lowers its dynamic loss scale and leaves that
     step out by itself. They are one when the scale has fallen below 1e-4.
@@ -195,8 +211,9 @@ class NonFiniteHook(Hook):
 
     def refuse(self, runner: Runner) -> None:
         """Reports the current batch, and stops if the policy is to."""
+        before = self.statistics  # describe() runs the batch again, which changes both
         message = self.describe(runner, 'loss or gradients are not finite')
-        for norm, statistics in zip(self.norms, self.statistics, strict=True):
+        for norm, statistics in zip(self.norms, before, strict=True):
             for key, value in statistics.items():
                 getattr(norm, key).copy_(value)
         self.skipped += 1

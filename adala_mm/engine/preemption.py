@@ -21,7 +21,8 @@ class PreemptionHook(Hook):
     """SIGTERM, with which clusters announce the end of a job, saves a checkpoint and ends the run: nothing is lost.
 
     The checkpoint, ``preempted.pth`` in the work dir, is what ``--resume`` takes up, in the middle of an epoch or of a
-    validation too. Processes agree on the iteration after which they stop, a multiple of accumulation steps.
+    validation too. Processes agree on the iteration after which they stop, in training a multiple of accumulation
+    steps.
 
     Args:
         signals: names of the signals; ``SIGUSR1`` suits ``sbatch --signal=USR1@120``.
@@ -57,20 +58,22 @@ class PreemptionHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         done, accumulated = runner.iter + 1, getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        if done % accumulated:
-            return  # gradients that are being summed up would be lost
+        if done % accumulated == 0:  # else gradients that are being summed up would be lost
+            self.leave_if_told(runner, done, done // accumulated)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.leave_if_told(runner, runner.iter, batch_idx + 1)
+
+    def leave_if_told(self, runner: Runner, done: int, turn: int) -> None:
+        """All processes leave if one was told to, and must call this with the same ``turn``, counted from 1."""
         if get_world_size() > 1:
-            if done // accumulated % self.interval:
+            if turn % self.interval:
                 return
             agreed = torch.tensor(self.received)
             all_reduce(agreed, op='max')
             self.received = int(agreed)
         if self.received:
             self.save_and_leave(runner, done)
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if self.received:  # no process waits for another here, and each has been told
-            self.save_and_leave(runner, runner.iter)
 
     def save_and_leave(self, runner: Runner, done: int) -> None:
         name = signal.Signals(self.received).name
