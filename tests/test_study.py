@@ -13,6 +13,7 @@ from conftest import LINEAR, ROOT, tiny_vit
 from mmengine.config import Config
 
 sys.path.insert(0, str(ROOT / 'tools'))
+import score_study
 from study import Study, locked, main, read_study, training_cost, wanted
 
 CONFIG = '''
@@ -25,6 +26,7 @@ train_dataloader = dict(
 val_dataloader = dict(train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False))
 val_evaluator = dict(type='adala_mm.AlignmentMetric')
 val_cfg = dict(type='ValLoop')
+test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, dict(type='TestLoop')
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
 param_scheduler = dict(type='PolyLR', power=0.9, end=7, by_epoch=False)
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=7, val_interval=7)
@@ -252,7 +254,7 @@ def test_what_is_no_alignment_of_features_has_no_price(kind):
     assert training_cost(Config(dict(model=dict(type=kind)))) is None
 
 
-def test_two_stages_for_real(pretrained, tmp_path, monkeypatch):
+def test_two_stages_for_real(pretrained, tmp_path, monkeypatch, capsys):
     """By the command line, and again: what is recorded is what was run, and is not run twice."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'there/pictures').mkdir(parents=True)
@@ -278,3 +280,21 @@ def test_two_stages_for_real(pretrained, tmp_path, monkeypatch):
     before = (tmp_path / 'out.json').read_bytes()
     main()
     assert (tmp_path / 'out.json').read_bytes() == before
+
+    # Scored again on one image less, by weights that are still there.
+    (tmp_path / 'there/pictures/one.txt').write_text('0.png\n')
+    Path('work_dirs/study/one/seed4/iter_3.pth').unlink()
+    monkeypatch.setattr(sys, 'argv', [
+        'score_study.py', str(path), '--name', 'fewer', '--data-root', 'there', '--records', 'out.json',
+        '--out', 'fewer.json', '--cfg-options', 'test_dataloader.dataset.ann_file=one.txt'])
+    score_study.main()
+    assert 'one/seed4/iter_3.pth is not there' in capsys.readouterr().out
+    (key, again), = json.loads((tmp_path / 'fewer.json').read_text()).items()
+    assert key == 'two/seed4' and set(again) == set(two) | {'options'} and again['sha256'] == two['sha256']
+    assert again['scores'][0]['step'] == 2 and again['scores'][0]['align/rel_error'] > 0
+    assert again['scores'][0]['align/rel_error'] != two['scores'][-1]['align/rel_error']
+    score_study.main()
+    assert '1 of them recorded' in capsys.readouterr().out
+    sys.argv[-1] += 'x'
+    with pytest.raises(SystemExit, match='fewer.json has two/seed4 with the options .*one.txt: say another --name'):
+        score_study.main()
