@@ -4,7 +4,8 @@ import torch
 from conftest import LINEAR, tiny_vit
 from torch.nn import functional as F
 
-from adala_mm.models.attentions import SoftmaxAttention
+from adala_mm.models.algorithms.attention_alignment import weights_loss
+from adala_mm.models.attentions import SoftmaxAttention, build_attention
 from adala_mm.registry import MODELS
 from adala_mm.utils.cost import peak_bytes
 
@@ -233,6 +234,42 @@ def test_weights_target_is_the_cross_entropy_of_attention_matrices(sharp_pretrai
     wanted = torch.autograd.grad(torch.stack(losses).mean(), [b.attn.feature_map.k for b in model.backbone.blocks])
     for got, exact in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+def test_weights_target_under_autocast_keeps_the_wanted_weights_in_float32():
+    torch.manual_seed(0)
+    attn, softmax = (build_attention(dict(type=f'adala_mm.{kind}Attention'), 32, 4) for kind in ('Hedgehog', 'Softmax'))
+    h = torch.randn(2, 17, 32)
+    with torch.no_grad():
+        softmax.qkv.weight *= 10  # sharp: in bfloat16 the logits would be wrong in the first digit behind the point
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            got = weights_loss(attn, softmax, h)
+            (q, k, _), (wanted_q, wanted_k, _) = ([x.double() for x in a.project(h)] for a in (attn, softmax))
+        wanted = (wanted_q @ wanted_k.transpose(-2, -1) / 8 ** 0.5).softmax(-1)
+        loss = -(wanted * attn.weights(q, k).log()).sum(-1).mean()
+    assert got.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(('options', 'name'), [
+    (dict(), 'qkv.weight'), (dict(trainable='feature_map|qkv.bias'), 'qkv.bias'),
+    (dict(attention=dict(type='adala_mm.HedgehogAttention', dwconv=3), trainable='feature_map|dwc'), 'dwconv.weight'),
+    (dict(attention=dict(type='adala_mm.LoLCATSAttention'), trainable='feature_map|lora'), 'lora.a.[vo]')],
+    ids=['all', 'bias', 'dwconv', 'lora'])
+def test_weights_target_with_values_that_would_learn_raises(sharp_pretrained, options, name):
+    options = dict(attention=dict(type='adala_mm.HedgehogAttention')) | options
+    with pytest.raises(ValueError, match=rf"target='weights'.* blocks\.0\.attn\.{name} would learn.*'feature_map'"):
+        stage1(sharp_pretrained, target='weights', **options)
+    stage1(sharp_pretrained, target='heads', **options)
+
+
+def test_weights_target_may_teach_what_makes_queries_and_keys(sharp_pretrained):
+    model = stage1(sharp_pretrained, dict(type='adala_mm.LoLCATSAttention'), 'weights',
+                   trainable=r'feature_map|lora\.[ab]\.[qk]').train()
+    learners = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learners:
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.loss(torch.randn(2, 3, 32, 32))['loss'].backward()
+    assert len(learners) == 2 * 6 and all(p.grad.abs().sum() > 0 for p in learners)
 
 
 def test_trainable_narrows_stage_1_down(sharp_pretrained):

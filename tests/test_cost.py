@@ -55,6 +55,12 @@ def test_multiply_adds_of_fused_attention():
     assert multiply_adds(lambda: torch.conv2d(image, kernels, padding=1), convolutions=False) == 0
 
 
+def test_multiply_adds_are_the_same_without_gradients_inside():
+    layer, x = build_attention(dict(type='LinearAttention'), DIM, 1, grid=HW), torch.randn(2, HW[0] * HW[1], DIM)
+    counted = multiply_adds(lambda: layer(x, HW, 0))
+    assert multiply_adds(torch.no_grad()(lambda: layer(x, HW, 0))) == counted
+
+
 @pytest.mark.parametrize('transposed', [False, True])
 @pytest.mark.parametrize('groups', [1, 4])
 @pytest.mark.parametrize('learns', ['image', 'kernels', 'both'])

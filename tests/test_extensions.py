@@ -354,7 +354,9 @@ def test_bad_terms_raise(weights, message):
 @pytest.mark.parametrize('layers', [[0], [0, 1], [-2, -1, -1]])
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_layers_against_what_a_head_reads(sharp_pretrained, layers, with_cp):
-    model = stage2(sharp_pretrained, layers=layers, student=dict(with_cp=with_cp, attention=DWCONV)).train()
+    trainable = r'^(?!blocks\.1\.)' if layers == [0] else None
+    student = dict(with_cp=with_cp, attention=DWCONV, trainable=trainable)
+    model = stage2(sharp_pretrained, layers=layers, student=student).train()
     x = images()
     out = model.loss(x)
     out['loss'].backward()
@@ -380,8 +382,22 @@ def test_layers_against_what_a_head_reads(sharp_pretrained, layers, with_cp):
 
 def test_scores_are_of_the_final_features_whatever_the_layers(pretrained):
     x = images()
-    scores = [stage2(pretrained, layers=layers).eval()(x, mode='predict')[0] for layers in ([-1], [0])]
+    scores = [stage2(pretrained, layers=layers).eval()(x, mode='predict')[0] for layers in ([-1], [0, 1])]
     assert scores[0]['error'] == scores[1]['error'] > 0
+
+
+def test_blocks_behind_the_last_layer_must_not_learn(pretrained):
+    with pytest.raises(ValueError, match=r'layers=\[0\]: nothing behind block 0 is compared, and '
+                                         r'blocks\.1\.norm1\.weight would learn: add -1 to layers, or let trainable'):
+        stage2(pretrained, layers=[-2])
+    step(stage2(pretrained, layers=[0], student=dict(trainable=r'blocks\.0\.')))
+    # The loss of stage 1 reaches linear attentions wherever they are, and nothing else.
+    options = dict(layers=[0], attention_weight=1.0)
+    step(stage2(pretrained, **options, student=dict(trainable=r'blocks\.0\.|\.attn\.')))
+    for student in (dict(trainable=r'blocks\.0\.|\.mlp\.'),
+                    dict(trainable=r'blocks\.0\.|\.attn\.', attention=[LINEAR, SOFTMAX])):
+        with pytest.raises(ValueError, match=r'blocks\.1\.(mlp|attn)\.\S+ would learn'):
+            stage2(pretrained, **options, student=student)
 
 
 # --- hidden patches --------------------------------------------------------------------------------------------------

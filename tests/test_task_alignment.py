@@ -323,6 +323,12 @@ def test_outputs_of_puts_forward_back():
     assert 'forward' not in vars(fresh) and patched.forward is mine
 
 
+def test_blocks_behind_the_last_output_must_not_learn(aligned):
+    with pytest.raises(ValueError, match=r'out_indices=\[0\]: nothing behind block 0 is compared, and blocks\.1\.'):
+        aligned('linear', vit=dict(out_indices=[0]))
+    aligned('linear', vit=dict(out_indices=[0]), trainable=r'^backbone\.blocks\.0\.')
+
+
 def test_frozen_parts_answer_as_the_teachers(aligned):
     model = aligned('linear').train()
     assert model.training and model.backbone.training and not model.decode_head.training

@@ -1,6 +1,7 @@
 """The frozen teacher of both stages stays out of training, checkpoints and DDP, and is scored against correctly."""
 import copy
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,44 @@ def with_head(pretrained, tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp('weights') / 'with_head.pth'
     torch.save(torch.load(pretrained['checkpoint']) | head, path)
     return {'type': 'Pretrained', 'checkpoint': str(path)}
+
+
+@both_stages
+def test_pooled_features_are_sent_without_the_batch(pretrained, stage):
+    batch = build(stage, pretrained).eval()(torch.randn(8, 3, 32, 32), mode='predict')
+    assert {x.untyped_storage().nbytes() for score in batch for x in score['pooled']} == {32 * 4}
+
+
+@pytest.mark.parametrize('mode', ['loss', 'predict'])
+@pytest.mark.parametrize('part', [r'blocks\.1\.mlp\.fc2\.weight', 'blocks.0.norm2.bias', 'pos_embed', 'norm.weight'])
+def test_stage_1_does_not_borrow_from_a_checkpoint_of_stage_2(pretrained, part, mode):
+    images = torch.randn(2, 3, 32, 32)
+    state = build('FeatureAlignment', pretrained).state_dict()
+    (key,) = [key for key in state if re.fullmatch(rf'backbone\.{part}', key)]
+    state[key] = state[key] + 0.02 * torch.randn_like(state[key])
+    # In training, the checkpoint comes after init_weights; in tests, nothing has been initialised.
+    for init in (True, False):
+        model = build('AttentionAlignment', pretrained, init=init)
+        model.load_state_dict(state)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf'^{part} is not what .* has, and stage 1 trains attentions only'):
+                model(images, mode=mode)
+        model(images)  # a student by itself
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('kept', [0, 1])
+def test_stage_1_takes_its_own_checkpoint_in_any_dtype(pretrained, dtype, kept):
+    attention = [dict(type='adala_mm.SoftmaxAttention')] * kept + [LINEAR] * (2 - kept)
+    models = [MODELS.build({'type': 'adala_mm.AttentionAlignment',
+                            'backbone': tiny_vit(attention=attention, init_cfg=pretrained)}) for _ in range(2)]
+    models[0].init_weights()
+    state = {key: value.to(dtype) for key, value in disturb(models[0]).state_dict().items()}
+    models[1].load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
+    for model in models:
+        for _ in range(2):
+            assert torch.isfinite(model.to(dtype)(images, mode='loss')['loss'])
 
 
 def pool(tokens, out_type):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -13,10 +14,20 @@ from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.algorithms.base import Alignment, relative_error
 from adala_mm.models.attentions import Attention, build_attention
+from adala_mm.ops import in_float32
 from adala_mm.registry import MODELS
 
 TARGETS = ('output', 'heads', 'weights')
 QUERIES = 256  # of which the weights on all keys are in memory at a time
+# Parameters with a part that attention matrices do not depend on: values (qkv holds them) and what comes after them.
+VALUES = re.compile(r'\.attn\.(qkv|dwconv|lora\.[ab]\.[vo])(\.|$)')
+SAMPLE = 64  # elements of each tensor by which weights are recognized
+
+
+@in_float32
+def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Softmax attention's matrix (B, H, Nq, N), outside of autocast."""
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def weights_loss(attn: Attention, softmax: Attention, h: Tensor) -> Tensor:
@@ -35,8 +46,7 @@ def weights_loss(attn: Attention, softmax: Attention, h: Tensor) -> Tensor:
         wanted_q, wanted_k, _ = (x.float() for x in softmax.project(h))
 
     def part(q: Tensor, k: Tensor, wanted_q: Tensor) -> Tensor:
-        wanted = (wanted_q @ wanted_k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        return -(wanted * attn.weights(q, k).clamp_min(1e-12).log()).sum()
+        return -(softmax_weights(wanted_q, wanted_k) * attn.weights(q, k).clamp_min(1e-12).log()).sum()
 
     total = sum(checkpoint(part, some, k, wanted, use_reentrant=False)
                 for some, wanted in zip(q.split(QUERIES, dim=2), wanted_q.split(QUERIES, dim=2), strict=True))
@@ -151,15 +161,17 @@ class AttentionAlignment(Alignment):
     Args:
         backbone: the linear ViT, with ``init_cfg`` naming the pretrained *softmax* checkpoint.
         target: ``output`` compares after the output projection (Y = softmax attention module's output, our reading of
-            eq. 3 and that of follow-up work), ``heads`` before it, ``weights`` the attention matrices (`weights_loss`).
+            eq. 3 and that of follow-up work), ``heads`` before it, ``weights`` the attention matrices (`weights_loss`),
+            of which values learn nothing: it needs a ``trainable`` that leaves ``qkv`` out.
         head, data_preprocessor: see `Alignment`.
 
     Logs ``rel_error``, the mean over blocks of ``||linear - softmax|| / ||softmax||``, and ``rel_error_worst``, the
     largest of them; all are in ``block_errors`` until the next batch.
 
     Raises:
-        ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them, a backbone of
-            softmax blocks only, or a ``trainable`` that leaves nothing to learn.
+        ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them or of one whose values
+            would learn, a backbone of softmax blocks only, or a ``trainable`` that leaves nothing to learn; before the
+            first loss or score, if the backbone around its attentions is not that of its ``init_cfg``.
     """
 
     def __init__(self, backbone: dict, target: str = 'output', head: dict | None = None,
@@ -180,6 +192,9 @@ class AttentionAlignment(Alignment):
         for name, parameter in self.backbone.named_parameters():
             learns = name.startswith(tuple(learners)) and '.attn.proj.' not in name
             parameter.requires_grad_(parameter.requires_grad and learns)
+            if target == 'weights' and parameter.requires_grad and VALUES.search(name):
+                raise ValueError(f"target='weights' does not read values, and {name} would learn: on them weight decay "
+                                 "would act alone. Let the backbone's trainable leave it out, as 'feature_map' does")
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             raise ValueError(f'trainable={self.backbone.trainable!r} leaves nothing to learn: in stage 1 only '
                              'attentions do, without their output projections')
@@ -189,6 +204,7 @@ class AttentionAlignment(Alignment):
             for attn in learners.values():
                 attn.compile()
         self.freeze('attentions', nn.ModuleList(self._softmax_twin(block.attn) for block in self.backbone.blocks))
+        self.borrowed: dict[str, Tensor] = {}  # what the teacher shares with the student, as pretrained, until checked
 
     @staticmethod
     def _softmax_twin(attn: nn.Module) -> nn.Module:
@@ -203,6 +219,35 @@ class AttentionAlignment(Alignment):
         pretrained.init_weights()
         for twin, block in zip(self.frozen['attentions'], pretrained.blocks, strict=True):
             twin.load_state_dict(block.attn.state_dict())
+        self.borrowed = self._sample(pretrained)
+
+    @staticmethod
+    def _sample(vit: nn.Module) -> dict[str, Tensor]:
+        """Copies of some elements of every tensor outside the attentions, float32 on the CPU."""
+        return {key: value.flatten()[::max(1, value.numel() // SAMPLE)][:SAMPLE].float().cpu().clone()
+                for key, value in vit.state_dict().items() if '.attn.' not in key}
+
+    def check_borrowed(self) -> None:
+        """ValueError if the teacher's norms, MLPs and embeddings, which are the student's, are not as pretrained.
+
+        The state dicts of all stages have the same keys: nothing else tells a checkpoint of stage 2.
+        """
+        if not self.borrowed:
+            return
+        for key, value in self._sample(self.backbone).items():
+            wanted = self.borrowed[key]
+            # Half precision rounds to within 0.4 %.
+            if (value - wanted).abs().max() > 0.01 * wanted.abs().max():
+                raise ValueError(f'{key} is not what {self.backbone.init_cfg["checkpoint"]} has, and stage 1 trains '
+                                 'attentions only: a checkpoint of another stage, or of another init_cfg, was loaded. '
+                                 'Test it with its own config; to train, leave load_from and resume out')
+        self.borrowed = {}
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        if mode in ('loss', 'predict'):
+            self.prepare_teacher()
+            self.check_borrowed()
+        return super().forward(inputs, data_samples, mode)
 
     def train(self, mode: bool = True) -> AttentionAlignment:
         """Only the attentions that learn follow ``mode``; the stream stays the teacher's (no drop path)."""

@@ -141,8 +141,9 @@ class Alignment(Distillation):
         }
         if 'head' in self.frozen:
             columns['agree'] = (self._top_class(student) == self._top_class(teacher)).float()
-        pooled = zip(*(self._pool(tokens, self.backbone.class_token).cpu() for tokens in (student, teacher)),
-                     strict=True)
+        # A row that is a view would be sent to other processes with all tokens of the batch.
+        pooled = zip(*([row.clone() for row in self._pool(tokens, self.backbone.class_token).cpu()]
+                       for tokens in (student, teacher)), strict=True)
         return [dict(zip(columns, row, strict=True), pooled=pair)
                 for row, pair in zip(zip(*(c.tolist() for c in columns.values()), strict=True), pooled, strict=True)]
 

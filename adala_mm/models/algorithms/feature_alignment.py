@@ -44,7 +44,7 @@ class FeatureAlignment(Alignment):
             loss_scale is made for mse.
         layers: blocks whose outputs are compared, negative ones counted from the end; the loss is the mean over them.
             Each passes the network's own final LayerNorm first, as `AdaLAViT` hands it to a head: name the head's
-            ``out_indices`` to align what the head will read.
+            ``out_indices`` to align what the head will read. Blocks behind the last of them must not learn.
         mask_ratio: share of the patches, drawn anew for each image, that the student does not see; the teacher sees
             all. A hidden patch has the mean colour (0 once normalised), so that its embedding is the bias of the patch
             embedding plus its position. No mask token is learnt: nothing has to be kept out of the checkpoint.
@@ -58,8 +58,9 @@ class FeatureAlignment(Alignment):
 
     Raises:
         ValueError: if student and teacher differ in width, patch or prefix tokens, or in depth where that matters; for
-            an unknown term or block, weights that are below 0 or all 0, a ``mask_ratio`` outside [0, 1), a
-            ``masked_only`` without one, or an ``attention_weight`` where no attention learns.
+            an unknown term or block, blocks that learn behind the last of ``layers``, weights that are below 0 or all
+            0, a ``mask_ratio`` outside [0, 1), a ``masked_only`` without one, or an ``attention_weight`` where no
+            attention learns.
     """
 
     def __init__(self, backbone: dict, teacher: dict, loss_scale: float = 1.0, head: dict | None = None,
@@ -95,6 +96,7 @@ class FeatureAlignment(Alignment):
         for vit in (self.backbone, self.frozen['teacher']):
             vit.out_indices = [i % len(vit.blocks) for i in self.layers]
         check_attention_weight(attention_weight, self.backbone)
+        check_last_block('layers', attention_weight, self.backbone)
 
     def load_teacher(self) -> None:
         self.require_pretrained('teacher', self.frozen['teacher'])
@@ -142,3 +144,14 @@ def check_attention_weight(weight: float, vit: torch.nn.Module) -> None:
                           for parameter in block.attn.parameters()):
         raise ValueError(f'attention_weight={weight}: no linear attention of the backbone learns (all blocks are '
                          'softmax, or trainable leaves them out)')
+
+
+def check_last_block(option: str, attention_weight: float, vit: torch.nn.Module) -> None:
+    """ValueError for parameters behind the last of the ViT's ``out_indices``, the option, that learn from no loss."""
+    last = max(vit.out_indices)
+    for i, block in enumerate(vit.blocks[last + 1:], start=last + 1):
+        for name, parameter in block.named_parameters():
+            has_loss = attention_weight > 0 and name.startswith('attn.') and not block.attn.is_softmax
+            if parameter.requires_grad and not has_loss:
+                raise ValueError(f'{option}={vit.out_indices}: nothing behind block {last} is compared, and blocks.{i}.'
+                                 f'{name} would learn: add -1 to {option}, or let trainable leave it out')

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from adala_mm.models.algorithms.attention_alignment import attention_mse
 from adala_mm.models.algorithms.base import Distillation, relative_error
-from adala_mm.models.algorithms.feature_alignment import check_attention_weight
+from adala_mm.models.algorithms.feature_alignment import check_attention_weight, check_last_block
 from adala_mm.models.algorithms.feature_terms import feature_terms, term_weights, weighted_sum
+from adala_mm.models.backbones.vit import AdaLAViT
 from adala_mm.models.backbones.weights import misfits, note_loaded
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import read_state_dict
@@ -122,8 +123,9 @@ class TaskModelAlignment(Distillation):
 
     Raises:
         ValueError: for bad weights or terms, none at all, a ``pyramid`` without a neck, ``logits`` without a head, a
-            ``trainable`` that matches nothing, or matches what gets no gradient; in ``init_weights``, if the backbone
-            has no pretrained weights, or the teacher's checkpoint does not fit, key by key.
+            ``trainable`` that matches nothing, or matches what gets no gradient (blocks behind the last of the
+            backbone's ``out_indices``, for instance); in ``init_weights``, if the backbone has no pretrained weights,
+            or the teacher's checkpoint does not fit, key by key.
     """
 
     def __init__(self, task_model: str, teacher: dict, features: Mapping[str, float] | None = None,
@@ -169,6 +171,8 @@ class TaskModelAlignment(Distillation):
             raise ValueError(f'logits compares the outputs of a {" or ".join(HEADS)}, and this {task_model} has none')
         self._choose_learners(trainable)
         check_attention_weight(attention_weight, self.backbone)
+        if isinstance(self.backbone, AdaLAViT):
+            check_last_block('out_indices', attention_weight, self.backbone)
 
     def _choose_learners(self, trainable: str | None) -> None:
         chosen = {name for name, _ in self.named_parameters() if trainable is None or re.search(trainable, name)}
