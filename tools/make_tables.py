@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from study_report import ALIGNMENT, SEGMENTATION, read_plan, shown, table
+from study_report import ALIGNMENT, SEGMENTATION, read_plan, seeds_of, shown, table
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
@@ -51,9 +51,15 @@ def real_alignment() -> str:
     ]) + footnote(two)
 
 
-def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml') -> str:
+def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml', scored: str | None = None) -> str:
+    """Table of a study, or of those of its runs that score_study.py has ``scored`` on other images."""
     path = ROOT / file
     records, plan = json.loads((ROOT / f'docs/results/{path.stem}.json').read_text()), read_plan(path)
+    if scored:
+        again = json.loads((ROOT / f'docs/results/{path.stem}_{scored}.json').read_text())
+        plan = {name: run for name, run in plan.items() if seeds_of(again, name)}
+        # What they have gone through before they were scored is the study's.
+        records = {key: run for key, run in records.items() if key.rpartition('/')[0] not in plan} | again
     machines = [run['machine'] for run in shown(records, plan, columns)]
     places = dict.fromkeys(f'{m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, Python {m["python"]}, '
                            f'torch {m["torch"]}' for m in machines)
@@ -127,6 +133,7 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
 
 TABLES = dict(demo=demo, layers=layers, attentions=attentions, real_alignment=real_alignment, real_camvid=real_camvid,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
+              study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
