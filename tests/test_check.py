@@ -552,3 +552,12 @@ def test_optimizer_state_is_counted_for_what_learns():
     assert memory.trainable_bytes(plan) == learn and memory.optimizer_bytes(plan) == 2 * learn
     cfg.optim_wrapper.optimizer = dict(type='SGD', lr=1.0)
     assert memory.optimizer_bytes(plan) == 0
+
+
+def test_scaling_a_rate_of_unknown_batch_is_refused(monkeypatch, capsys):
+    config = ROOT / 'configs/real/stage1_deitt_caltech.py'
+    monkeypatch.setattr(sys, 'argv', ['check.py', str(config), '--auto-scale-lr'])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / 'tools/check.py'), run_name='__main__')
+    assert end.value.code == 2
+    assert f'--auto-scale-lr: {config} does not say which total batch' in capsys.readouterr().err
