@@ -21,7 +21,6 @@ def small(tmp_path, monkeypatch):
     put_back(monkeypatch)
     for split in beacons.SPLITS:
         monkeypatch.setitem(beacons.SPLITS, split, 20)
-    monkeypatch.setattr(compare_attentions, 'GRID', (32, 32))
     monkeypatch.setattr(compare_attentions, 'ProcessPoolExecutor', lambda jobs, mp_context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(torch, 'set_num_threads', lambda count: None)  # this process has other tests to run
     monkeypatch.setattr(sys, 'argv', [
@@ -41,7 +40,7 @@ def test_one_attention_and_once_more(small, tmp_path, monkeypatch, capsys):
     assert all(error > 0 for error in row['rel_error'])
     assert set(data['costs']) == {'SoftmaxAttention', 'ViTALiTyAttention'}
     assert all(cost['ms'] > 0 and cost['mib'] > 0 for cost in data['costs'].values())
-    assert data['costs']['SoftmaxAttention']['gmac'] > 2 * data['costs']['ViTALiTyAttention']['gmac']
+    assert data['costs']['SoftmaxAttention']['gmac'] > 5 * data['costs']['ViTALiTyAttention']['gmac']
     assert data['iterations'] == dict(teacher=2, stage1=2, stage2=2)
     assert (tmp_path / 'out/comparison.md').read_text() == attention_table(data) + '\n'
     assert (tmp_path / 'out/comparison.png').read_bytes().startswith(b'\x89PNG')

@@ -382,7 +382,8 @@ def test_layers_against_what_a_head_reads(sharp_pretrained, layers, with_cp):
 
 def test_scores_are_of_the_final_features_whatever_the_layers(pretrained):
     x = images()
-    scores = [stage2(pretrained, layers=layers).eval()(x, mode='predict')[0] for layers in ([-1], [0, 1])]
+    scores = [stage2(pretrained, layers=layers, student=dict(trainable=r'blocks\.0\.')).eval()(x, mode='predict')[0]
+              for layers in ([-1], [0])]
     assert scores[0]['error'] == scores[1]['error'] > 0
 
 

@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.fingerprint import file_sha256
 from adala_mm.utils.records import machine, read_scores
+from adala_mm.utils.timing import save
 
 
 def record(run: Path) -> dict:
@@ -33,7 +33,7 @@ def main() -> None:
     for run in args.runs:
         known[run.name] = record(run) | dict(machine=machine())
         print(run.name, known[run.name]['scores'][-1])
-    write_atomically(args.out, (json.dumps(known, indent=1, sort_keys=True) + '\n').encode())
+    save(args.out, known)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from pathlib import Path
 
 from study import TOOLS, Run, Study
 
-from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cli import one_message
-from adala_mm.utils.records import cores, git_state, machine
+from adala_mm.utils.records import cores, git_state
+from adala_mm.utils.timing import save
 
 
 def score(study: Study, run: Run, options: list[str]) -> dict:
@@ -34,8 +33,7 @@ def score(study: Study, run: Run, options: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, TOOLS / 'test.py', study.config(run), study.weights(run), '--work-dir', folder,
                    *(['--data-root', study.data_root] if study.data_root else []), '--cfg-options', *options]
-        threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(study.threads))
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=os.environ | threads)
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=study.environment())
         if done.returncode:
             raise ValueError(f'{study.key(run)}: testing failed:\n{(done.stdout + done.stderr)[-1500:]}')
         (found,) = Path(folder).glob('*/[0-9]*.json')
@@ -77,11 +75,10 @@ def run(args: argparse.Namespace) -> None:
         if not study.weights(run).is_file():
             print(f'{key}: {study.weights(run)} is not there')
             continue
-        scores, source, told = score(study, run, args.cfg_options), git_state(), study.records[key]
-        known[key] = told | dict(
-            scores=[scores | dict(step=told['iterations'])], options=args.cfg_options,
-            machine=machine() | dict(threads=study.threads, commit=str(source['commit'])[:7], dirty=source['dirty']))
-        write_atomically(out, (json.dumps(known, indent=1, sort_keys=True) + '\n').encode())
+        scores, told = score(study, run, args.cfg_options), study.records[key]
+        known[key] = told | dict(scores=[scores | dict(step=told['iterations'])], options=args.cfg_options,
+                                 machine=study.machine(git_state()))
+        save(out, known)
         print(f'{key}: ' + ', '.join(f'{name} {value:.4g}' for name, value in scores.items())
               + f' ({number} of {len(todo)})', flush=True)
 

@@ -32,9 +32,9 @@ from record_runs import record
 from adala_mm.engine.preemption import FILE as PREEMPTED
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
-from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
+from adala_mm.utils.timing import save
 
 TOOLS = Path(__file__).parent
 WORDS = ('label', 'swap')  # what tables call a run, which may change
@@ -177,14 +177,21 @@ class Study:
             command += ['--data-root', self.data_root]
         if options := self.options(run):
             command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
-        threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(self.threads))
         with locked(folder / 'lock', wait=False) as lock, open(folder / 'output.txt', 'w') as output:
             # The training inherits the lock, and keeps it if this process is killed.
             done = subprocess.run([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
-                                  env=os.environ | threads, pass_fds=[lock])
+                                  env=self.environment(), pass_fds=[lock])
         if done.returncode:
             said = (folder / 'output.txt').read_text().rstrip()
             raise RuntimeError(f'training failed, and {folder / "output.txt"} ends with\n{said[-1500:]}')
+
+    def environment(self) -> dict[str, str]:
+        """Of processes that have this study's share of the cores."""
+        return os.environ | dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(self.threads))
+
+    def machine(self, source: dict) -> dict:
+        """What ran, and where; ``source`` is the state of the code (`git_state`)."""
+        return machine() | dict(threads=self.threads, commit=str(source['commit'])[:7], dirty=source['dirty'])
 
     def describe(self, run: Run) -> dict:
         """What is recorded of a finished run."""
@@ -194,7 +201,7 @@ class Study:
         return record(folder) | dict(
             after=before and self.key(before), plan=self.stated(run), amp=self.amp,
             minutes=round(sum(map(minutes, logs_of_run(folder))), 1),
-            machine=machine() | dict(threads=self.threads, commit=str(source['commit'])[:7], dirty=source['dirty']),
+            machine=self.machine(source),
             batch_size=config.train_dataloader.batch_size, training_multiply_adds=training_cost(config),
             **MODELS.build(config.model.backbone).block_counts)
 
@@ -206,7 +213,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / 'lock'):  # another process may run other parts of the study
             self.records = (json.loads(self.out.read_text()) if self.out.exists() else {}) | {self.key(run): result}
-            write_atomically(self.out, (json.dumps(self.records, indent=1, sort_keys=True) + '\n').encode())
+            save(self.out, self.records)
 
     def outstanding(self, runs: list[Run]) -> list[Run]:
         """Those of ``runs`` that are not recorded, and those that they start from if the weights are not there.
