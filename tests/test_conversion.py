@@ -152,6 +152,8 @@ def difference(ours, theirs) -> float:
     return (ours - theirs).abs().max().item()
 
 
+# --- features, against the source library -----------------------------------------------------------------------------
+
 @every_pair
 @torch.no_grad()
 def test_tokens_equal_the_source(source, family):
@@ -268,6 +270,8 @@ def accounted(converted) -> int:
     return sum(count for step, count, _ in converted.report if step in ('loaded', 'dropped'))
 
 
+# --- keys -------------------------------------------------------------------------------------------------------------
+
 @every_pair
 def test_every_key_is_accounted_for(source, family):
     state, _ = original(source, family)
@@ -318,6 +322,8 @@ def test_every_rule_drops_and_is_reported(source, family, whole):
             assert any(step == 'dropped' and text.startswith(f'{reason}: ') for step, _, text in converted.report), key
             assert accounted(converted) == len(state | {key: 0})
 
+
+# --- families ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('source', 'family', 'choices'), [
     ('timm', 'augreg', 'augreg deit'), ('timm', 'clip_openai', 'clip_openai openclip openclip_quickgelu openclip_half'),
@@ -437,6 +443,8 @@ def test_odd_mlp_widths(width, hidden, heads):
     converted = convert(state, 'deit')
     assert converted.config['num_heads'] == heads and int(width * converted.config['mlp_ratio']) == hidden
 
+
+# --- sizes, and what configs and pages say ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('patch', 'method', 'size'), [(16, 'flexi', None), (16, 'bicubic', (64, 96)),
                                                        (8, 'flexi', (40, 40)), (None, 'flexi', (28, 70))])

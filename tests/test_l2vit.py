@@ -137,6 +137,8 @@ def project(layer, x):
     return x @ layer.proj.weight.T + layer.proj.bias
 
 
+# --- attentions -------------------------------------------------------------------------------------------------------
+
 @every_grid
 @pytest.mark.parametrize('regime', ['below', 'around', 'above'])
 def test_global_attention(hw, num_prefix, regime):
@@ -307,6 +309,8 @@ def naive_l2vit(model, image):
         outs.append(norm(model.norms[str(i)], x).transpose(1, 2).reshape(len(x), -1, *hw))
     return outs
 
+
+# --- the backbone -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [(32, 32), (50, 38)], ids=str)
 @torch.no_grad()

@@ -116,6 +116,8 @@ def quadratic(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs)
     return weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
 
 
+# --- linearize: what it computes --------------------------------------------------------------------------------------
+
 @every_family
 @torch.no_grad()
 def test_keeping_all_softmax_changes_nothing(family):
@@ -214,6 +216,8 @@ def test_rotary_positions_know_no_padding():
     with pytest.raises(ValueError, match='WindowAttention projects 24 patches.*rotary positions for 15'):
         run(model, torch.randn(1, 3, 24, 40))
 
+
+# --- linearize: what it does to a model -------------------------------------------------------------------------------
 
 @every_family
 def test_state_dict_of_the_original_loads(family):
@@ -441,6 +445,8 @@ def config_route(kind: str, student: nn.Module, teacher: nn.Module, tmp_path, **
     model.backbone.load_state_dict(torch.load(files['student']))
     return model
 
+
+# --- align ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', ['timm', 'ours'])
 @pytest.mark.parametrize('stage', [1, 2])
