@@ -21,6 +21,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['adala_mm', 'adala_mm.*']),
+    package_data={'adala_mm': ['py.typed']},
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name) for name in ('onedl', 'openmmlab', 'tests')},
 )

@@ -4,19 +4,29 @@ Importing this package loads neither mmseg, mmdet, mmpretrain nor timm. It only 
 the tested ones, so that a missing package is named here and not by a traceback three libraries deep, and sees to it
 that mmpretrain, once it is imported, survives transformers 5.
 """
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from adala_mm.utils.mmpretrain_compat import tolerate_transformers_5
 from adala_mm.utils.stack import warn_about_stack
 
+if TYPE_CHECKING:
+    from adala_mm.alignment import align
+    from adala_mm.linearization import linearize
+
 __version__ = '0.1.0'
+__all__ = ['align', 'linearize']
+EXPORTED = {'align': 'adala_mm.alignment', 'linearize': 'adala_mm.linearization'}
 
 warn_about_stack()
 tolerate_transformers_5()
 
 
-def __getattr__(name: str):
-    if name not in ('align', 'linearize'):
+def __getattr__(name: str):  # importing the package must not import torch
+    if name not in EXPORTED:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from adala_mm.align import align
-    from adala_mm.linearize import linearize
-    globals().update(align=align, linearize=linearize)  # both: importing them has put their modules there
-    return globals()[name]
+    return getattr(import_module(EXPORTED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *EXPORTED]

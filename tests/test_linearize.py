@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from adala_mm import align, linearize
 from adala_mm.adapters import Adapter
-from adala_mm.linearize import is_linear
+from adala_mm.linearization import is_linear
 from adala_mm.models.attentions import Attention, LinearAttention
 from adala_mm.registry import ATTENTIONS, MODELS
 from adala_mm.utils.cost import peak_bytes
@@ -414,13 +414,11 @@ try:
     adala_mm.nothing
 except AttributeError as error:
     assert 'nothing' in str(error)
-from adala_mm.linearize import linearize
-import adala_mm.align
-assert adala_mm.linearize is not linearize and callable(adala_mm.align)  # modules, which can be called all the same
-try:
-    adala_mm.linearize(1)
-except AttributeError:
-    pass
+import inspect, pickle
+import adala_mm.alignment, adala_mm.linearization
+for function in (adala_mm.align, adala_mm.linearize):  # functions, whatever was imported before
+    assert inspect.isfunction(function) and pickle.loads(pickle.dumps(function)) is function
+    assert function.__name__ in dir(adala_mm)
 """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False,
                           cwd=ROOT, timeout=120)

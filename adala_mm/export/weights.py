@@ -18,7 +18,7 @@ from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TR
 from adala_mm.conversion.source import Source
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
-from adala_mm.linearize import linearize
+from adala_mm.linearization import linearize
 from adala_mm.models.backbones import AdaLAViT
 
 OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')

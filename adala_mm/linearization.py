@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections.abc import Iterable
-from types import ModuleType
 
 from torch import nn
 
@@ -101,13 +99,3 @@ def _check_supported(attn: nn.Module | None, i: int, family: Family) -> None:
         names = ' or '.join(name.rsplit('.', 1)[1] for name in family.attentions)
         raise TypeError(f'block {i} has {kind.__name__ if attn is not None else f"no {family.attention}"} where '
                         f'{names} is supported ({family.name})')
-
-
-class CallableModule(ModuleType):
-    """Once imported, a submodule hides the function of its name in the package: it can be called in its place."""
-
-    def __call__(self, *args, **kwargs):
-        return vars(self)[self.__name__.rpartition('.')[2]](*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = CallableModule
