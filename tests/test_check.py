@@ -124,6 +124,8 @@ def test_stage_1_that_would_train(root):
         'model.backbone.init_cfg.checkpoint': weights})
     assert code == 0, red((code, findings))
     assert findings['checkpoint of backbone'][0]['found'] == f'{weights} fits'
+    assert findings['model'][0]['found'].endswith(
+        '; backbone: 2 of 2 blocks LinearAttention; frozen attentions: 2 of 2 blocks SoftmaxAttention')
     assert findings['train_dataloader labels'] == [dict(
         name='train_dataloader labels', status=SKIPPED, found='the pipeline reads no labels', fix='')]
 
@@ -324,7 +326,8 @@ def test_load_from(root):
 
 def test_no_pretrained_weights_to_align_with(root):
     assert_one_red(check(STAGE1, '--data-root', root, options=stage1() | RANDOM), 'checkpoint of backbone',
-                   'no pretrained weights', fix='init_cfg')
+                   'no pretrained weights', fix='--cfg-options model.backbone.init_cfg.type=Pretrained '
+                                                'model.backbone.init_cfg.checkpoint=FILE')
 
 
 def test_crop_that_the_patch_does_not_divide(root):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from collections import Counter
 
 from torch import Tensor, nn
 
@@ -64,6 +65,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """Attention with its output projection, (B, N, C) to (B, N, C)."""
         return self.proj(self.attend(x, hw, num_prefix))
+
+
+def blocks_by_attention(model: nn.Module) -> dict[str, str]:
+    """``12 of 24 blocks LinearAttention, 12 SoftmaxAttention`` for each part of a model, a frozen teacher included."""
+    told, frozen = {}, {f'frozen {name}': part for name, part in getattr(model, 'frozen', {}).items()}
+    for name, part in [*model.named_children(), *frozen.items()]:
+        layers = sorted((m for m in part.modules() if isinstance(m, Attention)), key=lambda layer: layer.is_softmax)
+        if layers:
+            (kind, count), *others = Counter(type(layer).__name__ for layer in layers).items()
+            told[name] = ', '.join([f'{count} of {len(layers)} blocks {kind}', *(f'{n} {k}' for k, n in others)])
+    return told
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
