@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 
-from adala_mm.utils.checkpoint import TRUST, use_safe_loading
+import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every tool
+from adala_mm.utils.checkpoint import TRUST
 from adala_mm.utils.stack import require_stack
 
 
@@ -34,7 +35,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``; loading becomes safe.
+    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``.
 
     Raises:
         FileNotFoundError: if there is no such config.
@@ -43,7 +44,6 @@ def load_config(args: argparse.Namespace) -> Config:
     if not Path(args.config).is_file():
         raise FileNotFoundError(f'no config at {args.config}')
     require_stack()
-    use_safe_loading()
     if args.trust_checkpoint:
         os.environ[TRUST] = '1'
     cfg = Config.fromfile(args.config)
