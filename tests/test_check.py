@@ -347,6 +347,24 @@ def test_padding_that_the_patch_does_not_divide(root):
     assert 'size_divisor=24' in next(f['found'] for f in wrong if f['name'] == 'image sizes')
 
 
+def test_sliding_window(root):
+    slide = BATCHES | {'model.test_cfg.mode': 'slide', 'model.test_cfg.stride': (32, 32)}
+    assert red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 64)})) == []
+    assert_one_red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 60)}), 'image sizes',
+                   'does not divide test_cfg.crop_size 64 x 60', fix='multiples of 16')
+    mmsegs = {'model.test_cfg.crop_size': (64, 64), 'model.decode_head.type': 'Mask2FormerHead'}
+    assert_one_red(flagship(root, **slide, **mmsegs), 'image sizes', "mmseg's Mask2FormerHead",
+                   fix='model.decode_head.type=adala_mm.Mask2FormerHead')
+    assert red(flagship(root, **BATCHES, **{'model.decode_head.type': 'Mask2FormerHead'})) == []
+
+
+def test_transformers_that_mmpretrain_cannot_be_imported_beside(root, monkeypatch):
+    monkeypatch.setattr('adala_mm.utils.mmpretrain_compat.version', {'transformers': '5.1.0'}.__getitem__)
+    _, findings = flagship(root, **BATCHES)
+    assert [(f['status'], f['found'][:19]) for f in findings['libraries']] == [(WARNING, 'transformers 5.1.0:')]
+    assert 'transformers<5' in findings['libraries'][0]['fix']
+
+
 def test_too_little_disk(root, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(10 ** 9, 10 ** 9 - 10 ** 5, 10 ** 5))
