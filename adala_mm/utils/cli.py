@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmengine.config import Config, DictAction
 
 import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every tool
 from adala_mm.utils.checkpoint import TRUST
+from adala_mm.utils.inert_lines import refuse_inert_lines
 from adala_mm.utils.stack import require_stack
 
 
@@ -39,6 +41,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: if there is no such config.
+        ValueError: if a line of it, or an option, would change nothing.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not Path(args.config).is_file():
@@ -46,7 +49,15 @@ def load_config(args: argparse.Namespace) -> Config:
     require_stack()
     if args.trust_checkpoint:
         os.environ[TRUST] = '1'
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except NameError as error:
+        if error.name != 'backbone':
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f'{place.filename}, line {place.lineno}: {error}. A finished config has its network in '
+                         "model['backbone'] and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
+    refuse_inert_lines(cfg, args.cfg_options or ())
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
     if args.cfg_options:
