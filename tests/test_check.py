@@ -7,7 +7,7 @@ import runpy
 import shutil
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +223,49 @@ def test_reduce_zero_label_of_dataset_and_pipeline_differ(root):
     assert {finding['name'] for finding in wrong} >= {'train_dataloader labels', 'train_dataloader batch'}
     assert 'agree on reduce_zero_label' in next(finding['fix'] for finding in wrong
                                                 if finding['name'] == 'train_dataloader labels')
+
+
+def written(root: Path, make: Callable[[np.ndarray], np.ndarray]) -> None:
+    """All label files of the flagship, changed."""
+    for path in root.glob(f'{FOLDER}/annotations/*/*.png'):
+        with Image.open(path) as image:
+            ids = np.asarray(image).astype(np.uint16)
+        Image.fromarray(make(ids)).save(path)
+
+
+@pytest.mark.parametrize(('make', 'found'), [
+    (lambda ids: np.where(ids == 7, 300, ids).astype(np.uint16), 'holds the label 300, but'),
+    (lambda ids: ids * 256, 'holds the label 256, but'),
+    (lambda ids: ids + 26000, 'holds the label 26000, but'),
+    (lambda ids: np.repeat(ids[..., None].astype(np.uint8), 3, axis=2), 'is a picture in colours (RGB)'),
+], ids=['16 bits', 'times 256', 'instances', 'colours'])
+def test_labels_that_8_bits_do_not_hold(make, found, root):
+    written(root, make)
+    wrong = {finding['name']: finding for finding in red(flagship(root, **BATCHES))}
+    assert found in wrong['train_dataloader labels']['found'] and 'no maps of class ids' in wrong[
+        'train_dataloader labels']['found']
+    assert '255 for none' in wrong['train_dataloader labels']['fix']
+    if 'RGB' not in found:
+        assert found in wrong['train_dataloader batch']['found']  # as training says it
+
+
+def test_labels_of_16_bits_that_fit(root):
+    written(root, lambda ids: np.where(ids == 7, 65535, ids).astype(np.uint16))
+    code, findings = flagship(root, **BATCHES)
+    assert code == 0 and findings['train_dataloader labels'][0]['status'] == OK
+
+
+@pytest.mark.parametrize(('values', 'found', 'fix'), [
+    ([0, 255], 'class 0 alone occurs, label files hold 0, 255', 'write 0 and 1 instead of 0 and 255'),
+    ([1], 'class 1 alone occurs, label files hold 1', 'look at the label files'),
+    ([255], 'no class occurs, label files hold 255', 'look at the label files'),
+])
+def test_one_class_alone(values, found, fix, root):
+    code, findings = binary(root, values, False)
+    assert code == 0
+    for loader in ('train', 'val'):
+        (finding,) = findings[f'{loader}_dataloader labels']
+        assert finding['status'] == WARNING and found in finding['found'] and fix in finding['fix']
 
 
 def test_missing_label_file(root):
