@@ -7,6 +7,7 @@ from adala_mm.utils.stack import CORE, require_stack
 
 require_stack(CORE)
 
+from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from mmengine.registry import DATASETS as MMENGINE_DATASETS  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import METRICS as MMENGINE_METRICS  # noqa: E402
@@ -24,6 +25,7 @@ provide_mmcv_ops()
 use_safe_loading()
 use_atomic_saving()
 
+MODULE2PACKAGE['adala_mm'] = 'adala_mm'  # mmengine.hub.get_config('adala_mm::demo/stage1_demo_beacons.py')
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm',
                   locations=['adala_mm.models', 'adala_mm.models.heads'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
