@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
+from adala_mm.models.attentions.marks import add_mark, last_of
 
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
 PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
@@ -103,6 +104,7 @@ class Adapter:
             raise TypeError(f'{type(source).__name__} {problem}')
         heads = getattr(source, 'num_heads', None) or source.num_attention_heads
         layer = build_attention(cfg, proj.in_features, heads, grid=grid, num_prefix=layout.num_prefix)
+        assert layer.adala_mm  # raises
         del layer.qkv, layer.proj
         layer.to(proj.weight)
         theirs = frozenset(name for kind in PARTS for name, part in getattr(source, kind).items()
@@ -146,6 +148,12 @@ class Adapter:
     def mixed(self, x: Tensor) -> Tensor:
         """Our layer, with its output projection, (B, N, C) to (B, N, C)."""
         return super().forward(x, *self.layout.of(x))
+
+    def state_dict(self, *args, prefix: str = '', keep_vars: bool = False, **kwargs) -> dict:
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if not self.is_softmax and not keep_vars:  # tracers ask for the parameters themselves
+            add_mark(state, prefix, self.adala_mm, last_of(self.proj, self))
+        return state
 
     def __reduce_ex__(self, protocol: int):  # the class is made at run time: copies and pickles name its two parts
         return _blank, type(self).__bases__, self.__dict__
