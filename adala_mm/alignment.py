@@ -16,7 +16,7 @@ from adala_mm.adapters import Adapter, Family, find_vit
 from adala_mm.linearization import is_linear, say
 
 LEARNING_RATES = {1: 1e-2, 2: 1e-3}  # ViT-AdaLA Table 5: the first fixed, the second falling polynomially
-QKV = re.compile(r'(qkv|[qkv]_proj|[qkv]_bias)(\.|$)')
+QKV = re.compile(r'(qkv|[qkv]_proj|[qkv]_bias|attention\.(query|key|value))(\.|$)')
 
 
 def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage: int = 1, steps: int | None = None,

@@ -62,8 +62,8 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     replaced = {i: family.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
     for i, attn in replaced.items():  # only now that all have been built
         setattr(family.blocks_of(vit)[i], family.attention, attn)
-    if replaced and new_layout and family.patches is not None:
-        vit.get_submodule(family.patches).register_forward_hook(layout)
+    if replaced and new_layout:
+        family.listen(vit, layout)
     model.num_linear_blocks = sum(is_linear(attn) for attn in family.attentions_of(vit))
     say(f'{type(vit).__name__}: {model.num_linear_blocks} of {depth} blocks linear')
     return model
