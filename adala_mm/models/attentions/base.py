@@ -29,6 +29,7 @@ class Attention(nn.Module):
 
     is_softmax = False  # whether this is the teacher's own attention, of which stage 1 has nothing to learn
     needs: tuple[str, ...] = ()  # of 'grid' and 'num_prefix' of the ViT: what the constructor wants beside its options
+    after_proj: tuple[str, ...] = ()  # parameters, by the beginning of their names, of which `attend` knows nothing
     formula = ''  # in one line
     cost = ''  # multiply-adds of its matrix products per head: N tokens, D channels of a head, h x w patches
     positional = False  # whether it matters where a token stands
