@@ -45,7 +45,8 @@ class GridTable(nn.Module):
 
     def fit(self, table: Tensor, hw: tuple[int, int]) -> Tensor:
         """``table`` (K, h0, w0) as (K, h, w)."""
-        if not exporting() and table.shape[-2:] == torch.Size(hw):  # a branch would tie a graph to hw
+        free = exporting() and not all(isinstance(side, int) for side in hw)  # a branch would tie a graph to hw
+        if not free and table.shape[-2:] == torch.Size(hw):
             return table
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         fitted = F.interpolate(table[None], size=tuple(hw), mode=self.mode, align_corners=False)[0]
