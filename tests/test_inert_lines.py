@@ -116,6 +116,12 @@ def test_files_between(mine):
         load(other)
 
 
+def test_a_base_of_an_installed_package(tmp_path):
+    path = write(tmp_path / 'child.py', f'adala_mm.configs.{FLAGSHIP}', 'crop_size = (256, 256)')
+    with pytest.raises(ValueError, match='child.py, line 6: this change of crop_size does nothing'):
+        load(path)
+
+
 def test_older_kind_of_inheritance(mine):
     """``_base_`` merges, and a line that no merge reaches is as inert; a file without a base is left alone."""
     Path('mine/base.py').write_text("norm_cfg = dict(type='BN')\nmodel = dict(neck=dict(norm_cfg=norm_cfg))\n"

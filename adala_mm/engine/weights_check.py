@@ -63,6 +63,11 @@ class WeightsCheckHook(Hook):
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             return  # sharded: after it, some are gathered and some are not
 
+        def note(module: nn.Module, args: tuple) -> None:
+            first.remove()
+            nonlocal before  # not earlier: a validation before training may swap in an average (EMAHook)
+            before = self.fingerprint_of(model, dict(model.named_parameters()))
+
         def check(module: nn.Module, args: tuple, output: object) -> None:
             handle.remove()
             after = self.fingerprint_of(model, dict(model.named_parameters()))
@@ -70,5 +75,6 @@ class WeightsCheckHook(Hook):
                 raise RuntimeError(f'process {get_rank()}: the weights have changed in the first forward (fingerprint '
                                    f'{before}, now {after}). Does something initialise the model there?')
 
-        before = self.fingerprint_of(model, dict(model.named_parameters()))
+        before = None
+        first = model.register_forward_pre_hook(note)
         handle = model.register_forward_hook(check)

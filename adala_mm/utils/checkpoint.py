@@ -125,7 +125,7 @@ def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
 def use_safe_loading() -> None:
     """Makes MMEngine read local and downloaded files with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
 
-    Called when `adala_mm.registry` is imported, so that it holds wherever a model of ours is built.
+    Called by `adala_mm.openmmlab`.
     """
 
     def load_url(url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True) -> dict:
