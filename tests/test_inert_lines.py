@@ -82,7 +82,7 @@ def test_the_old_line_for_an_attention_names_the_new_one(mine):
     ('backbone.attention.type=a.B', 'a run does not read backbone. Change model.backbone.attention.type instead'),
     ('crop_size=64', 'a run does not read crop_size. Change train_dataloader.dataset.pipeline.3.crop_size instead'),
     ('data_preprocessor.size=64', 'Change model.data_preprocessor.size instead'),
-    ('trian_cfg.max_epochs=1', 'a run does not read trian_cfg. It reads default_scope, env_cfg, '),
+    ('trian_cfg.max_epochs=1', 'optim_wrapper, param_scheduler, train_cfg, auto_scale_lr'),
     ('model.backbone.out_indices.type=4', 'does not fit the config: list indices must be integers'),
 ])
 def test_an_option_that_changes_nothing(option, message):
