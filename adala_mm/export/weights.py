@@ -37,6 +37,7 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
     """
     converted = describe(target, TIMM, tuple(FAMILIES), family)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
+             'position_grid': 'x'.join(map(str, converted.grid)),
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
     path.write_bytes(save({key: value.contiguous() for key, value in converted.state.items()}, notes))
     model = timm_vit(converted)

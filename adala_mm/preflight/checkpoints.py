@@ -12,7 +12,7 @@ from torch import nn
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.models.algorithms.task_model_alignment import TaskModelAlignment
 from adala_mm.models.backbones import AdaLAViT, L2ViT
-from adala_mm.models.backbones.weights import misfits
+from adala_mm.models.backbones.weights import load_vit, misfits, positions_for
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, one_line
 from adala_mm.utils.checkpoint import read_state_dict
@@ -56,7 +56,10 @@ def pretrained(plan: Plan, name: str, network: nn.Module, init: dict) -> Finding
     if absent := not_here(plan, title, path):
         return absent
     try:
-        if isinstance(network, (AdaLAViT, L2ViT)):
+        if isinstance(network, AdaLAViT):
+            doubts = load_vit(copy.deepcopy(network).to_empty(device='cpu'), init)
+            return Finding(title, WARNING if doubts else OK, '; '.join([f'{path} fits', *doubts]))
+        if isinstance(network, L2ViT):
             copy.deepcopy(network).to_empty(device='cpu').init_weights()
             return Finding(title, OK, f'{path} fits')
         state, prefix = read_state_dict(path), init.get('prefix', '')
@@ -81,7 +84,7 @@ def fine_tuned(plan: Plan) -> Finding:
     title, path = 'checkpoint of the teacher', plan.model.checkpoint
     if absent := not_here(plan, title, path):
         return absent
-    state, wanted = read_state_dict(path), plan.model.frozen['teacher'].state_dict()
+    state, wanted = plan.model.read_teacher(), plan.model.frozen['teacher'].state_dict()
     if table := misfits(*({key: tuple(value.shape) for key, value in one.items()} for one in (state, wanted))):
         return Finding(title, ERROR, f'{path} does not fit:\n{table}', 'name the fine-tuned softmax model, as a whole, '
                        'of the same config: --cfg-options model.teacher.checkpoint=FILE')
@@ -95,7 +98,7 @@ def whole_model(plan: Plan, path: str) -> Finding:
     if absent := not_here(plan, title, path):
         return absent
     state = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    return fit(title, path, plan.model, state.get('state_dict', state))
+    return fit(title, path, plan.model, positions_for(plan.model, state.get('state_dict', state)))
 
 
 def fit(title: str, path: str, network: nn.Module, state: dict) -> Finding:
