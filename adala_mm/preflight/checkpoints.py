@@ -16,6 +16,7 @@ from adala_mm.models.backbones.weights import load_vit, misfits, positions_for
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, one_line
 from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.normalisation import other_normalisation, stated_normalisation
 
 TIMM = 'timm://'
 FAMILY = 'name a file of the family that the config describes; tools/convert_vfm.py converts (docs/weights.md)'
@@ -48,6 +49,20 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
         yield whole_model(plan, plan.cfg.load_from)
     if nothing:
         yield Finding('checkpoint', OK, 'none: training starts from random weights')
+
+
+def normalisation(plan: Plan) -> Iterator[Finding]:
+    """The images are normalised as those were that the networks were pretrained on, where their files say it."""
+    preprocessor = plan.cfg.model.get('data_preprocessor') or plan.cfg.get('data_preprocessor') or {}
+    mean, std = preprocessor.get('mean'), preprocessor.get('std')
+    named = {str(init['checkpoint']) for network in plan.networks.values()
+             for init in [getattr(network, 'init_cfg', None)] if isinstance(init, dict) and init.get('checkpoint')}
+    stated = sorted(path for path in named if stated_normalisation(path))
+    found = [difference for path in stated if (difference := other_normalisation(path, mean, std))]
+    for difference, fix in found:
+        yield Finding('normalisation', WARNING, difference, fix)
+    if stated and mean is not None and not found:
+        yield Finding('normalisation', OK, f'mean and std are those of {", ".join(stated)}')
 
 
 def pretrained(plan: Plan, name: str, network: nn.Module, init: dict) -> Finding:

@@ -94,7 +94,10 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
 
 def file_notes(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself (``metadata``), read without its tensors; {} for any other file."""
-    if not path.is_file() or kind_of(path) != SAFETENSORS:
+    try:
+        if not path.is_file() or kind_of(path) != SAFETENSORS:
+            return {}
+    except ValueError:  # told by whoever loads it
         return {}
     with safe_open(path, 'pt') as file:
         return file.metadata() or {}
