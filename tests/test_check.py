@@ -7,7 +7,7 @@ import runpy
 import shutil
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +225,49 @@ def test_reduce_zero_label_of_dataset_and_pipeline_differ(root):
                                                 if finding['name'] == 'train_dataloader labels')
 
 
+def written(root: Path, make: Callable[[np.ndarray], np.ndarray]) -> None:
+    """All label files of the flagship, changed."""
+    for path in root.glob(f'{FOLDER}/annotations/*/*.png'):
+        with Image.open(path) as image:
+            ids = np.asarray(image).astype(np.uint16)
+        Image.fromarray(make(ids)).save(path)
+
+
+@pytest.mark.parametrize(('make', 'found'), [
+    (lambda ids: np.where(ids == 7, 300, ids).astype(np.uint16), 'holds the label 300, but'),
+    (lambda ids: ids * 256, 'holds the label 256, but'),
+    (lambda ids: ids + 26000, 'holds the label 26000, but'),
+    (lambda ids: np.repeat(ids[..., None].astype(np.uint8), 3, axis=2), 'is a picture in colours (RGB)'),
+], ids=['16 bits', 'times 256', 'instances', 'colours'])
+def test_labels_that_8_bits_do_not_hold(make, found, root):
+    written(root, make)
+    wrong = {finding['name']: finding for finding in red(flagship(root, **BATCHES))}
+    assert found in wrong['train_dataloader labels']['found'] and 'no maps of class ids' in wrong[
+        'train_dataloader labels']['found']
+    assert '255 for none' in wrong['train_dataloader labels']['fix']
+    if 'RGB' not in found:
+        assert found in wrong['train_dataloader batch']['found']  # as training says it
+
+
+def test_labels_of_16_bits_that_fit(root):
+    written(root, lambda ids: np.where(ids == 7, 65535, ids).astype(np.uint16))
+    code, findings = flagship(root, **BATCHES)
+    assert code == 0 and findings['train_dataloader labels'][0]['status'] == OK
+
+
+@pytest.mark.parametrize(('values', 'found', 'fix'), [
+    ([0, 255], 'class 0 alone occurs, label files hold 0, 255', 'write 0 and 1 instead of 0 and 255'),
+    ([1], 'class 1 alone occurs, label files hold 1', 'look at the label files'),
+    ([255], 'no class occurs, label files hold 255', 'look at the label files'),
+])
+def test_one_class_alone(values, found, fix, root):
+    code, findings = binary(root, values, False)
+    assert code == 0
+    for loader in ('train', 'val'):
+        (finding,) = findings[f'{loader}_dataloader labels']
+        assert finding['status'] == WARNING and found in finding['found'] and fix in finding['fix']
+
+
 def test_missing_label_file(root):
     path = root / FOLDER / 'annotations/training/ADE_train_00000001.png'
     path.unlink()
@@ -345,6 +388,24 @@ def test_image_size_that_the_patch_does_not_divide(root):
 def test_padding_that_the_patch_does_not_divide(root):
     wrong = red(flagship(root, **BATCHES, **{'model.data_preprocessor.test_cfg.size_divisor': 24}))
     assert 'size_divisor=24' in next(f['found'] for f in wrong if f['name'] == 'image sizes')
+
+
+def test_sliding_window(root):
+    slide = BATCHES | {'model.test_cfg.mode': 'slide', 'model.test_cfg.stride': (32, 32)}
+    assert red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 64)})) == []
+    assert_one_red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 60)}), 'image sizes',
+                   'does not divide test_cfg.crop_size 64 x 60', fix='multiples of 16')
+    mmsegs = {'model.test_cfg.crop_size': (64, 64), 'model.decode_head.type': 'Mask2FormerHead'}
+    assert_one_red(flagship(root, **slide, **mmsegs), 'image sizes', "mmseg's Mask2FormerHead",
+                   fix='model.decode_head.type=adala_mm.Mask2FormerHead')
+    assert red(flagship(root, **BATCHES, **{'model.decode_head.type': 'Mask2FormerHead'})) == []
+
+
+def test_transformers_that_mmpretrain_cannot_be_imported_beside(root, monkeypatch):
+    monkeypatch.setattr('adala_mm.utils.mmpretrain_compat.version', {'transformers': '5.1.0'}.__getitem__)
+    _, findings = flagship(root, **BATCHES)
+    assert [(f['status'], f['found'][:19]) for f in findings['libraries']] == [(WARNING, 'transformers 5.1.0:')]
+    assert 'transformers<5' in findings['libraries'][0]['fix']
 
 
 def test_too_little_disk(root, monkeypatch):

@@ -163,6 +163,7 @@ def test_configs_do_not_leak_into_each_other():
 @every_config
 def test_model_and_optimizer_build(name):
     cfg, model, facts = config(name), model_of(name), parts(name)
+    assert cfg.custom_imports == dict(imports=['adala_mm.openmmlab'])  # for tools that know nothing of adala_mm
     attentions = {type(block.attn).__name__ for block in model.backbone.blocks}
     default = 'SoftmaxAttention' if facts['stage'] == 'teacher' else 'LinearAttention'
     retained = {'SoftmaxAttention'} if '_retain2' in facts['changes'] else set()

@@ -4,11 +4,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import inspect
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,6 +23,8 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
+
+import adala_mm
 
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
 NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
@@ -148,6 +153,36 @@ def test_names_of_configs_are_parsed(tmp_path):
 
 def code_blocks(page: str) -> list[str]:
     return re.findall(r'^```python\n(.*?)^```$', (ROOT / page).read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)
+
+
+def test_public_functions_are_what_type_checkers_see():
+    """pyright and mypy read files: they know no `__getattr__`, and a module hides a function of its name."""
+    tree = ast.parse((ROOT / 'adala_mm/__init__.py').read_text(encoding='utf-8'))
+    seen = {name.name: node.module for block in tree.body if isinstance(block, ast.If) for node in block.body
+            for name in node.names}
+    assert seen == adala_mm.EXPORTED and list(seen) == adala_mm.__all__
+    modules = {module.name for module in pkgutil.iter_modules(adala_mm.__path__)}
+    assert modules.isdisjoint(seen)
+    assert (ROOT / 'adala_mm/py.typed').is_file()
+    for name in seen:
+        function = getattr(adala_mm, name)
+        hints = typing.get_type_hints(function)  # names that only type checkers import would not resolve
+        assert hints.keys() == {*inspect.signature(function).parameters, 'return'}, name
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/quickstart.md', 'docs/notebooks/quickstart.ipynb'])
+def test_calls_of_public_functions_fit_their_signatures(page):
+    if page.endswith('.ipynb'):
+        cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+        code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+    else:
+        code = '\n'.join(code_blocks(page))
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Name) and node.func.id in adala_mm.__all__]
+    assert len(calls) >= 3
+    for call in calls:
+        inspect.signature(getattr(adala_mm, call.func.id)).bind(
+            *call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
 
 
 def python(code: str, folder: Path, **environment: str) -> str:

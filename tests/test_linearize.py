@@ -487,7 +487,7 @@ def test_align_lowers_the_error_in_every_family(family, stage):
     assert history[-1]['loss'] < 0.97 * history[0]['loss'] and history[-1]['rel_error'] < history[0]['rel_error']
     if stage == 1:  # nothing else has moved
         changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
-        learns = {key for key in before if re.search(r'qkv|[qkv]_(proj|bias)', key)
+        learns = {key for key in before if re.search(r'qkv|[qkv]_(proj|bias)|attention\.(query|key|value)', key)
                   and not re.search(r'(blocks|layers?)\.1\.|head\.', key)}
         assert changed == learns
 
@@ -623,7 +623,7 @@ def test_snippet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(SNIPPET, scope)
-    assert len(SNIPPET.splitlines()) <= 12 and len(made) == 1
+    assert len(SNIPPET.splitlines()) <= 14 and len(made) == 1
     assert scope['model'].num_linear_blocks == 3 and not attentions(made[0])
 
 

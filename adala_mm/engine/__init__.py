@@ -1,3 +1,4 @@
+import adala_mm.openmmlab  # noqa: F401  mmpretrain is imported below, and hooks save
 from adala_mm.engine.corrupt_images import CorruptImagesHook
 from adala_mm.engine.cpu_amp import CPUAmpOptimWrapper
 from adala_mm.engine.dead_loss import DeadLossHook

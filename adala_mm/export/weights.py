@@ -21,6 +21,7 @@ from adala_mm.export.target import Target
 from adala_mm.linearization import linearize
 from adala_mm.models.backbones import AdaLAViT
 
+POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
 OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
 
 
@@ -30,20 +31,27 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
     Parameters of an attention's own stand beside its projections, where a linearized model has them.
 
     Returns:
-        Images to final tokens, as `AdaLAViT.forward_features`.
+        Images to final tokens, as `AdaLAViT.forward_features`, or to logits if the target is a classifier.
 
     Raises:
-        ValueError: for a backbone that is no plain ViT, or of a family that timm has not.
+        ValueError: for a backbone that is no plain ViT, or of a family that timm has not, or a head of another kind.
     """
     converted = describe(target, TIMM, tuple(FAMILIES), family)
+    head = linear_head(target)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
              'position_grid': 'x'.join(map(str, converted.grid)),
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
-    path.write_bytes(save({key: value.contiguous() for key, value in converted.state.items()}, notes))
-    model = timm_vit(converted)
+    state = converted.state if head is None else converted.state | {
+        f'head.{key}': value for key, value in head.state_dict().items()}
+    if head is not None:
+        notes['head'] = json.dumps(dict(num_classes=head.out_features, global_pool=POOLING[target.backbone.out_type],
+                                        fc_norm=False))
+    path.write_bytes(save({key: value.contiguous() for key, value in state.items()}, notes))
+    model = timm_vit(converted) if head is None else timm_vit(
+        converted, head.out_features, POOLING[target.backbone.out_type])
     linearize_like(model, target.attentions)
     model.load_state_dict(load_file(path))
-    return features(model)
+    return features(model) if head is None else logits(model)
 
 
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
@@ -70,6 +78,23 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     model = type(written).from_pretrained(folder)
     linearize_like(model, target.attentions)
     return features(model)
+
+
+def linear_head(target: Target) -> nn.Linear | None:
+    """The linear layer of a classifier on pooled tokens; None if the target is a backbone.
+
+    Raises:
+        ValueError: for a head or neck of another kind.
+    """
+    model = target.model
+    if model is target.backbone:
+        return None
+    fc = getattr(getattr(model, 'head', None), 'fc', None)
+    pooling = target.backbone.out_type
+    if not isinstance(fc, nn.Linear) or getattr(model, 'neck', None) is not None or pooling not in POOLING:
+        raise ValueError(f'{type(model).__name__} on out_type={pooling!r}: timm and transformers have one linear layer '
+                         f'on {" or ".join(POOLING)}, and no other heads of OpenMMLab; .onnx and .pt2 hold any')
+    return fc
 
 
 def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
@@ -129,6 +154,12 @@ def linearize_like(model: nn.Module, attentions: tuple[dict, ...]) -> None:
         if not str(kind['type']).endswith('SoftmaxAttention'):
             linearize(model, kind, keep_softmax=[i for i, other in enumerate(attentions) if other != kind],
                       inplace=True)
+
+
+def logits(model: nn.Module) -> Run:
+    """Images to class logits, in a tuple."""
+    model.eval()
+    return lambda image: (model(image),)
 
 
 def features(model: nn.Module) -> Run:

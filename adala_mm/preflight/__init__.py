@@ -11,6 +11,7 @@ from mmengine.registry import DefaultScope
 from adala_mm.preflight import checkpoints, data, disk, memory, schedule, sizes, world
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, SKIPPED, WARNING, Finding, findings_of, write_finding
+from adala_mm.utils.mmpretrain_compat import too_new_transformers
 
 __all__ = ['ERROR', 'OK', 'SKIPPED', 'WARNING', 'Finding', 'Plan', 'preflight', 'write_finding']
 
@@ -23,9 +24,18 @@ def model(plan: Plan) -> Iterator[Finding]:
                   f'parameters, {learn / 1e6:.1f} M learn')
 
 
+def libraries() -> Iterator[Finding]:
+    """Tools that know nothing of adala_mm can import mmseg and mmpretrain."""
+    if found := too_new_transformers():
+        yield Finding('libraries', WARNING, f'transformers {found}: mmpretrain cannot be imported beside it, and mmseg '
+                      'neither, unless adala_mm.openmmlab comes first: our tools do that, those of mmseg and '
+                      'mmpretrain end with TypeError', 'pip install "transformers<5" "huggingface_hub<1"')
+
+
 def preflight(plan: Plan) -> Iterator[Finding]:
     """All findings, as they are made: data set by data set, then model, checkpoints, sizes and resources."""
-    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [('model', functools.partial(model, plan))]
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ('libraries', libraries), ('model', functools.partial(model, plan))]
     for loader in plan.loaders:
         checks += [(f'{loader} {check.__name__}', functools.partial(check, plan, loader))
                    for check in (data.folders, data.counts, data.images, data.labels, data.batch)]

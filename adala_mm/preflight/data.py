@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adala_mm.engine import LabelCheckHook
-from adala_mm.preflight.images import Look, label_loader, look_at
+from adala_mm.preflight.images import label_loader
 from adala_mm.preflight.plan import TRAIN, VAL, Plan, Scan, draws_itself, leaves
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 from adala_mm.utils.cli import absent_data, data_advice
@@ -93,13 +93,25 @@ def labels(plan: Plan, loader: str) -> Iterator[Finding]:
     if looks and not found:
         ignored = {head.ignore_index for head in plan.heads.values() if hasattr(head, 'ignore_index')} or {255}
         classes = frozenset().union(*(look.values for look in looks)) - ignored
-        yield Finding(name, OK, f'{len(looks)} of {seen.total} looked at; {len(classes)} classes occur'
-                      + (f', {min(classes)} to {max(classes)}' if classes else ''))
+        share = f'{len(looks)} of {seen.total} looked at'
+        if len(classes) < 2 and any(head.num_classes > 1 for head in plan.heads.values()):
+            written = frozenset().union(*(look.written for look in looks))
+            yield Finding(name, WARNING, f'{share}; {f"class {min(classes)} alone" if classes else "no class"} occurs, '
+                          f'label files hold {some(list(map(str, sorted(written))))}',
+                          'write 0 and 1 instead of 0 and 255: 255 means that a pixel has no class'
+                          if written == {0, 255} else 'look at the label files, num_classes and reduce_zero_label')
+        else:
+            yield Finding(name, OK, f'{share}; {len(classes)} classes occur'
+                          + (f', {min(classes)} to {max(classes)}' if classes else ''))
 
 
 def wrong_labels(plan: Plan, name: str, loader: str, seen: Scan) -> Iterator[Finding]:
     """What is wrong with the label maps of a scan."""
     looks = [look for look in seen.looks if look.label_path]
+    no_ids = [f'{look.label_path} ({look.no_ids})' for look in looks if look.no_ids]
+    if no_ids:
+        yield Finding(name, ERROR, f'{len(no_ids)} are no maps of class ids: {some(no_ids)}',
+                      'write label files of one channel and 8 bits, with the classes from 0 on and 255 for none')
     unread = [f'{look.label_path} ({look.label_error})' for look in looks
               if look.label_error and Path(look.label_path).is_file()]  # the others are counted already
     if unread:
@@ -123,7 +135,8 @@ def wrong_labels(plan: Plan, name: str, loader: str, seen: Scan) -> Iterator[Fin
                           f'if labels run from 1 to {classes} and 0 means none, set reduce_zero_label=True in the '
                           f'data set and in LoadAnnotations; else correct num_classes' if shifted else
                           f'correct num_classes, or write {ignore} where a pixel has no class')
-        elif all(reduced) and reduced and values == set(range(classes - 1)) and zero_is_a_class(plan, loader, looks):
+        elif all(reduced) and reduced and values == set(range(classes - 1)) \
+                and any(0 in look.written for look in looks):
             yield Finding(name, ERROR, f'reduce_zero_label=True drops label 0, but labels run from 0 to {classes - 1}: '
                           f'all {classes} classes of {role}, and the last one never occurs',
                           'set reduce_zero_label=False in the data set and in LoadAnnotations')
@@ -133,18 +146,6 @@ def reduces_zero(dataset: Any) -> bool:
     """Whether label 0 becomes 'no class' when this data set is read."""
     step = getattr(label_loader(dataset), 'reduce_zero_label', None)
     return bool(getattr(dataset, 'reduce_zero_label', False) if step is None else step)
-
-
-def zero_is_a_class(plan: Plan, loader: str, looks: list[Look]) -> bool:
-    """Whether label files hold 0, which has become 255 with ``reduce_zero_label``."""
-    for part in leaves(plan.dataset(loader)):
-        paths = {look.label_path for look in looks if 255 in look.values}
-        load = label_loader(part)
-        plain = type(load)(reduce_zero_label=False, imdecode_backend=load.imdecode_backend)
-        for info in map(part.get_data_info, range(len(part))):
-            if info.get('seg_map_path') in paths and 0 in look_at(dict(info, reduce_zero_label=False), plain).values:
-                return True
-    return False
 
 
 def image_labels(plan: Plan, name: str, parts: list) -> Iterator[Finding]:

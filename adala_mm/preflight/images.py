@@ -13,6 +13,7 @@ from mmengine.utils import ProgressBar
 from PIL import Image
 
 from adala_mm.preflight.report import Skipped, one_line
+from adala_mm.utils.label_files import label_ids
 
 TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange width and height, as OpenCV does on reading
 
@@ -27,7 +28,9 @@ class Look:
     label_path: str = ''
     label_size: tuple[int, ...] | None = None
     values: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()  # label values in the file
     label_error: str = ''
+    no_ids: str = ''  # why the label file is no map of class ids
 
 
 def spread(total: int, count: int | None) -> list[int]:
@@ -67,6 +70,12 @@ def look_at(info: dict[str, Any], load_label: LoadAnnotations | None) -> Look:
     label_path = info.get('seg_map_path')
     if load_label is not None and label_path:
         facts['label_path'] = label_path
+        try:
+            facts['written'] = label_ids(label_path)
+        except ValueError as error:
+            return Look(path, **facts, no_ids=one_line(error))
+        except OSError:
+            pass  # not there, damaged, or of a kind that another decoder knows: the pipeline says
         try:
             label = load_label(dict(info, seg_fields=[]))['gt_seg_map']
             facts.update(label_size=label.shape, values=values_of(label))

@@ -201,7 +201,7 @@ def under(state: dict, prefix: str) -> OrderedDict:
 def use_safe_loading() -> None:
     """Makes MMEngine read local and downloaded files with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
 
-    Called when `adala_mm.registry` is imported, so that it holds wherever a model of ours is built.
+    Called by `adala_mm.openmmlab`.
     """
 
     def load_url(url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True) -> dict:

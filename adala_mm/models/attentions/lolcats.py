@@ -51,6 +51,7 @@ class LoLCATSAttention(HedgehogAttention):
         alpha: numerator of the scale.
     """
 
+    after_proj = ('lora.a.o', 'lora.b.o')
     formula = 'Hedgehog; W + (α/r)BA for q, k, v, o'
     reference = 'Zhang et al., ICLR 2025'
 

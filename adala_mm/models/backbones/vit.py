@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_grid
+from adala_mm.ops import same_grid
 from adala_mm.registry import MODELS
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
@@ -197,8 +198,10 @@ class AdaLAViT(BaseModule):
         hw = self._grid(*image.shape[-2:])
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, hw, C)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        position = resample_abs_pos_embed(self.pos_embed, list(hw), old_size=list(self.pos_grid),
-                                          num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
+        position = self.pos_embed
+        if not same_grid(hw, self.pos_grid):
+            position = resample_abs_pos_embed(position, list(hw), old_size=list(self.pos_grid),
+                                              num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
         if self.no_embed_class:
             x = torch.cat([*prefix, x + position], dim=1)
         else:
