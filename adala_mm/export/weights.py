@@ -39,6 +39,7 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
     converted = describe(target, TIMM, tuple(FAMILIES), family)
     head = linear_head(target)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
+             'position_grid': 'x'.join(map(str, converted.grid)),
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
     state = converted.state if head is None else converted.state | {
         f'head.{key}': value for key, value in head.state_dict().items()}
