@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+import adala_mm
 from adala_mm.adapters import find_vit
 from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
@@ -18,16 +19,16 @@ from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TR
 from adala_mm.conversion.source import Source
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
-from adala_mm.linearization import linearize
+from adala_mm.linearization import linearize_blocks
 from adala_mm.models.backbones import AdaLAViT
 
 OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
 
 
 def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
-    """Writes a safetensors file with the keys of timm's ``VisionTransformer``, and returns timm's model with it.
+    """Writes a safetensors file with the weights of timm's ``VisionTransformer``, and returns timm's model with it.
 
-    Parameters of an attention's own stand beside its projections, where a linearized model has them.
+    With linear blocks, it is a state dict of `linearize`'s model, which the softmax model refuses.
 
     Returns:
         Images to final tokens, as `AdaLAViT.forward_features`.
@@ -38,15 +39,16 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
     converted = describe(target, TIMM, tuple(FAMILIES), family)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
-    path.write_bytes(save({key: value.contiguous() for key, value in converted.state.items()}, notes))
-    model = timm_vit(converted)
-    linearize_like(model, target.attentions)
-    model.load_state_dict(load_file(path))
-    return features(model)
+    model = linearized(timm_vit(converted), target)
+    model.load_state_dict(converted.state)
+    path.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, notes))
+    twin = linearized(timm_vit(converted), target)
+    twin.load_state_dict(load_file(path))
+    return features(twin)
 
 
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
-    """Writes a folder for ``from_pretrained``, and returns the model of transformers that it gives.
+    """Writes a folder for `adala_mm.load`, without linear blocks for ``from_pretrained``, and returns its model.
 
     Returns:
         Images of the native size to final tokens, as `AdaLAViT.forward_features`.
@@ -63,12 +65,17 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
-    written = pretrained(ours, their_names(ours))
+    written = linearized(pretrained(ours, their_names(ours)), target)
     written.save_pretrained(folder)
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
-    model = type(written).from_pretrained(folder)
-    linearize_like(model, target.attentions)
-    return features(model)
+    return features(type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder))
+
+
+def linearized(model: nn.Module, target: Target) -> nn.Module:
+    """The softmax ViT, with the attentions of the backbone."""
+    linearize_blocks(model, [None if str(kind['type']).endswith('SoftmaxAttention') else kind
+                             for kind in target.attentions])
+    return model
 
 
 def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
@@ -119,15 +126,6 @@ def their_names(ours: Converted) -> dict[str, Tensor]:
             token = ours.source.own_key('cls_token')
             state[token] = state[token].flatten()
     return {key: value.contiguous() for key, value in state.items()}
-
-
-def linearize_like(model: nn.Module, attentions: tuple[dict, ...]) -> None:
-    """Gives a softmax ViT of another library the attention of each block that ``attentions`` lists, in place."""
-    kinds = [kind for i, kind in enumerate(attentions) if kind not in attentions[:i]]
-    for kind in kinds:
-        if not str(kind['type']).endswith('SoftmaxAttention'):
-            linearize(model, kind, keep_softmax=[i for i, other in enumerate(attentions) if other != kind],
-                      inplace=True)
 
 
 def features(model: nn.Module) -> Run:

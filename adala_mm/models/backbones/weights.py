@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import GridTable
 from adala_mm.utils.checkpoint import read_state_dict
 from adala_mm.utils.fingerprint import fingerprint
@@ -51,11 +52,16 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
 
     Raises:
         FileNotFoundError, ValueError: for a missing or unreadable file.
-        ValueError: for any other ``init_cfg`` type, and for missing, unexpected or mis-shaped keys.
+        ValueError: for any other ``init_cfg`` type, for missing, unexpected or mis-shaped keys, and for the weights of
+            a linearized model with another attention.
     """
     path, state, own = read_backbone(init_cfg)
     dropped = [key for key in state if HEAD_KEYS.match(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
+    problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
+                if isinstance(layer, Attention)]
+    if problem := next(filter(None, problems), None):
+        raise ValueError(f'{path} is of a linearized model: {problem}')
     notes = _resample(model, state, own)
 
     wanted = model.state_dict()
