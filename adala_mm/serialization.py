@@ -91,14 +91,18 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
             raise ValueError(f'{path} does not tell how to build its model ({base}): give load one, as in '
                              'load(path, model)')
         model = build(base)
-    linearize_as(model, {prefix: trusted(kind, attentions) for prefix, kind in marks.items()})
-    for name, layer in model.named_modules():
-        if isinstance(layer, Attention):
-            take_mark(state, f'{name}.' if name else '', last_of(layer.proj, layer))
+    kinds = {prefix: trusted(kind, attentions) for prefix, kind in marks.items()}
+    softmax_names = model.state_dict().keys()
+    linearize_as(model, kinds)
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-    if own and len(dtypes) == 1:
-        model.to(*dtypes)
     try:
+        if own and base['library'] == 'transformers' and state.keys() - model.state_dict().keys():
+            model, state = renamed(model, kinds, state, softmax_names)
+        for name, layer in model.named_modules():
+            if isinstance(layer, Attention):
+                take_mark(state, f'{name}.' if name else '', last_of(layer.proj, layer))
+        if own and len(dtypes) == 1:
+            model.to(*dtypes)
         model.load_state_dict(state, assign=own and len(dtypes) > 1)
     except RuntimeError as error:
         first = '\n'.join(str(error).splitlines()[:4])  # it has a line for each parameter
@@ -274,6 +278,23 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
     if module is None:
         return state, f'config.json names the class {name!r}'
     return state, {'library': 'transformers', 'name': f'{module}.{name}', 'args': about}
+
+
+def renamed(model: nn.Module, kinds: dict[str, dict[str, Any]], state: dict[str, Tensor],
+            softmax_names: Iterable[str]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Model and state dict for a file whose names are not those in memory: transformers maps them while it loads.
+
+    Raises:
+        RuntimeError: if it does not know all of them.
+    """
+    added = {name: value for name, value in state.items() if name in model.state_dict().keys() - softmax_names}
+    theirs = {name: value.squeeze(0) if value.ndim > (1 if name.endswith('bias') else 2)
+              and name.startswith(tuple(kinds)) else value for name, value in state.items() if name not in added}
+    plain, info = type(model).from_pretrained(None, config=model.config, state_dict=theirs, output_loading_info=True)
+    if problems := {what: sorted(names) for what, names in info.items() if names}:
+        raise RuntimeError(f'transformers does not load these weights: {problems}')
+    linearize_as(plain, kinds)
+    return plain, {**plain.state_dict(), **added}
 
 
 def trusted(kind: dict[str, Any], attentions: Iterable[type[Attention]]) -> dict[str, Any]:
