@@ -194,7 +194,10 @@ def test_transformers(family, tmp_path):
     target = make(tiny_vit(attention=[SOFTMAX, LINEAR], **FAMILIES[family]))
     run = export.export_transformers(target, tmp_path / 'model')
     compared(replace_module(target), run, dynamic=False)
-    assert (tmp_path / 'model/config.json').is_file()
+    assert json.loads((tmp_path / 'model/config.json').read_text())['architectures']
+    keys = load_file(tmp_path / 'model/model.safetensors')  # both transformers 4 and 5 load these
+    assert all(key.startswith('vision_model.') for key in keys) == ('dinov2' not in family)
+    assert 'dinov2' not in family or 'encoder.layer.0.attention.output.dense.weight' in keys
 
 
 def test_what_timm_and_transformers_cannot_hold(tmp_path):
