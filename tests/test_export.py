@@ -277,6 +277,17 @@ def test_transformers(family, tmp_path):
         type(model).from_pretrained(tmp_path / 'model')
 
 
+@pytest.mark.parametrize('family', FAMILIES)
+def test_softmax_for_transformers(family, tmp_path):
+    """Both transformers 4 and 5 load the names in these files."""
+    target = make(tiny_vit(attention=SOFTMAX, **FAMILIES[family]))
+    compared(replace_module(target), export.export_transformers(target, tmp_path / 'model'), dynamic=False)
+    assert json.loads((tmp_path / 'model/config.json').read_text())['architectures']
+    keys = load_file(tmp_path / 'model/model.safetensors')
+    assert all(key.startswith('vision_model.') for key in keys) == ('dinov2' not in family)
+    assert 'dinov2' not in family or 'encoder.layer.0.attention.output.dense.weight' in keys
+
+
 def test_what_timm_and_transformers_cannot_hold(tmp_path):
     plain = make(tiny_vit(attention=LINEAR))
     with pytest.raises(ValueError, match='act gelu and norm eps 1e-06 is no model of transformers among dinov2'):

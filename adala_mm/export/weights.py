@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from adala_mm.adapters import find_vit
 from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
-from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, pretrained
+from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, in_files, pretrained
 from adala_mm.conversion.source import Source
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
@@ -73,8 +73,14 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
-    written = linearized(pretrained(ours, their_names(ours)), target)
-    written.save_pretrained(folder)
+    state = their_names(ours)
+    written = linearized(pretrained(ours, state), target)
+    if target.is_softmax:
+        written.config.architectures = [type(written).__name__]
+        written.config.save_pretrained(folder)
+        save_file(in_files(state), folder / 'model.safetensors', {'format': 'pt'})  # their own differs between versions
+    else:
+        written.save_pretrained(folder)
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
     return features(type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder))
 
