@@ -1,4 +1,5 @@
 from adala_mm.datasets.beacons import BeaconsDataset
 from adala_mm.datasets.image_files import ImageFiles
+from adala_mm.datasets.loading import LoadImageFromFile
 
-__all__ = ['BeaconsDataset', 'ImageFiles']
+__all__ = ['BeaconsDataset', 'ImageFiles', 'LoadImageFromFile']
