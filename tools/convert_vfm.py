@@ -27,7 +27,7 @@ from adala_mm.conversion import (
     write,
 )
 from adala_mm.conversion.output import sha256
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.checkpoint import local_file, read_state_dict
 
 PHOTO = 'the photograph of matplotlib'
 TOLERANCE = 1e-4  # of the greatest feature, or of 1 if that is smaller
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     print(report_table(done))
     if args.check:
         check(native, state, args.check, name)
-    count = write(done, args.out, metadata(done, Path(args.src).name, sha256(local_file(args.src, name))))
+    count = write(done, args.out, metadata(done, Path(args.src).name, sha256(local_file(args.src))))
     print(f'\n{args.out}: {count} tensors. The config that fits:\n\n{config_text(done, args.out)}')
 
 
@@ -103,14 +103,6 @@ def read_image(picture: str, native: Converted) -> Tensor:
         pixels = np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in native.family.normalise)
     return (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] - mean) / std
-
-
-def local_file(src: str, name: str | None) -> str:
-    """Where the weights lie; those of timm:// have just been downloaded."""
-    if name is None:
-        return src
-    from huggingface_hub import hf_hub_download
-    return hf_hub_download(f'timm/{name}', 'model.safetensors')
 
 
 if __name__ == '__main__':
