@@ -12,8 +12,10 @@ import hashlib
 from pathlib import Path
 
 import torch
+from mmengine.runner.checkpoint import weights_to_cpu
 
 from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.cli import one_message
 
 KEPT = ('state_dict', 'meta')  # not the optimizer, schedulers, log buffers
 
@@ -25,16 +27,20 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--ema', action='store_true', help='refuse a checkpoint without averaged weights')
     which.add_argument('--raw', action='store_true', help="publish the last step's weights instead of their average")
+    parser.add_argument('--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds')
     args = parser.parse_args()
-    checkpoint = load_checkpoint(args.checkpoint)
+    with one_message():
+        checkpoint = load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     if 'state_dict' not in checkpoint:
         parser.error(f'{args.checkpoint} has no state_dict: it is not a checkpoint of a training run')
     last = {key.removeprefix('module.'): value for key, value in checkpoint.get('ema_state_dict', {}).items()
             if key.startswith('module.')}
     if (args.ema or args.raw) and not last:
         parser.error(f'{args.checkpoint} holds no averaged weights (ema_state_dict)')
-    kept = {key: checkpoint[key] for key in KEPT if key in checkpoint} | ({'state_dict': last} if args.raw else {})
-    kept['state_dict'] = {key: value.cpu() for key, value in kept['state_dict'].items()}
+    kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
+    if args.raw:
+        kept['state_dict'].update(last)
+    kept['state_dict'] = weights_to_cpu(kept['state_dict'])  # keeps what state dicts record beside tensors
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(f'{args.out.name}.partial')
     torch.save(kept, part)

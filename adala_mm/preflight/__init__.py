@@ -42,7 +42,8 @@ def preflight(plan: Plan) -> Iterator[Finding]:
         checks += [(f'{loader} {check.__name__}', functools.partial(check, plan, loader))
                    for check in (data.folders, data.counts, data.images, data.labels, data.batch)]
     checks += [(name, functools.partial(check, plan)) for name, check in (
-        ('classes', data.classes), ('checkpoint', checkpoints.checkpoints), ('image sizes', sizes.sizes),
+        ('classes', data.classes), ('checkpoint', checkpoints.checkpoints),
+        ('normalisation', checkpoints.normalisation), ('image sizes', sizes.sizes),
         ('memory', memory.memory), ('disk', disk.disk), ('batch and lr', schedule.schedule),
         ('processes', world.world))]
     before = logging.root.manager.disable

@@ -75,13 +75,18 @@ class Attention(nn.Module):
         """``dict(type=..., <all options>)`` if known; what state dicts of linearized models have under this key."""
         return self.built_from and options_of(*self.built_from)
 
+    def take_mark(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Takes off, in place, what a linearized model adds to weights; says so if they are another attention's."""
+        saved = take_mark(state, prefix, last_of(self.proj, self))
+        if saved is not None and self.built_from is not None and saved != self.adala_mm:
+            return f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} here'
+        return None
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         """Weights of a linearized model load into the same attention with the same options only."""
-        saved = take_mark(state_dict, prefix, last_of(self.proj, self))
-        if saved is not None and self.built_from is not None and saved != self.adala_mm:
-            error_msgs.append(f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} '
-                              'here')
+        if problem := self.take_mark(state_dict, prefix):
+            error_msgs.append(problem)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
 
