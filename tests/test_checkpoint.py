@@ -61,7 +61,8 @@ def variant():
             self.extra = nn.Linear(dim, dim)
 
     yield 'adala_mm.MadeUpAttention'
-    ATTENTIONS._module_dict.pop('MadeUpAttention')
+    for registry in (ATTENTIONS, MODELS):
+        registry.module_dict.pop('MadeUpAttention')
 
 
 def test_missing_key(tmp_path):
