@@ -27,6 +27,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 import adala_mm
 from adala_mm.models.attentions import blocks_by_attention
 from adala_mm.utils import cli
+from adala_mm.utils.checkpoint import hub_file, hub_url
 
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
 NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
@@ -124,6 +125,34 @@ def test_troubleshooting_quotes_messages_of_the_code():
     assert len(messages) > 150
     assert [message for message in messages if not is_in_the_code(message)] == []
     assert not is_in_the_code('no checkpoint at …: there was one yesterday')
+
+
+def test_names_on_the_hub_are_timms():
+    """Names after ``timm://`` and in ``create_model``, and repositories, of all configs, pages, messages and tools."""
+    repositories = {facts.hf_hub_id for name in timm.list_pretrained() if (facts := timm.get_pretrained_cfg(name))}
+    files = [ROOT / 'README.md', *(path for folder in ('configs', 'docs', 'adala_mm', 'tools')
+                                   for suffix in ('py', 'md', 'rst', 'ipynb', 'yml')
+                                   for path in (ROOT / folder).rglob(f'*.{suffix}'))]
+    found = set()
+    for path in files:
+        text = path.read_text(encoding='utf-8')
+        names = set(re.findall(r"""(?:timm://|create_model\(['"])(\w+_[\w.]+)""", text))
+        assert {hub_file(name)[0] for name in names} <= repositories, path
+        named = set(re.findall(r'(?:huggingface\.co/|[\s`(])(timm/\w+\.\w+)(?=[/`; ])', text))
+        assert named <= repositories, path
+        found |= names | named
+    assert {'vit_large_patch14_clip_quickgelu_224.openai', 'timm/vit_large_patch14_clip_224.openai',
+            'vit_base_patch14_dinov2.lvd142m', 'timm/deit_tiny_patch16_224.fb_in1k'} <= found and len(found) > 12, found
+
+
+def test_weights_of_the_recipes_are_where_the_page_says():
+    page = (ROOT / 'configs/adala/README.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `(\w+)` \| `([\w.]+)` \| <(https://[^>]+)> \|$', page, re.MULTILINE)
+    assert all(url == hub_url(name) for _, name, url in rows)
+    names = {vfm: name for vfm, name, _ in rows}
+    assert names.pop('deitt') == 'deit_tiny_patch16_224.fb_in1k'  # its recipes start from a file
+    texts = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('configs/_base_/backbones/*.py')}
+    assert names == {vfm: found[1] for vfm, text in texts.items() if (found := re.search(r"timm://([\w.]+)'", text))}
 
 
 def load(path: Path):
