@@ -179,7 +179,7 @@ def convert(*words) -> None:
         runpy.run_path(str(ROOT / 'tools/convert_vfm.py'), run_name='__main__')
 
 
-@pytest.mark.parametrize('key', [None, 'teacher.backbone'], ids=['released', 'in training'])
+@pytest.mark.parametrize('key', [None, 'teacher.backbone', ''], ids=['released', 'in training', 'folder'])
 @torch.no_grad()
 def test_official_dinov2_is_pointed_to_the_converter(key, tmp_path):
     """By a command that works: it converts what timm, by its own rules, reads in the same way."""
@@ -188,8 +188,13 @@ def test_official_dinov2_is_pointed_to_the_converter(key, tmp_path):
     weights = {name: torch.randn_like(value) * 0.3 for name, value in reference.state_dict().items()}
     reference.load_state_dict(weights)
     official = weights | {'mask_token': torch.zeros(1, 64)}
-    path = tmp_path / 'dinov2.pth'
-    torch.save({'teacher': {f'backbone.{name}': value for name, value in official.items()}} if key else official, path)
+    path = tmp_path / 'dinov2'
+    if key == '':
+        path.mkdir()
+        save_file(official, path / 'model.safetensors')
+    else:
+        torch.save({'teacher': {f'backbone.{name}': value for name, value in official.items()}} if key else official,
+                   path)
     vit = tiny_vit(img_size=56, patch_size=14, embed_dim=64, layer_scale=1e-5)
     model = MODELS.build(vit)
     init = dict(type='Pretrained', checkpoint=str(path), **(dict(key='teacher') if key else {}))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adala_mm.utils.weight_files import SAFETENSORS, kind_of, weight_files
@@ -97,10 +97,10 @@ def file_notes(path: Path) -> dict[str, str]:
     try:
         if not path.is_file() or kind_of(path) != SAFETENSORS:
             return {}
-    except ValueError:  # told by whoever loads it
+        with safe_open(path, 'pt') as file:
+            return file.metadata() or {}
+    except (ValueError, SafetensorError):  # told by whoever loads it
         return {}
-    with safe_open(path, 'pt') as file:
-        return file.metadata() or {}
 
 
 def note_grid(state: OrderedDict[str, Any], grid: str | None) -> None:

@@ -27,7 +27,7 @@ HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 CONVERTED = {re.compile(names): library for names, library in {
     r'mask_token$|register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
     r'(\w+\.)?embeddings\.': 'transformers',
-    r'(visual\.)?(class_embedding|conv1\.weight)$': 'OpenAI / OpenCLIP',
+    r'(visual\.)?class_embedding$': 'OpenAI / OpenCLIP',
     r'(\w+\.)?patch_embed\.projection\.': 'mmpretrain'}.items()}
 
 
