@@ -105,6 +105,22 @@ def test_names_do_not_matter(write, name, tmp_path):
     assert_tensors(load_checkpoint(tmp_path / name))
 
 
+@pytest.mark.parametrize('length', [b' {', b' <', b'\n\n\x01', b' \x80'], ids=repr)
+def test_the_length_of_a_header_is_no_text(length, tmp_path):
+    """A safetensors file begins with it: with a space and a brace, say, as JSON could."""
+    header = json.dumps({'a': dict(dtype='F32', shape=[3], data_offsets=[0, 12])}).encode()
+    header = header.ljust(int.from_bytes(length, 'little'))
+    content = len(header).to_bytes(8, 'little') + header + np.arange(3, dtype='<f4').tobytes()
+    assert torch.equal(load_checkpoint(written(tmp_path / 'a.pth', content))['a'], TENSORS['a'])
+
+
+def test_json_is_no_safetensors(tmp_path):
+    """Its ninth byte is a brace, too."""
+    path = written(tmp_path / 'a.json', '{"maps":{"a": "b"}, "number": 3}')
+    with pytest.raises(ValueError, match='JSON without a weight_map'):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
 def test_folders_and_shards_of_hugging_face(suffix, tmp_path):
     save = save_file if suffix == 'safetensors' else torch.save

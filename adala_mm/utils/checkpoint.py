@@ -84,6 +84,7 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
         if 'TorchScript' in reason:
             reason = 'a TorchScript archive, which is code'
         if NEEDS_TRUST.search(reason):
+            reason = reason.partition(' Please use')[0]  # torch's own advice is for code, not for users
             reason = (f'it holds more than tensors and plain values, which is never unpickled here ({reason}). If it '
                       f'is your own, and needs that: --trust-checkpoint of a tool, {TRUST}=1 in the environment of a '
                       'program, or trust=True of load_checkpoint and read_state_dict')
