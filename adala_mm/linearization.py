@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -67,6 +67,14 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     model.num_linear_blocks = sum(is_linear(attn) for attn in family.attentions_of(vit))
     say(f'{type(vit).__name__}: {model.num_linear_blocks} of {depth} blocks linear')
     return model
+
+
+def linearize_blocks(model: nn.Module, attentions: Sequence[dict[str, Any] | None]) -> None:
+    """Gives each block of a softmax ViT, in place, the attention that is listed for it; None leaves it as it is."""
+    for i, kind in enumerate(attentions):
+        if kind is not None and kind not in attentions[:i]:
+            others = [j for j, other in enumerate(attentions) if other != kind]
+            linearize(model, kind, keep_softmax=others, inplace=True)
 
 
 def find_attention(attention: str | dict[str, Any] | type[Attention]) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS  # noqa: E402
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm',
                   locations=['adala_mm.models', 'adala_mm.models.heads'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='adala_mm', locations=['adala_mm.datasets'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='adala_mm', locations=['adala_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim_wrapper_constructor', parent=MMENGINE_CONSTRUCTORS, scope='adala_mm',
                                       locations=['adala_mm.engine'])

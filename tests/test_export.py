@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import adala_mm
 from adala_mm import export, linearize
 from adala_mm.export import graphs
 from adala_mm.export.mask2former import symbolic_sizes
@@ -241,6 +242,8 @@ def test_timm(name, tmp_path):
     model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
                               num_classes=0, dynamic_img_size=True)
     if name != 'SoftmaxAttention':
+        with pytest.raises(RuntimeError, match=r'blocks\.1\.attn\.adala_mm'):
+            model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
         linearize(model, attention(name), keep_softmax=[0], inplace=True)
     model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
     image = torch.randn(2, 3, 24, 40)
@@ -268,7 +271,21 @@ def test_transformers(family, tmp_path):
     target = make(tiny_vit(attention=[SOFTMAX, LINEAR], **FAMILIES[family]))
     run = export.export_transformers(target, tmp_path / 'model')
     compared(replace_module(target), run, dynamic=False)
-    assert (tmp_path / 'model/config.json').is_file()
+    model = adala_mm.load(tmp_path / 'model')
+    assert model.num_linear_blocks == 1
+    with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
+        type(model).from_pretrained(tmp_path / 'model')
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_softmax_for_transformers(family, tmp_path):
+    """Both transformers 4 and 5 load the names in these files."""
+    target = make(tiny_vit(attention=SOFTMAX, **FAMILIES[family]))
+    compared(replace_module(target), export.export_transformers(target, tmp_path / 'model'), dynamic=False)
+    assert json.loads((tmp_path / 'model/config.json').read_text())['architectures']
+    keys = load_file(tmp_path / 'model/model.safetensors')
+    assert all(key.startswith('vision_model.') for key in keys) == ('dinov2' not in family)
+    assert 'dinov2' not in family or 'encoder.layer.0.attention.output.dense.weight' in keys
 
 
 def test_what_timm_and_transformers_cannot_hold(tmp_path):

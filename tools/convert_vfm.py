@@ -28,6 +28,7 @@ from adala_mm.conversion import (
 )
 from adala_mm.engine.provenance import checkpoint_sha256
 from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.image_files import open_image
 
 PHOTO = 'the photograph of matplotlib'
 TOLERANCE = 1e-4  # of the greatest feature, or of 1 if that is smaller
@@ -103,8 +104,7 @@ def read_image(picture: str, native: Converted) -> Tensor:
         picture = get_sample_data('grace_hopper.jpg', asfileobj=False)
     patch = native.config['patch_size']
     height, width = (patch * side for side in native.grid)
-    with Image.open(picture) as image:
-        pixels = np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+    pixels = np.asarray(open_image(picture).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in native.family.normalise)
     return (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] - mean) / std
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
-from adala_mm.models.attentions.marks import add_mark, last_of
+from adala_mm.models.attentions.marks import add_mark, last_of, options_of
 
 PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
 TESTED = 'timm 1.0.31, transformers 4.57 and 5.23, mmpretrain 1.3.6'
@@ -94,7 +94,7 @@ class Adapter:
 
         Raises:
             TypeError: for an attention with another width inside than outside, with grouped queries, or whose names
-                clash with those that the layer adds.
+                clash with those that the layer adds; for options that are no plain values.
             ValueError: for one that drops attention weights: a linear one has none.
         """
         proj, core = find_part(source, OUTPUTS), cls.core(source)
@@ -111,7 +111,7 @@ class Adapter:
             raise TypeError(f'{type(source).__name__} {problem}')
         heads = getattr(core, 'num_heads', None) or core.num_attention_heads
         layer = build_attention(cfg, proj.in_features, heads, grid=grid, num_prefix=layout.num_prefix)
-        assert layer.adala_mm  # raises
+        options_of(*layer.built_from)  # raises for what no state dict could hold
         del layer.qkv, layer.proj
         layer.to(proj.weight)
         theirs = frozenset(name for kind in PARTS for name, part in getattr(source, kind).items()

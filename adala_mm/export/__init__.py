@@ -5,6 +5,6 @@ from adala_mm.export.speed import measure, speed_report
 from adala_mm.export.target import PARTS, HalfPrecision, Target, assemble, load, name_classes
 from adala_mm.export.weights import export_timm, export_transformers
 
-__all__ = ['PARTS', 'Difference', 'HalfPrecision', 'Target', 'assemble', 'check', 'difference_table', 'differences', 'export_onnx',
-           'export_timm', 'export_torch', 'export_transformers', 'load', 'measure', 'name_classes',
+__all__ = ['PARTS', 'Difference', 'HalfPrecision', 'Target', 'assemble', 'check', 'difference_table', 'differences',
+           'export_onnx', 'export_timm', 'export_torch', 'export_transformers', 'load', 'measure', 'name_classes',
            'speed_report']

@@ -194,7 +194,8 @@ def load(target: Target, cfg: Config, checkpoint: str | Path | None) -> None:
     state = read_state_dict(str(checkpoint))
     if isinstance(target.backbone, AdaLAViT):  # it may be of another size than the weights
         load_vit(target.backbone, init_cfg)
-        state |= {f'backbone.{key}': value for key, value in target.backbone.state_dict().items()}
+        own = {f'backbone.{key}': value for key, value in target.backbone.state_dict().items()}
+        state = {**state, **own}  # and without what the file says of its grid
     try:
         target.model.load_state_dict(state)
     except RuntimeError as error:

@@ -12,6 +12,6 @@ def exporting() -> bool:
 
 
 def same_grid(hw: Sequence[int], stored: Sequence[int]) -> bool:
-    """Whether (h, w) is what is stored; never where a graph with free sizes is made, which a branch would tie to one."""
+    """Whether (h, w) is what is stored; never for a graph with free sizes, which a branch would tie to one."""
     free = exporting() and not all(isinstance(side, int) for side in hw)
     return not free and tuple(hw) == tuple(stored)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from mmengine.registry import DefaultScope
 
+from adala_mm.models.attentions import blocks_by_attention
 from adala_mm.preflight import checkpoints, data, disk, memory, schedule, sizes, world
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, SKIPPED, WARNING, Finding, findings_of, write_finding
@@ -20,8 +21,9 @@ def model(plan: Plan) -> Iterator[Finding]:
     """The model can be built at all."""
     parameters = list(plan.model.parameters())
     learn = sum(p.numel() for p in parameters if p.requires_grad)
+    blocks = ''.join(f'; {name}: {kinds}' for name, kinds in blocks_by_attention(plan.model).items())
     yield Finding('model', OK, f'{type(plan.model).__name__}, {sum(p.numel() for p in parameters) / 1e6:.1f} M '
-                  f'parameters, {learn / 1e6:.1f} M learn')
+                  f'parameters, {learn / 1e6:.1f} M learn{blocks}')
 
 
 def libraries() -> Iterator[Finding]:

@@ -37,7 +37,8 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
             if network is not None and (network.init_cfg or {}).get('type') != 'Pretrained':
                 nothing = False
                 yield Finding(f'checkpoint of {role}', ERROR, 'no pretrained weights: alignment would distil noise',
-                              f"--cfg-options model.{role}.init_cfg=\"dict(type='Pretrained', checkpoint=FILE)\"")
+                              f'--cfg-options model.{role}.init_cfg.type=Pretrained '
+                              f'model.{role}.init_cfg.checkpoint=FILE')
         if plan.model.head is not None:
             nothing = False
             yield teacher_head(plan, plan.model.head['checkpoint'])

@@ -1,6 +1,7 @@
 """Checks of the data: folders, counts, images, labels, classes, and the first batch."""
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from adala_mm.datasets import ImageFiles
+from adala_mm.datasets.image_index import OTHERS, is_image, kind_of, passed_over
 from adala_mm.engine import LabelCheckHook
 from adala_mm.preflight.images import label_loader
 from adala_mm.preflight.plan import TRAIN, VAL, Plan, Scan, draws_itself, leaves
@@ -35,9 +38,10 @@ def folders(plan: Plan, loader: str) -> Iterator[Finding]:
 
 def counts(plan: Plan, loader: str) -> Iterator[Finding]:
     """How many images there are; which of them lack a file, or a label file."""
-    name, images, lost, unlabelled = f'{loader} counts', 0, [], []
+    name, images, lost, unlabelled, others = f'{loader} counts', 0, [], [], []
     for part in leaves(plan.dataset(loader)):
         images += len(part)
+        others += not_taken(part)
         labels, listed = label_loader(part) is not None, bool(getattr(part, 'ann_file', ''))
         if not labels and not listed:
             continue  # found by walking through the folder
@@ -54,8 +58,25 @@ def counts(plan: Plan, loader: str) -> Iterator[Finding]:
     if unlabelled:
         yield Finding(name, ERROR, f'{len(unlabelled)} of {images} images have no label file: {some(unlabelled)}',
                       'put the label files there, or take the images away')
-    if not lost and not unlabelled:
+    for problem in others:
+        yield Finding(name, WARNING, problem)
+    if not lost and not unlabelled and not others:
         yield Finding(name, OK, f'{images} images')
+
+
+def not_taken(dataset: Any) -> list[str]:
+    """What to say of files in a data set's folder that look like images, but are neither its images nor its labels."""
+    if isinstance(dataset, ImageFiles):
+        return dataset.problems
+    folder = str((getattr(dataset, 'data_prefix', None) or {}).get('img_path') or '')
+    if not Path(folder).is_dir() or getattr(dataset, 'ann_file', '') or dataset._indices is not None \
+            or len(dataset) > MANY:
+        return []
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    taken = {Path(info[key]) for info in infos for key in ('img_path', 'seg_map_path') if info.get(key)}
+    found = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names
+             if is_image(name, OTHERS))
+    return passed_over(folder, Counter(kind_of(path.name) for path in found if path not in taken))
 
 
 def images(plan: Plan, loader: str) -> Iterator[Finding]:
@@ -72,7 +93,16 @@ def images(plan: Plan, loader: str) -> Iterator[Finding]:
     if small:
         yield Finding(name, WARNING, f'{len(small)} have a side below {least} pixels, {share}: {some(small)}',
                       'take them away if they are not meant to be so small')
-    if sizes and not broken:
+    otherwise = [look.path for look in seen.looks if look.otherwise]
+    if otherwise:
+        yield Finding(name, WARNING, f'{len(otherwise)} are read in another way than in stages 1 and 2 and by the '
+                      f'tools, {share}: {some(otherwise)}', 'save WebP and AVIF files upright, and TIFF files without alpha, '
+                      'as RGB (docs/data.md)')
+    dark = [look.path for look in seen.looks if look.dark]
+    if dark:
+        yield Finding(name, WARNING, f'{len(dark)} have 16 bits and are nearly black in 8, {share}: {some(dark)}',
+                      'scale their values to the range of 16 bits, 0 to 65535, or write 8 bits')
+    if sizes and not broken and not otherwise and not dark:
         (h, w), (height, width) = np.min(sizes, axis=0), np.max(sizes, axis=0)
         yield Finding(name, OK, f'all decode, {share}; heights {h} to {height}, widths {w} to {width}')
 

@@ -65,7 +65,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: if there is no such config.
-        ValueError: if a line of it, or an option, would change nothing.
+        ValueError: if a line of it, or an option, would change nothing, or an option does not fit.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = find_config(args.config)
@@ -78,13 +78,17 @@ def load_config(args: argparse.Namespace) -> Config:
         if error.name != 'backbone':
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f'{place.filename}, line {place.lineno}: {error}. A finished config has its network in '
-                         "model['backbone'] and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
+        raise ValueError(
+            f"{place.filename}, line {place.lineno}: {error}. A finished config has its network in model['backbone'] "
+            "and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
     refuse_inert_lines(cfg, args.cfg_options or ())
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    for key, value in (args.cfg_options or {}).items():
+        try:
+            cfg.merge_from_dict({key: value})
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f'--cfg-options {key}={value} does not fit the config: {error}') from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
     join_cpu_processes(cfg)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import get_installed_path
 
 # What MMEngine's runner and the tools look up in the whole config, beside the runner's own arguments.
 LOOKED_UP = {'activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval',
@@ -102,12 +103,14 @@ def bases_of(file: Path) -> list[Path]:
     found = []
     for node in parsed(file.read_text(encoding='utf-8')).body:
         if isinstance(node, ast.With):
-            found += [file.parent.joinpath(*['..'] * (base.level - 1), f'{base.module.replace(".", "/")}.py')
-                      for base in node.body if isinstance(base, ast.ImportFrom) and base.level]
+            for base in (base for base in node.body if isinstance(base, ast.ImportFrom)):
+                first, *others = base.module.split('.')
+                place = [file.parent, *['..'] * (base.level - 1), first] if base.level else [get_installed_path(first)]
+                found.append(Path(*place, *others).with_suffix('.py'))
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) == '_base_':
             found += [file.parent / part.value for part in ast.walk(node.value)
                       if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    return [base for base in found if base.is_file()]  # those of installed packages are not looked at
+    return [base for base in found if base.is_file()]  # the older manner's package::config is not looked at
 
 
 parsed = functools.cache(ast.parse)  # files of _base_ are met many times

@@ -22,6 +22,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    config=dict(type='adala_mm.ConfigCheckHook'),
     labels=dict(type='adala_mm.LabelCheckHook'),
     weights=dict(type='adala_mm.WeightsCheckHook'),
     corrupt=dict(type='adala_mm.CorruptImagesHook'),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,15 +75,31 @@ class Attention(nn.Module):
         """``dict(type=..., <all options>)`` if known; what state dicts of linearized models have under this key."""
         return self.built_from and options_of(*self.built_from)
 
+    def take_mark(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Takes off, in place, what a linearized model adds to weights; says so if they are another attention's."""
+        saved = take_mark(state, prefix, last_of(self.proj, self))
+        if saved is not None and self.built_from is not None and saved != self.adala_mm:
+            return f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} here'
+        return None
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         """Weights of a linearized model load into the same attention with the same options only."""
-        saved = take_mark(state_dict, prefix, last_of(self.proj, self))
-        if saved is not None and self.built_from is not None and saved != self.adala_mm:
-            error_msgs.append(f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} '
-                              'here')
+        if problem := self.take_mark(state_dict, prefix):
+            error_msgs.append(problem)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
+
+
+def blocks_by_attention(model: nn.Module) -> dict[str, str]:
+    """``12 of 24 blocks LinearAttention, 12 SoftmaxAttention`` for each part of a model, a frozen teacher included."""
+    told, frozen = {}, {f'frozen {name}': part for name, part in getattr(model, 'frozen', {}).items()}
+    for name, part in [*model.named_children(), *frozen.items()]:
+        layers = sorted((m for m in part.modules() if isinstance(m, Attention)), key=lambda layer: layer.is_softmax)
+        if layers:
+            (kind, count), *others = Counter(type(layer).__name__ for layer in layers).items()
+            told[name] = ', '.join([f'{count} of {len(layers)} blocks {kind}', *(f'{n} {k}' for k, n in others)])
+    return told
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -34,8 +34,8 @@ def options_of(layer: type[nn.Module], options: dict[str, Any]) -> dict[str, Any
     try:
         return json.loads(json.dumps({'type': name} | defaults | options))
     except TypeError as error:
-        raise TypeError(f'options of {layer.__name__} are to be saved, so they must be numbers, strings, lists or dicts '
-                        f'of them ({error}): make anything else part of a subclass') from error
+        raise TypeError(f'options of {layer.__name__} are to be saved, so they must be numbers, strings, lists or '
+                        f'dicts of them ({error}): make anything else part of a subclass') from error
 
 
 def encode(kind: dict[str, Any]) -> Tensor:

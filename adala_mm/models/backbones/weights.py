@@ -13,6 +13,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import GridTable
 from adala_mm.utils.checkpoint import read_state_dict, recorded_grid, under
 from adala_mm.utils.fingerprint import fingerprint
@@ -68,8 +69,8 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
 
     Raises:
         FileNotFoundError, ValueError: for a missing or unreadable file.
-        ValueError: for any other ``init_cfg`` type, for a grid that the positions do not have, and for missing,
-            unexpected or mis-shaped keys.
+        ValueError: for any other ``init_cfg`` type, for a grid that the positions do not have, for missing, unexpected
+            or mis-shaped keys, and for the weights of a linearized model with another attention.
     """
     init_cfg = dict(init_cfg)
     said = init_cfg.pop('grid', None)
@@ -84,6 +85,10 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
                          f'{Path(path).stem}_converted.safetensors{f" --key {place}" if place else ""}')
     dropped = [key for key in state if HEAD_KEYS.match(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
+    problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
+                if isinstance(layer, Attention)]
+    if problem := next(filter(None, problems), None):
+        raise ValueError(f'{path} is of a linearized model: {problem}')
     notes = _resample(model, state)
     doubts = _fit_positions(model, state, grid, own, notes)
 
@@ -225,7 +230,8 @@ def record_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata
 def read_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
     """A hook of ``load_state_dict()``, MMEngine's as well: positions of another recorded grid are resampled."""
     key, notes = f'{prefix}pos_embed', []
-    if 'grid' in metadata and key in state:
-        resize_positions(model, state, key, metadata['grid'], notes)
+    grid, prefixed = metadata.get('grid'), 0 if model.no_embed_class else model.num_prefix
+    if grid is not None and key in state and state[key].shape[1] == math.prod(grid) + prefixed:
+        resize_positions(model, state, key, grid, notes)
     for note in notes:
         print_log(f'AdaLAViT: {note}', logger='current')
