@@ -136,7 +136,7 @@ def not_here(plan: Plan, title: str, path: str) -> Finding | None:
     if path.startswith(TIMM):
         return not_downloaded(title, path)
     file = Path(path).expanduser()
-    if file.is_file():
+    if file.exists():
         return None
     made = sorted(file.parent.glob('*.pth'), key=lambda other: other.stat().st_mtime)
     config = writer(file, Path(plan.cfg.filename))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adala_mm.utils.weight_files import SAFETENSORS, kind_of, weight_files
@@ -86,6 +86,7 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
         if 'TorchScript' in reason:
             reason = 'a TorchScript archive, which is code'
         if NEEDS_TRUST.search(reason):
+            reason = reason.partition(' Please use')[0]  # torch's own advice is for code, not for users
             reason = (f'it holds more than tensors and plain values, which is never unpickled here ({reason}). If it '
                       f'is your own, and needs that: --trust-checkpoint of a tool, {TRUST}=1 in the environment of a '
                       'program, or trust=True of load_checkpoint and read_state_dict')
@@ -99,10 +100,10 @@ def file_notes(path: Path) -> dict[str, str]:
     try:
         if not path.is_file() or kind_of(path) != SAFETENSORS:
             return {}
-    except ValueError:  # told by whoever loads it
+        with safe_open(path, 'pt') as file:
+            return file.metadata() or {}
+    except (ValueError, SafetensorError):  # told by whoever loads it
         return {}
-    with safe_open(path, 'pt') as file:
-        return file.metadata() or {}
 
 
 def note_grid(state: OrderedDict[str, Any], grid: str | None) -> None:
