@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import io
 import logging
 import re
@@ -313,12 +314,17 @@ def test_transformers_call_signatures():
         assert torch.equal(model(images, return_dict=False)[0], output.last_hidden_state)
         with pytest.raises(ValueError, match='output_attentions needs attention weights'):
             model(pixel_values=images, output_attentions=True)
-    model = linearize(hf_vit('hf_dinov2', attn_implementation='eager'))
-    assert model(torch.randn(1, 3, 32, 32)).last_hidden_state.isfinite().all()
-    with pytest.raises(ValueError, match='attention_mask needs'):
-        mask = torch.ones(1, 17)
-        mask[:, 3:] = 0
-        model(torch.randn(1, 3, 32, 32), attention_mask=mask)
+    model, images = linearize(hf_vit('hf_dinov2', attn_implementation='eager')), torch.randn(1, 3, 32, 32)
+    assert model(images).last_hidden_state.isfinite().all()
+    masks = [dict(attention_mask=torch.ones(1, 17).tril(3))]
+    if 'head_mask' in inspect.signature(model.forward).parameters:  # transformers 4
+        masks.append(dict(head_mask=torch.ones(4)))
+    for mask in masks:
+        with pytest.raises(ValueError, match=f'{next(iter(mask))} needs attention weights'):
+            model(images, **mask)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match='output_attentions needs attention weights'):
+        model(images)
 
 
 def test_timm_methods_and_checkpointing():
