@@ -23,6 +23,7 @@ from adala_mm.linearization import linearize_blocks
 from adala_mm.models.attentions.marks import add_mark
 from adala_mm.models.backbones import AdaLAViT
 
+POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
 OWN_PARAMETERS = re.compile(r'(?!qkv\.|proj\.)')
 OUTPUT = re.compile(r'(.*\.(\d+)\.(?:attention|self_attn)\.)(output\.dense\.bias|out_proj\.bias)$')  # of an attention
 
@@ -33,20 +34,27 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
     With linear blocks, it is a state dict of `linearize`'s model, which the softmax model refuses.
 
     Returns:
-        Images to final tokens, as `AdaLAViT.forward_features`.
+        Images to final tokens, as `AdaLAViT.forward_features`, or to logits if the target is a classifier.
 
     Raises:
-        ValueError: for a backbone that is no plain ViT, or of a family that timm has not.
+        ValueError: for a backbone that is no plain ViT, or of a family that timm has not, or a head of another kind.
     """
     converted = describe(target, TIMM, tuple(FAMILIES), family)
+    head = linear_head(target)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
+             'position_grid': 'x'.join(map(str, converted.grid)),
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
-    model = linearized(timm_vit(converted), target)
-    model.load_state_dict(converted.state)
+    shape = () if head is None else (head.out_features, POOLING[target.backbone.out_type])
+    state = dict(converted.state)
+    if head is not None:
+        state |= {f'head.{key}': value for key, value in head.state_dict().items()}
+        notes['head'] = json.dumps(dict(zip(('num_classes', 'global_pool'), shape, strict=True), fc_norm=False))
+    model = linearized(timm_vit(converted, *shape), target)
+    model.load_state_dict(state)
     path.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, notes))
-    twin = linearized(timm_vit(converted), target)
+    twin = linearized(timm_vit(converted, *shape), target)
     twin.load_state_dict(load_file(path))
-    return features(twin)
+    return features(twin) if head is None else logits(twin)
 
 
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
@@ -85,6 +93,23 @@ def linearized(model: nn.Module, target: Target) -> nn.Module:
     linearize_blocks(model, [None if str(kind['type']).endswith('SoftmaxAttention') else kind
                              for kind in target.attentions])
     return model
+
+
+def linear_head(target: Target) -> nn.Linear | None:
+    """The linear layer of a classifier on pooled tokens; None if the target is a backbone.
+
+    Raises:
+        ValueError: for a head or neck of another kind.
+    """
+    model = target.model
+    if model is target.backbone:
+        return None
+    fc = getattr(getattr(model, 'head', None), 'fc', None)
+    pooling = target.backbone.out_type
+    if not isinstance(fc, nn.Linear) or getattr(model, 'neck', None) is not None or pooling not in POOLING:
+        raise ValueError(f'{type(model).__name__} on out_type={pooling!r}: timm and transformers have one linear layer '
+                         f'on {" or ".join(POOLING)}, and no other heads of OpenMMLab; .onnx and .pt2 hold any')
+    return fc
 
 
 def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
@@ -135,6 +160,12 @@ def their_names(ours: Converted) -> dict[str, Tensor]:
             token = ours.source.own_key('cls_token')
             state[token] = state[token].flatten()
     return {key: value.contiguous() for key, value in state.items()}
+
+
+def logits(model: nn.Module) -> Run:
+    """Images to class logits, in a tuple."""
+    model.eval()
+    return lambda image: (model(image),)
 
 
 def features(model: nn.Module) -> Run:

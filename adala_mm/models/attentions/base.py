@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Attention(nn.Module):
 
     is_softmax = False  # whether this is the teacher's own attention, of which stage 1 has nothing to learn
     needs: tuple[str, ...] = ()  # of 'grid' and 'num_prefix' of the ViT: what the constructor wants beside its options
+    after_proj: tuple[str, ...] = ()  # parameters, by the beginning of their names, of which `attend` knows nothing
     formula = ''  # in one line
     cost = ''  # multiply-adds of its matrix products per head: N tokens, D channels of a head, h x w patches
     positional = False  # whether it matters where a token stands
@@ -87,6 +89,17 @@ class Attention(nn.Module):
             error_msgs.append(problem)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
+
+
+def blocks_by_attention(model: nn.Module) -> dict[str, str]:
+    """``12 of 24 blocks LinearAttention, 12 SoftmaxAttention`` for each part of a model, a frozen teacher included."""
+    told, frozen = {}, {f'frozen {name}': part for name, part in getattr(model, 'frozen', {}).items()}
+    for name, part in [*model.named_children(), *frozen.items()]:
+        layers = sorted((m for m in part.modules() if isinstance(m, Attention)), key=lambda layer: layer.is_softmax)
+        if layers:
+            (kind, count), *others = Counter(type(layer).__name__ for layer in layers).items()
+            told[name] = ', '.join([f'{count} of {len(layers)} blocks {kind}', *(f'{n} {k}' for k, n in others)])
+    return told
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
