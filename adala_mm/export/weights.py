@@ -20,10 +20,12 @@ from adala_mm.conversion.source import Source
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
 from adala_mm.linearization import linearize_blocks
+from adala_mm.models.attentions.marks import add_mark
 from adala_mm.models.backbones import AdaLAViT
 
 POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
-OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
+OWN_PARAMETERS = re.compile(r'(?!qkv\.|proj\.)')
+OUTPUT = re.compile(r'(.*\.(\d+)\.(?:attention|self_attn)\.)(output\.dense\.bias|out_proj\.bias)$')  # of an attention
 
 
 def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
@@ -63,24 +65,25 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
 
     Raises:
         ImportError: without transformers.
-        ValueError: for a backbone that no model of transformers here is, or with parameters that none has.
+        ValueError: for a backbone that no model of transformers here is.
     """
-    own = [key for key in target.backbone.state_dict() if OWN_PARAMETERS.match(key)]
-    if own:
-        raise ValueError(f'{target.notes["attention"]} has parameters of its own ({own[0]}), which no model of '
-                         'transformers loads: a .safetensors file for timm holds them')
     names = tuple(dict.fromkeys((*TRANSFORMERS_DINOV2.families, *TRANSFORMERS_CLIP.families, *CLASSES)))
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
     state = their_names(ours)
-    written = linearized(pretrained(ours, state), target)
-    if target.is_softmax:
-        written.config.architectures = [type(written).__name__]
-        written.config.save_pretrained(folder)
-        save_file(in_files(state), folder / 'model.safetensors', {'format': 'pt'})  # their own differs between versions
-    else:
-        written.save_pretrained(folder)
+    written = pretrained(ours, state)
+    written.config.architectures = [type(written).__name__]
+    written.config.save_pretrained(folder)
+    state = in_files(state)
+    for key in [key for key in state if OUTPUT.match(key)]:
+        prefix, block, last = OUTPUT.match(key).groups()
+        layer = target.backbone.blocks[int(block)].attn
+        state |= {f'{prefix}{name}': value for name, value in layer.state_dict().items() if OWN_PARAMETERS.match(name)}
+        if not layer.is_softmax:
+            add_mark(state, prefix, layer.adala_mm, last)
+    # Not their own save_pretrained: its keys differ between versions.
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / 'model.safetensors', {'format': 'pt'})
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
     return features(type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder))
 
