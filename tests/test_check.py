@@ -50,6 +50,8 @@ val_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSam
     dataset=dict(type='CustomDataset', data_root='data/pets', data_prefix='val', pipeline=steps))
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
 train_cfg = dict(by_epoch=True, max_epochs=1)
+val_cfg = dict()
+val_evaluator = dict(type='Accuracy', topk=(1,))
 """
 
 
@@ -108,7 +110,8 @@ def test_a_segmentor_that_would_train(root, capsys, monkeypatch):
     monkeypatch.setattr(memory, 'head_line', HEAD_LINE)
     code, findings = flagship(root, '--images', 'all', **BATCHES)
     assert code == 0, red((code, findings))
-    assert {'model', 'classes', 'checkpoint', 'image sizes', 'memory', 'disk', 'batch and lr', 'processes'} | {
+    assert {'model', 'classes', 'checkpoint', 'image sizes', 'memory', 'disk', 'batch and lr', 'loops',
+            'optimizer', 'schedule', 'hooks', 'processes'} | {
         f'{loader}_dataloader {what}' for loader in ('train', 'val')
         for what in ('folders', 'counts', 'images', 'labels', 'batch')} == set(findings)
     assert not [finding for group in findings.values() for finding in group if finding['status'] == SKIPPED]

@@ -91,9 +91,8 @@ class Attention(nn.Module):
                                       error_msgs)
 
     def __prepare_scriptable__(self):
-        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds for '
-                        'other batches and sizes, or torch.export')
-
+        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
+                        'for other batches and sizes, or torch.export')
 
 
 def blocks_by_attention(model: nn.Module) -> dict[str, str]:
