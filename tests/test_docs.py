@@ -266,6 +266,41 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
             assert broken_links(NOTEBOOK, ''.join(cell['source'])) == []
 
 
+def test_lines_for_a_machine_without_a_connection():
+    """With the options of the page, no stage has anything left to download; without them, all but stage 3 have."""
+    page = (ROOT / 'docs/costs.md').read_text(encoding='utf-8')
+    lines = re.findall(r'^python tools/train.py (\S+)(?: --cfg-options (\S+)=(\S+))?$', page, re.MULTILINE)
+    assert [Path(config).stem for config, _, _ in lines] == [
+        'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'mask2former_dinov2l_ade20k',
+        'mask2former_dinov2l_softmax_ade20k']
+    for config, key, file in lines:
+        cfg = Config.fromfile(ROOT / config)
+        assert ('timm://' in str(cfg.model)) == bool(key)
+        if key:
+            before = str(cfg.model)
+            cfg.merge_from_dict({key: file})
+            # In the place of the name, and no new entry that nobody reads.
+            assert str(cfg.model) == before.replace(cfg.pretrained.checkpoint, file) != before
+
+
+def test_weights_of_the_cache_need_no_connection(tmp_path, monkeypatch):
+    """A cache as the hub lays it out, copied from another machine."""
+    from huggingface_hub import constants
+
+    from adala_mm.utils.checkpoint import local_file
+    name = 'vit_large_patch14_dinov2.lvd142m'
+    assert f'timm://{name}' in (ROOT / 'docs/costs.md').read_text(encoding='utf-8')
+    assert Config.fromfile(ROOT / 'configs/adala/stage1_dinov2l_coco.py').pretrained.checkpoint == f'timm://{name}'
+    folder = tmp_path / f'models--timm--{name}'
+    (folder / 'snapshots/abc').mkdir(parents=True)
+    (folder / 'refs').mkdir()
+    (folder / 'refs/main').write_text('abc')
+    (folder / 'snapshots/abc/model.safetensors').touch()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.file_download.constants.HF_HUB_CACHE', str(tmp_path))
+    assert local_file(f'timm://{name}') == folder / 'snapshots/abc/model.safetensors'
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch) -> Path:
     """A folder for configs of one's own beside this repository's."""
