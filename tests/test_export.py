@@ -179,6 +179,23 @@ def test_a_classifier_of_timm(out_type, pooling, tmp_path):
     assert torch.allclose(model.eval()(image), target.module(image)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize('changes', [dict(out_type='cls_token', attention=LINEAR), dict(
+    out_type='avg_featmap', attention=SOFTMAX, num_registers=3, no_embed_class=True)])
+def test_a_classifier_of_transformers(changes, tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(layer_scale=1.0, **changes), 'model', 'mmpretrain', **CLASSIFIER)
+    target.notes['classes'] = json.dumps(list('abcde'))
+    compared(target, export.export_transformers(target, tmp_path / 'model'), dynamic=False)
+    assert json.loads((tmp_path / 'model/config.json').read_text())['id2label']['4'] == 'e'
+
+
+def test_heads_that_transformers_has_not(tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(out_type='cls_token', **FAMILIES['clip_openai']), 'model', 'mmpretrain', **CLASSIFIER)
+    with pytest.raises(ValueError, match='the classifier of transformers for CLIPVisionModel does not pool'):
+        export.export_transformers(target, tmp_path / 'model')
+
+
 def test_heads_that_timm_has_not():
     with pytest.raises(ValueError, match="EncoderDecoder on out_type='featmap': timm and transformers have one linear"):
         export.export_timm(make(tiny_vit(attention=LINEAR), 'model', **SEGMENTOR), Path('model.safetensors'))
@@ -290,16 +307,16 @@ def test_timm(name, tmp_path):
         assert json.loads(file.metadata()['attentions'])[1]['type'] == f'adala_mm.{name}'
 
 
-def replace_module(target: export.Target) -> export.Target:
-    """The same, of final tokens."""
-    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
-
-
 FAMILIES = {
     'dinov2': dict(layer_scale=1.0), 'dinov2_reg': dict(layer_scale=1.0, num_registers=3, no_embed_class=True),
     'clip_openai': dict(pre_norm=True, act='quick_gelu', norm_eps=1e-5),
     'siglip_tanh': dict(class_token=False, act='gelu_tanh'), 'siglip': dict(class_token=False),
 }
+
+
+def replace_module(target: export.Target) -> export.Target:
+    """The same, of final tokens."""
+    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -17,6 +17,7 @@ from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
 from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, in_files, pretrained
 from adala_mm.conversion.source import Source
+from adala_mm.export.linearized import OwnLogits
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
 from adala_mm.linearization import linearize_blocks
@@ -58,13 +59,18 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
     """Writes a folder for `adala_mm.load`, without linear blocks for ``from_pretrained``, and returns its model.
 
+    A classifier becomes ``Dinov2ForImageClassification``, whose head sees the class token and the mean of the patches:
+    the weights of the one that ours does not see are 0.
+
     Returns:
-        Images of the native size to final tokens, as `AdaLAViT.forward_features`.
+        Images of the native size to final tokens, as `AdaLAViT.forward_features`, or to logits if it is a classifier.
 
     Raises:
         ImportError: without transformers.
-        ValueError: for a backbone that no model of transformers here is, or with parameters that none has.
+        ValueError: for a backbone that no model of transformers here is, or with parameters that none has, or for the
+            classifier of another family than DINOv2.
     """
+    head = linear_head(target)
     own = [key for key in target.backbone.state_dict() if OWN_PARAMETERS.match(key)]
     if own:
         raise ValueError(f'{target.notes["attention"]} has parameters of its own ({own[0]}), which no model of '
@@ -74,15 +80,37 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
     state = their_names(ours)
-    written = linearized(pretrained(ours, state), target)
-    if target.is_softmax:
+    model = pretrained(ours, state)
+    if head is not None:
+        model = their_classifier(model, head, target)
+    written = linearized(model, target)
+    if target.is_softmax and head is None:
         written.config.architectures = [type(written).__name__]
         written.config.save_pretrained(folder)
         save_file(in_files(state), folder / 'model.safetensors', {'format': 'pt'})  # their own differs between versions
     else:
         written.save_pretrained(folder)
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
-    return features(type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder))
+    read = type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder)
+    return features(read) if head is None else OwnLogits(read.eval())
+
+
+def their_classifier(model: nn.Module, head: nn.Linear, target: Target) -> nn.Module:
+    """transformers' classifier with ``model`` inside."""
+    import transformers
+    kind = type(model).__name__.removesuffix('Model')
+    if not kind.startswith('Dinov2'):
+        raise ValueError(f'the classifier of transformers for {type(model).__name__} does not pool normalised tokens '
+                         f'as ours ({target.backbone.out_type}): leave out --part model, or write .onnx')
+    names = json.loads(target.notes.get('classes', '[]')) or [f'LABEL_{i}' for i in range(head.out_features)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    classifier = getattr(transformers, f'{kind}ForImageClassification')(model.config)
+    getattr(classifier, classifier.base_model_prefix).load_state_dict(model.state_dict())
+    unseen = torch.zeros_like(head.weight)
+    halves = (head.weight, unseen) if target.backbone.out_type == 'cls_token' else (unseen, head.weight)
+    classifier.classifier.load_state_dict({'weight': torch.cat(halves, dim=1), 'bias': head.bias})
+    return classifier.eval()
 
 
 def linearized(model: nn.Module, target: Target) -> nn.Module:

@@ -38,7 +38,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def agreement(got: torch.Tensor, wanted: torch.Tensor) -> str:
-    """Share of images, or of pixels, whose class is the same; nothing for features."""
+    """Share of images, or of pixels, whose class is the same."""
     return f'{100 * (got.argmax(dim=1) == wanted.argmax(dim=1)).double().mean():.1f} %'
 
 
