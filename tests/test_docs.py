@@ -22,6 +22,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 import adala_mm
