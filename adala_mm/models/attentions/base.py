@@ -66,8 +66,8 @@ class Attention(nn.Module):
         return self.proj(self.attend(x, hw, num_prefix))
 
     def __prepare_scriptable__(self):
-        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds for '
-                        'other batches and sizes, or torch.export')
+        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
+                        'for other batches and sizes, or torch.export')
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
