@@ -23,6 +23,7 @@ from test_pipeline import ade20k, apart, arguments, coco, labels, mask2former, p
 from torch import nn
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Finding, Plan, memory, write_finding
+from adala_mm.preflight.checkpoints import not_downloaded
 from adala_mm.preflight.images import spread
 from adala_mm.preflight.report import Skipped, findings_of
 from adala_mm.preflight.sizes import cropped_size
@@ -49,6 +50,8 @@ val_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSam
     dataset=dict(type='CustomDataset', data_root='data/pets', data_prefix='val', pipeline=steps))
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
 train_cfg = dict(by_epoch=True, max_epochs=1)
+val_cfg = dict()
+val_evaluator = dict(type='Accuracy', topk=(1,))
 """
 
 
@@ -107,7 +110,8 @@ def test_a_segmentor_that_would_train(root, capsys, monkeypatch):
     monkeypatch.setattr(memory, 'head_line', HEAD_LINE)
     code, findings = flagship(root, '--images', 'all', **BATCHES)
     assert code == 0, red((code, findings))
-    assert {'model', 'classes', 'checkpoint', 'image sizes', 'memory', 'disk', 'batch and lr', 'processes'} | {
+    assert {'model', 'classes', 'checkpoint', 'image sizes', 'memory', 'disk', 'batch and lr', 'loops',
+            'optimizer', 'schedule', 'hooks', 'processes'} | {
         f'{loader}_dataloader {what}' for loader in ('train', 'val')
         for what in ('folders', 'counts', 'images', 'labels', 'batch')} == set(findings)
     assert not [finding for group in findings.values() for finding in group if finding['status'] == SKIPPED]
@@ -366,6 +370,22 @@ def test_load_from(root):
     assert_one_red(flagship(root, **BATCHES, load_from=path), 'load_from', 'run.pth does not fit', fix='family')
     assert_one_red(flagship(root, '--resume', 'absent.pth', **BATCHES), 'load_from', 'no checkpoint at absent.pth',
                    fix='check the path')
+
+
+@pytest.mark.parametrize(('name', 'found', 'fix'), [
+    ('vit_large_patch14_clip_quickgelu_224.openai', 'is not here and cannot be downloaded (OSError)',
+     'fetch https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/model.safetensors and name'),
+    ('vit_large_patch14_clip_quickgelu.openai', 'knows no weights on the Hugging Face hub for timm://vit_large_patch14_',
+     'did you mean timm://vit_large_patch14_clip_quickgelu_'),
+])
+def test_weights_that_are_not_here(name, found, fix, monkeypatch):
+    def refuse(url: str, timeout: float) -> None:
+        raise OSError(url)
+
+    monkeypatch.setattr('huggingface_hub.try_to_load_from_cache', lambda repository, file: None)
+    monkeypatch.setattr('huggingface_hub.get_hf_file_metadata', refuse)
+    finding = not_downloaded('checkpoint of backbone', f'timm://{name}')
+    assert finding.status == ERROR and found in finding.found and finding.fix.startswith(fix)
 
 
 def test_no_pretrained_weights_to_align_with(root):

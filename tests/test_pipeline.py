@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, put_back
+from conftest import ROOT, put_back, start_script, wait_for
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -398,7 +398,7 @@ def python(*commands: list[str | Path], cwd: Path) -> list[str]:
             with open(log, 'w') as file:
                 running.append(subprocess.Popen([sys.executable, '-W', 'ignore', *map(str, words)], cwd=cwd,
                                                 env=environment, stdout=file, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=400) for process in running]
+        codes = [process.wait(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()  # nothing to kill unless something went wrong
@@ -412,6 +412,15 @@ def command(tool: str, *words: str, **options) -> list[str | Path]:
     options = mask2former() | {'model.backbone.init_cfg': None} | options
     return [ROOT / f'tools/{tool}.py', ROOT / f'configs/adala/{FLAGSHIP}.py', *words, '--data-root', 'cli_data',
             '--cfg-options', *arguments(options)]
+
+
+def tool(*commands: list[str | Path], cwd: Path) -> list[str]:
+    """The same for commands of `command`, in processes forked off this one."""
+    logs = [cwd / f'tool_{next(NUMBER)}.log' for _ in commands]
+    codes = wait_for(*(start_script(*words, place=cwd, log=log) for words, log in zip(commands, logs, strict=True)))
+    outputs = [log.read_text() for log in logs]
+    assert not any(codes), '\n'.join(out[-3000:] for out in outputs)
+    return outputs
 
 
 def scores(work_dir: Path) -> dict:
@@ -428,7 +437,7 @@ def first_score(work_dir: Path) -> dict:
 def trained(place) -> Path:
     """Work dir of the flagship, trained for one epoch by command line."""
     ade20k(place / 'cli_data')
-    out, = python(command('train', '--work-dir', 'flagship', **epochs(1)), cwd=place)
+    out, = tool(command('train', '--work-dir', 'flagship', **epochs(1)), cwd=place)
     assert 'Epoch(train)' in out and 'mIoU' in out
     # The dumped config holds all overrides; a resumed run writes over it.
     shutil.copy(place / f'flagship/{FLAGSHIP}.py', place / 'dumped.py')
@@ -436,8 +445,8 @@ def trained(place) -> Path:
 
 
 def test_command_line(trained, place):
-    resumed, tested = python(
-        command('train', '--work-dir', 'flagship', '--resume', **epochs(2)),
+    resumed, = tool(command('train', '--work-dir', 'flagship', '--resume', **epochs(2)), cwd=place)
+    tested, = python(
         command('test', 'flagship/epoch_1.pth', '--work-dir', 'tested', '--show-dir', 'pictures', '--out', 'labelled'),
         cwd=place)
     assert 'resumed epoch: 1, iter: 2' in resumed

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from mmengine.registry import DefaultScope
 
 from adala_mm.models.attentions import blocks_by_attention
-from adala_mm.preflight import checkpoints, data, disk, memory, schedule, sizes, world
+from adala_mm.preflight import checkpoints, data, disk, memory, run, schedule, sizes, world
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, SKIPPED, WARNING, Finding, findings_of, write_finding
 from adala_mm.utils.mmpretrain_compat import too_new_transformers
@@ -44,7 +44,7 @@ def preflight(plan: Plan) -> Iterator[Finding]:
     checks += [(name, functools.partial(check, plan)) for name, check in (
         ('classes', data.classes), ('checkpoint', checkpoints.checkpoints),
         ('normalisation', checkpoints.normalisation), ('image sizes', sizes.sizes),
-        ('memory', memory.memory), ('disk', disk.disk), ('batch and lr', schedule.schedule),
+        ('memory', memory.memory), ('disk', disk.disk), ('batch and lr', schedule.schedule), ('run', run.run),
         ('processes', world.world))]
     before = logging.root.manager.disable
     with DefaultScope.overwrite_default_scope(plan.cfg.get('default_scope', 'mmseg')), warnings.catch_warnings():

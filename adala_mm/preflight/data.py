@@ -96,8 +96,8 @@ def images(plan: Plan, loader: str) -> Iterator[Finding]:
     otherwise = [look.path for look in seen.looks if look.otherwise]
     if otherwise:
         yield Finding(name, WARNING, f'{len(otherwise)} are read in another way than in stages 1 and 2 and by the '
-                      f'tools, {share}: {some(otherwise)}', 'save WebP and AVIF files upright, and TIFF files without alpha, '
-                      'as RGB (docs/data.md)')
+                      f'tools, {share}: {some(otherwise)}', 'save WebP and AVIF files upright, and TIFF files as RGB '
+                      'without alpha (docs/data.md)')
     dark = [look.path for look in seen.looks if look.dark]
     if dark:
         yield Finding(name, WARNING, f'{len(dark)} have 16 bits and are nearly black in 8, {share}: {some(dark)}',

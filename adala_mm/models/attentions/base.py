@@ -90,6 +90,10 @@ class Attention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
 
+    def __prepare_scriptable__(self):
+        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
+                        'for other batches and sizes, or torch.export')
+
 
 def blocks_by_attention(model: nn.Module) -> dict[str, str]:
     """``12 of 24 blocks LinearAttention, 12 SoftmaxAttention`` for each part of a model, a frozen teacher included."""
