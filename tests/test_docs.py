@@ -204,7 +204,8 @@ def test_public_functions_are_what_type_checkers_see():
         assert hints.keys() == {*inspect.signature(function).parameters, 'return'}, name
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/quickstart.md', 'docs/notebooks/quickstart.ipynb'])
+@pytest.mark.parametrize('page', ['README.md', 'docs/quickstart.md', 'docs/timm.md', 'docs/transformers.md',
+                                  'docs/notebooks/quickstart.ipynb'])
 def test_calls_of_public_functions_fit_their_signatures(page):
     if page.endswith('.ipynb'):
         cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']

@@ -23,6 +23,7 @@ from adala_mm.export.target import Target
 from adala_mm.linearization import linearize_blocks
 from adala_mm.models.attentions.marks import add_mark
 from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones.weights import is_extra
 
 POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
 OWN_PARAMETERS = re.compile(r'(?!qkv\.|proj\.)')
@@ -77,7 +78,7 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
-    state = their_names(ours)
+    state = {key: value for key, value in their_names(ours).items() if not key.startswith('blocks.')}  # an attention's own
     written = pretrained(ours, state)
     state = in_files(state)
     if head is not None:
@@ -170,9 +171,14 @@ def describe(target: Target, source: Source, names: tuple[str, ...], family: str
 
 
 def their_names(ours: Converted) -> dict[str, Tensor]:
-    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards."""
+    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards.
+
+    Without what attentions have of their own, of which the source knows nothing.
+    """
     state = {}
     for key, value in ours.state.items():
+        if is_extra(key):
+            continue
         parts = {key.replace('.qkv.', f'.{part}.'): value.chunk(3)[i] for i, part in enumerate('qkv')
                  } if '.qkv.' in key else {key: value}
         state |= {ours.source.own_key(name): part for name, part in parts.items()}
