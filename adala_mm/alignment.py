@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from adala_mm.adapters import Adapter, Family, find_vit
 from adala_mm.linearization import is_linear, say
 
 LEARNING_RATES = {1: 1e-2, 2: 1e-3}  # ViT-AdaLA Table 5: the first fixed, the second falling polynomially
-QKV = re.compile(r'(qkv|[qkv]_proj|[qkv]_bias)(\.|$)')
+QKV = re.compile(r'(qkv|[qkv]_proj|[qkv]_bias|attention\.(query|key|value))(\.|$)')
 
 
-def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable, stage: int = 1, steps: int | None = None,
+def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage: int = 1, steps: int | None = None,
           epochs: int | None = None, lr: float | None = None, weight_decay: float = 0.05, loss_scale: float = 1.0,
           bf16: bool = False, log_interval: int = 50) -> list[dict[str, float]]:
     """Brings a linearized ViT back to its softmax original; run stage 1, then stage 2.
@@ -168,7 +169,7 @@ def _first(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _images(dataloader: Iterable, total: int) -> Iterator[Tensor]:
+def _images(dataloader: Iterable[Any], total: int) -> Iterator[Tensor]:
     """The images of ``total`` batches."""
     done = 0
     while done < total:

@@ -1,7 +1,8 @@
 """Registries of adala_mm, children of MMEngine's.
 
 MMEngine imports ``<scope>.registry`` when it meets a prefixed type, so ``type='adala_mm.AdaLAViT'`` resolves in any
-mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix.
+mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix. The first look-up imports the
+registry's locations, and with heads, data sets and hooks `adala_mm.openmmlab`; importing this module does not.
 """
 from adala_mm.utils.stack import CORE, require_stack
 
@@ -16,14 +17,6 @@ from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS  # noqa:
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
-
-from adala_mm.utils.atomic import use_atomic_saving  # noqa: E402
-from adala_mm.utils.checkpoint import use_safe_loading  # noqa: E402
-from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
-
-provide_mmcv_ops()
-use_safe_loading()
-use_atomic_saving()
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm',
                   locations=['adala_mm.models', 'adala_mm.models.heads'])

@@ -91,6 +91,18 @@ def test_tokens_are_mixed(name):
 
 
 @every_attention
+def test_parameters_behind_the_projection_are_named(name):
+    options = dict(local_concentration=True) if name == 'L2ViTAttention' else {}
+    layer = disturbed(build(name, **options))
+    for run, seen in ((layer.attend, False), (layer, True)):
+        grads = torch.autograd.grad(run(tokens((3, 5), 1), (3, 5), 1).square().sum(), layer.parameters(),
+                                    allow_unused=True)
+        blind = {key for (key, _), grad in zip(layer.named_parameters(), grads, strict=True) if grad is None}
+        assert blind == {key for key, _ in layer.named_parameters() if not seen and
+                         key.startswith(('proj.', *layer.after_proj))}
+
+
+@every_attention
 def test_prefix_tokens_matter(name):
     layer, x = build(name, num_prefix=2), tokens((3, 5), 2)
     changed = x.clone()

@@ -128,6 +128,8 @@ def test_stage_1_that_would_train(root):
         'model.backbone.init_cfg.checkpoint': weights})
     assert code == 0, red((code, findings))
     assert findings['checkpoint of backbone'][0]['found'] == f'{weights} fits'
+    assert findings['model'][0]['found'].endswith(
+        '; backbone: 2 of 2 blocks LinearAttention; frozen attentions: 2 of 2 blocks SoftmaxAttention')
     assert findings['train_dataloader labels'] == [dict(
         name='train_dataloader labels', status=SKIPPED, found='the pipeline reads no labels', fix='')]
 
@@ -371,7 +373,8 @@ def test_load_from(root):
 
 def test_no_pretrained_weights_to_align_with(root):
     assert_one_red(check(STAGE1, '--data-root', root, options=stage1() | RANDOM), 'checkpoint of backbone',
-                   'no pretrained weights', fix='init_cfg')
+                   'no pretrained weights', fix='--cfg-options model.backbone.init_cfg.type=Pretrained '
+                                                'model.backbone.init_cfg.checkpoint=FILE')
 
 
 def test_crop_that_the_patch_does_not_divide(root):
@@ -392,6 +395,24 @@ def test_image_size_that_the_patch_does_not_divide(root):
 def test_padding_that_the_patch_does_not_divide(root):
     wrong = red(flagship(root, **BATCHES, **{'model.data_preprocessor.test_cfg.size_divisor': 24}))
     assert 'size_divisor=24' in next(f['found'] for f in wrong if f['name'] == 'image sizes')
+
+
+def test_sliding_window(root):
+    slide = BATCHES | {'model.test_cfg.mode': 'slide', 'model.test_cfg.stride': (32, 32)}
+    assert red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 64)})) == []
+    assert_one_red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 60)}), 'image sizes',
+                   'does not divide test_cfg.crop_size 64 x 60', fix='multiples of 16')
+    mmsegs = {'model.test_cfg.crop_size': (64, 64), 'model.decode_head.type': 'Mask2FormerHead'}
+    assert_one_red(flagship(root, **slide, **mmsegs), 'image sizes', "mmseg's Mask2FormerHead",
+                   fix='model.decode_head.type=adala_mm.Mask2FormerHead')
+    assert red(flagship(root, **BATCHES, **{'model.decode_head.type': 'Mask2FormerHead'})) == []
+
+
+def test_transformers_that_mmpretrain_cannot_be_imported_beside(root, monkeypatch):
+    monkeypatch.setattr('adala_mm.utils.mmpretrain_compat.version', {'transformers': '5.1.0'}.__getitem__)
+    _, findings = flagship(root, **BATCHES)
+    assert [(f['status'], f['found'][:19]) for f in findings['libraries']] == [(WARNING, 'transformers 5.1.0:')]
+    assert 'transformers<5' in findings['libraries'][0]['fix']
 
 
 def test_too_little_disk(root, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import adala_mm
 from adala_mm import export, linearize
 from adala_mm.export import graphs
 from adala_mm.export.mask2former import symbolic_sizes
@@ -118,9 +120,83 @@ def test_a_fixed_size(tmp_path):
         compared(target, run, dynamic=True)
 
 
+@pytest.mark.parametrize('name', ['LinearAttention', 'AgentAttention'])
+def test_a_graph_of_one_size_resizes_nothing(name, tmp_path):
+    """At another size than the checkpoint's: positions and tables are resampled when they are loaded."""
+    import onnx
+    cfg = config(tiny_vit(attention=attention(name), depth=1, img_size=256))  # too many positions to be folded
+    free = awake(export.assemble(cfg))
+    torch.save(free.model.state_dict(), tmp_path / 'weights.pth')
+    target = export.assemble(cfg, size=(192, 320), fixed=True)
+    export.load(target, cfg, tmp_path / 'weights.pth')
+    run = export.export_onnx(target, tmp_path / 'model.onnx', dynamic=False)
+    found = export.differences(free.module, run, [(1, 192, 320)])  # the model that resamples itself
+    export.check(found, 1e-4)
+    assert 'Resize' not in {node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node}
+
+
+def test_a_segmentor_of_one_size(trained):
+    """Its backbone's positions are resampled as well, and its head has none."""
+    path, weights = trained
+    cfg = Config.fromfile(path)
+    free, fixed = export.assemble(cfg, 'model'), export.assemble(cfg, 'model', (48, 64), fixed=True)
+    for target in (free, fixed):
+        export.load(target, cfg, weights)
+    assert fixed.backbone.pos_grid == (6, 8)
+    image = torch.randn(1, 3, 48, 64)
+    assert torch.allclose(fixed.module(image)[0], free.module(image)[0], atol=1e-5)
+
+
+def test_half_precision(tmp_path):
+    """Sums over 4,096 tokens leave float16's range, and stay float32 in the graph."""
+    import onnx
+    target = make(tiny_vit(attention=LINEAR, depth=1, img_size=512))
+    half = replace(target, module=export.HalfPrecision(target.module))
+    run = export.export_onnx(half, tmp_path / 'model.onnx')
+    found = export.differences(target.module, run, [(1, 512, 512)])
+    export.check(found, 1e-2)
+    graph = onnx.load(tmp_path / 'model.onnx').graph
+    weights = {entry.data_type for entry in graph.initializer if len(entry.dims) == 2}
+    assert weights == {onnx.TensorProto.FLOAT16}
+    assert all(entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for entry in (*graph.input, *graph.output))
+
+
+CLASSIFIER = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
+
+
+@pytest.mark.parametrize(('out_type', 'pooling'), [('cls_token', 'token'), ('avg_featmap', 'avg')])
+def test_a_classifier_of_timm(out_type, pooling, tmp_path):
+    target = make(tiny_vit(attention=[SOFTMAX, LINEAR], out_type=out_type), 'model', 'mmpretrain', **CLASSIFIER)
+    compared(target, export.export_timm(target, tmp_path / 'model.safetensors'))
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as file:
+        head = json.loads(file.metadata()['head'])
+    assert head == dict(num_classes=5, global_pool=pooling, fc_norm=False)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
+                              **head)
+    linearize(model, 'linear', keep_softmax=[0], inplace=True)
+    model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model.eval()(image), target.module(image)[0], atol=1e-5)
+
+
+def test_heads_that_timm_has_not():
+    with pytest.raises(ValueError, match="EncoderDecoder on out_type='featmap': timm and transformers have one linear"):
+        export.export_timm(make(tiny_vit(attention=LINEAR), 'model', **SEGMENTOR), Path('model.safetensors'))
+
+
+def test_names_of_classes(trained, tmp_path, monkeypatch):
+    """They come from the checkpoint, where MMEngine's runner puts them."""
+    import onnx
+    cfg, weights = trained
+    names = ['road', 'tree', 'sky', 'car']
+    torch.save(torch.load(weights) | dict(meta=dict(dataset_meta=dict(classes=tuple(names)))), weights)
+    tool(monkeypatch, cfg, weights, tmp_path / 'model.onnx', '--part', 'model', '--no-benchmark')
+    notes = {entry.key: entry.value for entry in onnx.load(tmp_path / 'model.onnx').metadata_props}
+    assert json.loads(notes['classes']) == names
+
+
 def test_a_classifier(tmp_path):
-    target = make(tiny_vit(attention=LINEAR, out_type='cls_token'), 'model', 'mmpretrain', type='ImageClassifier',
-                  head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
+    target = make(tiny_vit(attention=LINEAR, out_type='cls_token'), 'model', 'mmpretrain', **CLASSIFIER)
     run = export.export_onnx(target, tmp_path / 'model.onnx')
     compared(target, run)
     assert target.outputs == ('logits',) and run(torch.randn(2, 3, 32, 48))[0].shape == (2, 5)
@@ -166,6 +242,8 @@ def test_timm(name, tmp_path):
     model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
                               num_classes=0, dynamic_img_size=True)
     if name != 'SoftmaxAttention':
+        with pytest.raises(RuntimeError, match=r'blocks\.1\.attn\.adala_mm'):
+            model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
         linearize(model, attention(name), keep_softmax=[0], inplace=True)
     model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
     image = torch.randn(2, 3, 24, 40)
@@ -177,7 +255,6 @@ def test_timm(name, tmp_path):
 
 def replace_module(target: export.Target) -> export.Target:
     """The same, of final tokens."""
-    from dataclasses import replace
     return replace(target, module=lambda image: (target.backbone.forward_features(image),))
 
 
@@ -194,7 +271,21 @@ def test_transformers(family, tmp_path):
     target = make(tiny_vit(attention=[SOFTMAX, LINEAR], **FAMILIES[family]))
     run = export.export_transformers(target, tmp_path / 'model')
     compared(replace_module(target), run, dynamic=False)
-    assert (tmp_path / 'model/config.json').is_file()
+    model = adala_mm.load(tmp_path / 'model')
+    assert model.num_linear_blocks == 1
+    with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
+        type(model).from_pretrained(tmp_path / 'model')
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_softmax_for_transformers(family, tmp_path):
+    """Both transformers 4 and 5 load the names in these files."""
+    target = make(tiny_vit(attention=SOFTMAX, **FAMILIES[family]))
+    compared(replace_module(target), export.export_transformers(target, tmp_path / 'model'), dynamic=False)
+    assert json.loads((tmp_path / 'model/config.json').read_text())['architectures']
+    keys = load_file(tmp_path / 'model/model.safetensors')
+    assert all(key.startswith('vision_model.') for key in keys) == ('dinov2' not in family)
+    assert 'dinov2' not in family or 'encoder.layer.0.attention.output.dense.weight' in keys
 
 
 def test_what_timm_and_transformers_cannot_hold(tmp_path):
@@ -253,7 +344,7 @@ def test_refusals_leave_nothing(args, said, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('args', 'said'), [
-    (['a.bin'], 'the suffix says the format'), (['a.safetensors', '--part', 'model'], 'has no place for heads')])
+    (['a.bin'], 'the suffix says the format'), (['a.safetensors', '--half'], 'model.half() makes them float16 there')])
 def test_wrong_options(args, said, trained, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tool(monkeypatch, trained[0], trained[1], *args)

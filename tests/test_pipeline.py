@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import MMSEG_FIRST, ROOT, put_back
+from conftest import ROOT, put_back
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -388,7 +388,7 @@ def test_cityscapes_layout(place):
 
 def python(*commands: list[str | Path], cwd: Path) -> list[str]:
     """Outputs of the commands, which run side by side: starting up takes most of their time."""
-    environment = dict(MMSEG_FIRST, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg')
+    environment = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg')
     logs = [cwd / f'console_{next(NUMBER)}.log' for _ in commands]
     running = []
     try:

@@ -277,17 +277,21 @@ def test_git_state(tmp_path, monkeypatch):
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     (tmp_path / 'package').mkdir()
     assert git_state() == dict(commit=None, dirty=None)
-    (tmp_path / 'package/code.py').write_text('one')
+    (tmp_path / 'package/records.py').write_text('one')
+    (tmp_path / 'code.py').write_text('of somebody else, whose repository holds the environment')
 
     def git(*words: str) -> str:
         who = ['-c', 'user.name=A', '-c', 'user.email=a@example.org', '-c', 'commit.gpgsign=false']
         return subprocess.run(['git', *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     git('init', '-q')
+    git('add', 'code.py')
+    git('commit', '-q', '-m', 'theirs')
+    assert git_state() == dict(commit=None, dirty=None)
     git('add', '.')
     git('commit', '-q', '-m', 'code')
     assert git_state() == dict(commit=git('rev-parse', 'HEAD').strip(), dirty=False)
-    (tmp_path / 'package/code.py').write_text('two')
+    (tmp_path / 'package/records.py').write_text('two')
     assert git_state()['dirty'] is True
     monkeypatch.setenv('PATH', str(tmp_path))
     assert git_state() == dict(commit=None, dirty=None)

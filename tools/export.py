@@ -1,6 +1,6 @@
 """Exports a trained model: ONNX, torch.export, timm or transformers, by the suffix of OUT; see docs/export.md.
 
-    python tools/export.py CONFIG [CHECKPOINT] OUT.onnx [--part model] [--size H W] [--fixed-size]
+    python tools/export.py CONFIG [CHECKPOINT] OUT.onnx [--part model] [--size H W] [--fixed-size] [--half]
     python tools/export.py CONFIG [CHECKPOINT] OUT.pt2
     python tools/export.py CONFIG [CHECKPOINT] OUT.safetensors     # timm
     python tools/export.py CONFIG [CHECKPOINT] FOLDER              # transformers
@@ -8,6 +8,7 @@
 What was written is read back and compared with the model; nothing is left if it differs.
 """
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from adala_mm.export.speed import SIZES
 from adala_mm.utils.cli import load_config
 
 FORMATS = {'.onnx': 'ONNX', '.pt2': 'torch.export', '.safetensors': 'timm', '': 'transformers'}
-TOLERANCE = 1e-4
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,10 +37,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
                         help="size to trace and to compare at; the config's img_size if unset")
     parser.add_argument('--fixed-size', action='store_true', help='tie a graph to that size')
+    parser.add_argument('--half', action='store_true', help='graph in float16 with float32 images and outputs; what '
+                        'attention sums over tokens stays float32')
     parser.add_argument('--opset', type=int, default=OPSET, help='of ONNX; %(default)s if unset, no less')
     parser.add_argument('--family', choices=list(FAMILIES), help='of the ViT, for timm and transformers')
-    parser.add_argument('--tolerance', type=float, default=TOLERANCE,
-                        help='allowed difference, of the greatest output or of 1; %(default)g if unset')
+    parser.add_argument('--tolerance', type=float, help='allowed difference from the float32 model, of the greatest '
+                        f'output or of 1; {TOLERANCE:g} if unset, {HALF_TOLERANCE:g} with --half')
     parser.add_argument('--benchmark', type=int, nargs='+', default=list(SIZES), metavar='S',
                         help='sides at which ONNX Runtime is timed')
     parser.add_argument('--no-benchmark', action='store_true', help='do not time ONNX Runtime')
@@ -55,8 +58,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'{args.out}: the suffix says the format, and is one of .onnx, .pt2, .safetensors (timm), or none '
                      '(a folder for transformers)')
     args.format = FORMATS[args.out.suffix]
-    if args.format in ('timm', 'transformers') and args.part == 'model':
-        parser.error(f'--part model: {args.format} has no place for heads of OpenMMLab; .onnx and .pt2 have')
+    if args.half and args.format in ('timm', 'transformers'):
+        parser.error(f'--half: weights for {args.format} are float32, and model.half() makes them float16 there')
+    if args.tolerance is None:
+        args.tolerance = HALF_TOLERANCE if args.half else TOLERANCE
     if args.out.is_dir():
         parser.error(f'{args.out} is a folder that exists already; nothing is overwritten')
     if args.out.exists() and not args.overwrite:
@@ -77,8 +82,13 @@ def run(args: argparse.Namespace) -> None:
     if args.format == 'ONNX':
         require_packages()
     cfg = load_config(args)
-    target = export.assemble(cfg, args.part, args.size)
+    target = export.assemble(cfg, args.part, args.size, fixed=args.fixed_size)
     export.load(target, cfg, args.checkpoint)
+    export.name_classes(target, args.checkpoint)
+    model = target.module
+    if args.half:
+        target = dataclasses.replace(target, module=export.HalfPrecision(model), notes=target.notes | {
+            'precision': 'float16'})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = args.out.with_name(f'{args.out.stem}.partial{args.out.suffix}')
     dynamic = not args.fixed_size
@@ -92,8 +102,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             exported = export.export_transformers(target, partial, args.family)
             dynamic = False  # transformers resizes positions in its own way
-        model = target.module
-        if args.format in ('timm', 'transformers'):
+        if args.format in ('timm', 'transformers') and args.part == 'backbone':
             def model(image: torch.Tensor) -> tuple[torch.Tensor]:
                 return (target.backbone.forward_features(image),)
         size = target.size

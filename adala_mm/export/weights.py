@@ -6,47 +6,57 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+import adala_mm
 from adala_mm.adapters import find_vit
 from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
-from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, pretrained
+from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, in_files, pretrained
 from adala_mm.conversion.source import Source
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
-from adala_mm.linearization import linearize
+from adala_mm.linearization import linearize_blocks
 from adala_mm.models.backbones import AdaLAViT
 
+POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
 OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
 
 
 def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
-    """Writes a safetensors file with the keys of timm's ``VisionTransformer``, and returns timm's model with it.
+    """Writes a safetensors file with the weights of timm's ``VisionTransformer``, and returns timm's model with it.
 
-    Parameters of an attention's own stand beside its projections, where a linearized model has them.
+    With linear blocks, it is a state dict of `linearize`'s model, which the softmax model refuses.
 
     Returns:
-        Images to final tokens, as `AdaLAViT.forward_features`.
+        Images to final tokens, as `AdaLAViT.forward_features`, or to logits if the target is a classifier.
 
     Raises:
-        ValueError: for a backbone that is no plain ViT, or of a family that timm has not.
+        ValueError: for a backbone that is no plain ViT, or of a family that timm has not, or a head of another kind.
     """
     converted = describe(target, TIMM, tuple(FAMILIES), family)
+    head = linear_head(target)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
+             'position_grid': 'x'.join(map(str, converted.grid)),
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
-    path.write_bytes(save({key: value.contiguous() for key, value in converted.state.items()}, notes))
-    model = timm_vit(converted)
-    linearize_like(model, target.attentions)
-    model.load_state_dict(load_file(path))
-    return features(model)
+    shape = () if head is None else (head.out_features, POOLING[target.backbone.out_type])
+    state = dict(converted.state)
+    if head is not None:
+        state |= {f'head.{key}': value for key, value in head.state_dict().items()}
+        notes['head'] = json.dumps(dict(zip(('num_classes', 'global_pool'), shape, strict=True), fc_norm=False))
+    model = linearized(timm_vit(converted, *shape), target)
+    model.load_state_dict(state)
+    path.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, notes))
+    twin = linearized(timm_vit(converted, *shape), target)
+    twin.load_state_dict(load_file(path))
+    return features(twin) if head is None else logits(twin)
 
 
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
-    """Writes a folder for ``from_pretrained``, and returns the model of transformers that it gives.
+    """Writes a folder for `adala_mm.load`, without linear blocks for ``from_pretrained``, and returns its model.
 
     Returns:
         Images of the native size to final tokens, as `AdaLAViT.forward_features`.
@@ -63,12 +73,40 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
-    written = pretrained(ours, their_names(ours))
-    written.save_pretrained(folder)
+    state = their_names(ours)
+    written = linearized(pretrained(ours, state), target)
+    if target.is_softmax:
+        written.config.architectures = [type(written).__name__]
+        written.config.save_pretrained(folder)
+        save_file(in_files(state), folder / 'model.safetensors', {'format': 'pt'})  # their own differs between versions
+    else:
+        written.save_pretrained(folder)
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
-    model = type(written).from_pretrained(folder)
-    linearize_like(model, target.attentions)
-    return features(model)
+    return features(type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder))
+
+
+def linearized(model: nn.Module, target: Target) -> nn.Module:
+    """The softmax ViT, with the attentions of the backbone."""
+    linearize_blocks(model, [None if str(kind['type']).endswith('SoftmaxAttention') else kind
+                             for kind in target.attentions])
+    return model
+
+
+def linear_head(target: Target) -> nn.Linear | None:
+    """The linear layer of a classifier on pooled tokens; None if the target is a backbone.
+
+    Raises:
+        ValueError: for a head or neck of another kind.
+    """
+    model = target.model
+    if model is target.backbone:
+        return None
+    fc = getattr(getattr(model, 'head', None), 'fc', None)
+    pooling = target.backbone.out_type
+    if not isinstance(fc, nn.Linear) or getattr(model, 'neck', None) is not None or pooling not in POOLING:
+        raise ValueError(f'{type(model).__name__} on out_type={pooling!r}: timm and transformers have one linear layer '
+                         f'on {" or ".join(POOLING)}, and no other heads of OpenMMLab; .onnx and .pt2 hold any')
+    return fc
 
 
 def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
@@ -121,13 +159,10 @@ def their_names(ours: Converted) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def linearize_like(model: nn.Module, attentions: tuple[dict, ...]) -> None:
-    """Gives a softmax ViT of another library the attention of each block that ``attentions`` lists, in place."""
-    kinds = [kind for i, kind in enumerate(attentions) if kind not in attentions[:i]]
-    for kind in kinds:
-        if not str(kind['type']).endswith('SoftmaxAttention'):
-            linearize(model, kind, keep_softmax=[i for i, other in enumerate(attentions) if other != kind],
-                      inplace=True)
+def logits(model: nn.Module) -> Run:
+    """Images to class logits, in a tuple."""
+    model.eval()
+    return lambda image: (model(image),)
 
 
 def features(model: nn.Module) -> Run:

@@ -12,10 +12,11 @@ from torch import nn
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.models.algorithms.task_model_alignment import TaskModelAlignment
 from adala_mm.models.backbones import AdaLAViT, L2ViT
-from adala_mm.models.backbones.weights import misfits
+from adala_mm.models.backbones.weights import load_vit, misfits, positions_for
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, one_line
 from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.normalisation import other_normalisation, stated_normalisation
 
 TIMM = 'timm://'
 FAMILY = 'name a file of the family that the config describes; tools/convert_vfm.py converts (docs/weights.md)'
@@ -36,7 +37,8 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
             if network is not None and (network.init_cfg or {}).get('type') != 'Pretrained':
                 nothing = False
                 yield Finding(f'checkpoint of {role}', ERROR, 'no pretrained weights: alignment would distil noise',
-                              f"--cfg-options model.{role}.init_cfg=\"dict(type='Pretrained', checkpoint=FILE)\"")
+                              f'--cfg-options model.{role}.init_cfg.type=Pretrained '
+                              f'model.{role}.init_cfg.checkpoint=FILE')
         if plan.model.head is not None:
             nothing = False
             yield teacher_head(plan, plan.model.head['checkpoint'])
@@ -50,13 +52,30 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
         yield Finding('checkpoint', OK, 'none: training starts from random weights')
 
 
+def normalisation(plan: Plan) -> Iterator[Finding]:
+    """The images are normalised as those were that the networks were pretrained on, where their files say it."""
+    preprocessor = plan.cfg.model.get('data_preprocessor') or plan.cfg.get('data_preprocessor') or {}
+    mean, std = preprocessor.get('mean'), preprocessor.get('std')
+    named = {str(init['checkpoint']) for network in plan.networks.values()
+             for init in [getattr(network, 'init_cfg', None)] if isinstance(init, dict) and init.get('checkpoint')}
+    stated = sorted(path for path in named if stated_normalisation(path))
+    found = [difference for path in stated if (difference := other_normalisation(path, mean, std))]
+    for difference, fix in found:
+        yield Finding('normalisation', WARNING, difference, fix)
+    if stated and mean is not None and not found:
+        yield Finding('normalisation', OK, f'mean and std are those of {", ".join(stated)}')
+
+
 def pretrained(plan: Plan, name: str, network: nn.Module, init: dict) -> Finding:
     """One network's ``init_cfg``: loaded for real, by the network's own rules, into memory that is freed again."""
     title, path = f'checkpoint of {name}', str(init.get('checkpoint'))
     if absent := not_here(plan, title, path):
         return absent
     try:
-        if isinstance(network, (AdaLAViT, L2ViT)):
+        if isinstance(network, AdaLAViT):
+            doubts = load_vit(copy.deepcopy(network).to_empty(device='cpu'), init)
+            return Finding(title, WARNING if doubts else OK, '; '.join([f'{path} fits', *doubts]))
+        if isinstance(network, L2ViT):
             copy.deepcopy(network).to_empty(device='cpu').init_weights()
             return Finding(title, OK, f'{path} fits')
         state, prefix = read_state_dict(path), init.get('prefix', '')
@@ -81,7 +100,7 @@ def fine_tuned(plan: Plan) -> Finding:
     title, path = 'checkpoint of the teacher', plan.model.checkpoint
     if absent := not_here(plan, title, path):
         return absent
-    state, wanted = read_state_dict(path), plan.model.frozen['teacher'].state_dict()
+    state, wanted = plan.model.read_teacher(), plan.model.frozen['teacher'].state_dict()
     if table := misfits(*({key: tuple(value.shape) for key, value in one.items()} for one in (state, wanted))):
         return Finding(title, ERROR, f'{path} does not fit:\n{table}', 'name the fine-tuned softmax model, as a whole, '
                        'of the same config: --cfg-options model.teacher.checkpoint=FILE')
@@ -95,7 +114,7 @@ def whole_model(plan: Plan, path: str) -> Finding:
     if absent := not_here(plan, title, path):
         return absent
     state = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    return fit(title, path, plan.model, state.get('state_dict', state))
+    return fit(title, path, plan.model, positions_for(plan.model, state.get('state_dict', state)))
 
 
 def fit(title: str, path: str, network: nn.Module, state: dict) -> Finding:

@@ -1,3 +1,4 @@
+import adala_mm.openmmlab  # noqa: F401  without compiled ops, mmdet cannot be imported unaided
 from adala_mm.models.heads.mask2former import Mask2FormerHead, MSDeformAttnPixelDecoder
 
 __all__ = ['MSDeformAttnPixelDecoder', 'Mask2FormerHead']
