@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config, DictAction
 
 from adala_mm.utils.checkpoint import TRUST, use_safe_loading
-from adala_mm.utils.stack import require_stack
+from adala_mm.utils.stack import import_quietly, require_stack
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'  # a wheel has them in the package, a clone a link to them
 
@@ -70,6 +70,8 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.trust_checkpoint:
         os.environ[TRUST] = '1'
     cfg = Config.fromfile(path)
+    scopes = dict.fromkeys(('mmpretrain', 'mmseg', cfg.get('default_scope', 'mmseg')))  # every run imports these
+    import_quietly('adala_mm.registry', *(f'{scope}.datasets' for scope in scopes))
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
     if args.cfg_options:

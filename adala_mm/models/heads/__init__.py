@@ -1,3 +1,7 @@
-from adala_mm.models.heads.mask2former import Mask2FormerHead, MSDeformAttnPixelDecoder
+from adala_mm.utils.stack import import_quietly
+
+import_quietly('mmdet.models', 'mmseg.models')
+
+from adala_mm.models.heads.mask2former import Mask2FormerHead, MSDeformAttnPixelDecoder  # noqa: E402
 
 __all__ = ['MSDeformAttnPixelDecoder', 'Mask2FormerHead']
