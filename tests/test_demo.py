@@ -201,7 +201,7 @@ def test_a_failing_run_takes_the_others_down(stage):
     stage.commands.update(stage1='exec sleep 100', stage2_only='exit 3')
     with pytest.raises(SystemExit):
         stage.main()
-    assert by_name(stage)['stage1'].process.wait(timeout=60) != 0
+    assert by_name(stage)['stage1'].process.wait(timeout=600) != 0
 
 
 def test_a_killed_run_is_a_failure(stage, capsys):
@@ -230,7 +230,7 @@ def test_start_trains_in_the_folder_above_the_work_dirs(demo, tmp_path, monkeypa
     out = tmp_path / 'work_dirs/demo'
     run = by_name(demo)['stage1']
     demo.start(run, out, '/pictures')
-    assert run.process.wait(timeout=60) == 0
+    assert run.process.wait(timeout=600) == 0
     place, threads, script, config, *options = (out / 'stage1/console.log').read_text().splitlines()
     assert Path(place).resolve() == tmp_path.resolve() and threads == 'threads 1 1'
     assert Path(script) == ROOT / 'tools/train.py' and Path(config) == CONFIGS / 'stage1_demo_beacons.py'

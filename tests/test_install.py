@@ -42,7 +42,7 @@ def fake_stack(monkeypatch, installed=None):
 
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False,
-                          cwd=ROOT, timeout=120)
+                          cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -190,7 +190,7 @@ def test_setup_metadata(monkeypatch):
 
 def test_setup_version_on_the_command_line():
     done = subprocess.run([sys.executable, 'setup.py', '--version'], capture_output=True, text=True, check=True,
-                          cwd=ROOT, timeout=120)
+                          cwd=ROOT, timeout=600)
     assert done.stdout.split()[-1] == adala_mm.__version__
 
 
