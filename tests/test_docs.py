@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, start_script, wait_for
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 
@@ -232,7 +232,11 @@ def test_attention_of_the_page_works(tmp_path):
     layer, use, check = code_blocks('docs/add_attention.md')
     (tmp_path / 'my_attention.py').write_text(layer)
     assert 'my_attention.' in use
-    out = python(check, tmp_path, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
+    (tmp_path / 'check.py').write_text(check)
+    log = tmp_path / 'console.log'
+    codes = wait_for(start_script(tmp_path / 'check.py', place=tmp_path, log=log))
+    out = log.read_text()
+    assert codes == [0], out
     assert out.splitlines()[-1] == '2 blocks, output (1, 17, 32), every weight of the softmax ViT in its place'
 
 

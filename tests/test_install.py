@@ -41,7 +41,7 @@ def fake_stack(monkeypatch, installed=None):
 
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False,
-                          cwd=ROOT, timeout=120)
+                          cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

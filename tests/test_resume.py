@@ -206,7 +206,7 @@ def test_processes_leave_a_validation_together(tmp_path):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(600)
         assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:

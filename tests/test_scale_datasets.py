@@ -481,7 +481,7 @@ def test_the_main_process_lists_for_all(photos, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0
     assert [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)] == [[1, 6], [0, 6]]
 
