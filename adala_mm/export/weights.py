@@ -78,7 +78,7 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
-    state = {key: value for key, value in their_names(ours).items() if not key.startswith('blocks.')}  # an attention's own
+    state = their_names(ours)
     written = pretrained(ours, state)
     state = in_files(state)
     if head is not None:
