@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 import adala_mm
 from adala_mm.adapters import FAMILIES, Adapter, find_vit
-from adala_mm.linearization import linearize_blocks, say
+from adala_mm.linearization import Model, linearize_blocks, say
 from adala_mm.models.attentions import Attention
 from adala_mm.models.attentions.marks import MARK, add_mark, decode, last_of, take_mark
 from adala_mm.registry import ATTENTIONS
@@ -61,6 +61,14 @@ def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None =
             'one, as in load(path, model), unless you give save its arguments as model_args')
     about = {'base': None if problem else base, 'problem': problem, 'version': adala_mm.__version__}
     write_atomically(path, to_bytes(state, {'format': MARK, MARK: json.dumps(about)}))
+
+
+@overload
+def load(path: str | Path, model: Model, attentions: Iterable[type[Attention]] = ()) -> Model: ...
+
+
+@overload
+def load(path: str | Path, model: None = None, attentions: Iterable[type[Attention]] = ()) -> Any: ...
 
 
 def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[type[Attention]] = ()) -> nn.Module:
