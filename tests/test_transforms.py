@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from test_export import attention
-from test_linearize import SIZES, build, run, timm_vit
+from test_linearize import SIZES, awaken, build, run, timm_vit
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.export import Dim
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'igno
 
 def linear_vit(kind: str, **changes) -> nn.Module:
     """A timm ViT of one block, in float64, with weights that make every part of the attention visible."""
-    model = linearize(timm_vit('dinov2_reg4', depth=1, **changes), attention(kind))
+    model = linearize(awaken(timm_vit('dinov2_reg4', depth=1, **changes)), attention(kind))
     for module in model.modules():
         for parameter in module.parameters() if isinstance(module, Attention) else ():
             nn.init.normal_(parameter, std=0.2)
@@ -165,7 +165,7 @@ def test_jit_script_is_refused():
 
 def fixed_vit(kind: str = 'LinearAttention') -> nn.Module:
     """torch.fx follows no dynamic size, in timm's own models either. Two blocks, the second keeps its softmax."""
-    model = timm_vit('dinov2_reg4', depth=2, dynamic_img_size=False)
+    model = awaken(timm_vit('dinov2_reg4', depth=2, dynamic_img_size=False))
     return linearize(model, attention(kind), keep_softmax=[1]).double().eval()
 
 

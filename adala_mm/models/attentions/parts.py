@@ -74,8 +74,7 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """(B, H, N, D) to (B, H, N, D)."""
-        h, d = x.shape[1], x.shape[3]
-        channels, _, size, _ = self.weight.shape
+        (h, d), (channels, _, size, _) = x.shape[1::2], self.weight.shape
         patches = x[:, :, num_prefix:].transpose(2, 3).reshape(-1, channels, *hw)  # heads join batch or channels
         out = F.conv2d(patches, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=size // 2, groups=channels)
         # Not by the batch, which the older ONNX exporter takes for a constant here.
