@@ -4,6 +4,10 @@ MMEngine imports ``<scope>.registry`` when it meets a prefixed type, so ``type='
 mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix. The first look-up imports the
 registry's locations, and with heads, data sets and hooks `adala_mm.openmmlab`; importing this module does not.
 """
+from __future__ import annotations
+
+from collections.abc import Callable
+
 from adala_mm.utils.stack import CORE, require_stack
 
 require_stack(CORE)
@@ -29,5 +33,17 @@ OPTIM_WRAPPERS = Registry('optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope
                           locations=['adala_mm.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='adala_mm', locations=['adala_mm.evaluation'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='adala_mm', locations=['adala_mm.engine'])
-# A tree of its own: a list of what may stand in `attention=dict(type=...)`, and nothing else.
-ATTENTIONS = Registry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])
+
+
+class AttentionRegistry(Registry):
+    """What may stand in ``attention=dict(type=...)``, and nothing else; all of it is in `MODELS` as well."""
+
+    def register_module(self, name: str | list[str] | None = None, force: bool = False,
+                        module: type | None = None) -> type | Callable[[type], type]:
+        if module is None:
+            return lambda layer: self.register_module(name, force, layer)
+        MODELS.register_module(name, force, module)  # first: a name that it has is taken, and nothing is registered
+        return super().register_module(name, force, module)
+
+
+ATTENTIONS = AttentionRegistry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])

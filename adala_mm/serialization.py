@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
             raise ValueError(f'{path} does not tell how to build its model ({base}): give load one, as in '
                              'load(path, model)')
         model = build(base)
-    kinds = {prefix: trusted(kind, attentions) for prefix, kind in marks.items()}
+    kinds = {block_of(prefix): trusted(kind, attentions) for prefix, kind in marks.items()}
     softmax_names = model.state_dict().keys()
     linearize_as(model, kinds)
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
@@ -189,8 +190,7 @@ def difference(model: nn.Module, base: dict[str, Any], state: dict[str, Tensor])
     """Where the model that ``base`` gives, with the same attentions, is another one than ``model``; None if nowhere."""
     try:
         twin = build(base)
-        linearize_as(twin, {name[:-len(MARK)]: module_kind(model, name) for name in state
-                            if name.endswith(f'.{MARK}')})
+        linearize_as(twin, {block_of(name): module_kind(model, name) for name in state if name.endswith(f'.{MARK}')})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f'{type(error).__name__}: {error}'
     names, others = (dict(net.named_modules()) for net in (model, twin))
@@ -280,16 +280,23 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
     return state, {'library': 'transformers', 'name': f'{module}.{name}', 'args': about}
 
 
-def renamed(model: nn.Module, kinds: dict[str, dict[str, Any]], state: dict[str, Tensor],
+def renamed(model: nn.Module, kinds: dict[int, dict[str, Any]], state: dict[str, Tensor],
             softmax_names: Iterable[str]) -> tuple[nn.Module, dict[str, Tensor]]:
     """Model and state dict for a file whose names are not those in memory: transformers maps them while it loads.
 
     Raises:
         RuntimeError: if it does not know all of them.
     """
-    added = {name: value for name, value in state.items() if name in model.state_dict().keys() - softmax_names}
-    theirs = {name: value.squeeze(0) if value.ndim > (1 if name.endswith('bias') else 2)
-              and name.startswith(tuple(kinds)) else value for name, value in state.items() if name not in added}
+    inside, names, added = prefixes(model), model.state_dict().keys() - softmax_names, {}
+    theirs = dict(state)
+    for prefix in [name[:-len(MARK)] for name in state if name.endswith(f'.{MARK}')]:
+        here = inside[block_of(prefix)]
+        for name in [name for name in state if name.startswith(prefix)]:
+            value = theirs.pop(name)
+            if f'{here}{name[len(prefix):]}' in names:
+                added[f'{here}{name[len(prefix):]}'] = value
+            else:
+                theirs[name] = value.squeeze(0) if value.ndim > (1 if name.endswith('bias') else 2) else value
     plain, info = type(model).from_pretrained(None, config=model.config, state_dict=theirs, output_loading_info=True)
     if problems := {what: sorted(names) for what, names in info.items() if names}:
         raise RuntimeError(f'transformers does not load these weights: {problems}')
@@ -313,15 +320,26 @@ def trusted(kind: dict[str, Any], attentions: Iterable[type[Attention]]) -> dict
                      'load(path, attentions=[MyAttention])')
 
 
-def linearize_as(model: nn.Module, kinds: dict[str, dict[str, Any]]) -> None:
-    """Gives the softmax model the attentions that stand in ``kinds``, by the prefix of their keys.
+def linearize_as(model: nn.Module, kinds: dict[int, dict[str, Any]]) -> None:
+    """Gives blocks of the softmax model, by their index, the attentions that a file names."""
+    vit, family = find_vit(model)
+    linearize_blocks(model, [kinds.get(i) for i in range(len(family.blocks_of(vit)))])
+
+
+def prefixes(model: nn.Module) -> list[str]:
+    """What the names of parameters begin with in the attention of each block."""
+    vit, family = find_vit(model)
+    names = {module: f'{name}.' for name, module in model.named_modules()}
+    return [names[attn] for attn in family.attentions_of(vit)]
+
+
+def block_of(prefix: str) -> int:
+    """Index of the block whose attention has its parameters there; what stands before differs between versions.
 
     Raises:
-        ValueError: for a prefix that is no attention of a block.
+        ValueError: if no block has.
     """
-    vit, family = find_vit(model)
-    names = {id(module): f'{name}.' for name, module in model.named_modules()}
-    prefixes = [names[id(attn)] for attn in family.attentions_of(vit)]
-    if wrong := kinds.keys() - set(prefixes):
-        raise ValueError(f'{min(wrong)} is no attention of {type(model).__name__}')
-    linearize_blocks(model, [kinds.get(prefix) for prefix in prefixes])
+    numbers = re.findall(r'\.(\d+)\.', prefix)
+    if not numbers:
+        raise ValueError(f'{prefix} is no attention of a block')
+    return int(numbers[-1])

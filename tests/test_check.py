@@ -23,6 +23,7 @@ from test_pipeline import ade20k, apart, arguments, coco, labels, mask2former, p
 from torch import nn
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Finding, Plan, memory, write_finding
+from adala_mm.preflight.checkpoints import not_downloaded
 from adala_mm.preflight.images import spread
 from adala_mm.preflight.report import Skipped, findings_of
 from adala_mm.preflight.sizes import cropped_size
@@ -369,6 +370,22 @@ def test_load_from(root):
     assert_one_red(flagship(root, **BATCHES, load_from=path), 'load_from', 'run.pth does not fit', fix='family')
     assert_one_red(flagship(root, '--resume', 'absent.pth', **BATCHES), 'load_from', 'no checkpoint at absent.pth',
                    fix='check the path')
+
+
+@pytest.mark.parametrize(('name', 'found', 'fix'), [
+    ('vit_large_patch14_clip_quickgelu_224.openai', 'is not here and cannot be downloaded (OSError)',
+     'fetch https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/model.safetensors and name'),
+    ('vit_large_patch14_clip_quickgelu.openai', 'knows no weights on the Hugging Face hub for timm://vit_large_patch14_',
+     'did you mean timm://vit_large_patch14_clip_quickgelu_'),
+])
+def test_weights_that_are_not_here(name, found, fix, monkeypatch):
+    def refuse(url: str, timeout: float) -> None:
+        raise OSError(url)
+
+    monkeypatch.setattr('huggingface_hub.try_to_load_from_cache', lambda repository, file: None)
+    monkeypatch.setattr('huggingface_hub.get_hf_file_metadata', refuse)
+    finding = not_downloaded('checkpoint of backbone', f'timm://{name}')
+    assert finding.status == ERROR and found in finding.found and finding.fix.startswith(fix)
 
 
 def test_no_pretrained_weights_to_align_with(root):

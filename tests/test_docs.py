@@ -22,11 +22,13 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 import adala_mm
 from adala_mm.models.attentions import blocks_by_attention
 from adala_mm.utils import cli
+from adala_mm.utils.checkpoint import hub_file, hub_url
 
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
 NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
@@ -126,6 +128,34 @@ def test_troubleshooting_quotes_messages_of_the_code():
     assert not is_in_the_code('no checkpoint at …: there was one yesterday')
 
 
+def test_names_on_the_hub_are_timms():
+    """Names after ``timm://`` and in ``create_model``, and repositories, of all configs, pages, messages and tools."""
+    repositories = {facts.hf_hub_id for name in timm.list_pretrained() if (facts := timm.get_pretrained_cfg(name))}
+    files = [ROOT / 'README.md', *(path for folder in ('configs', 'docs', 'adala_mm', 'tools')
+                                   for suffix in ('py', 'md', 'rst', 'ipynb', 'yml')
+                                   for path in (ROOT / folder).rglob(f'*.{suffix}'))]
+    found = set()
+    for path in files:
+        text = path.read_text(encoding='utf-8')
+        names = set(re.findall(r"""(?:timm://|create_model\(['"])(\w+_[\w.]+)""", text))
+        assert {hub_file(name)[0] for name in names} <= repositories, path
+        named = set(re.findall(r'(?:huggingface\.co/|[\s`(])(timm/\w+\.\w+)(?=[/`; ])', text))
+        assert named <= repositories, path
+        found |= names | named
+    assert {'vit_large_patch14_clip_quickgelu_224.openai', 'timm/vit_large_patch14_clip_224.openai',
+            'vit_base_patch14_dinov2.lvd142m', 'timm/deit_tiny_patch16_224.fb_in1k'} <= found and len(found) > 12, found
+
+
+def test_weights_of_the_recipes_are_where_the_page_says():
+    page = (ROOT / 'configs/adala/README.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `(\w+)` \| `([\w.]+)` \| <(https://[^>]+)> \|$', page, re.MULTILINE)
+    assert all(url == hub_url(name) for _, name, url in rows)
+    names = {vfm: name for vfm, name, _ in rows}
+    assert names.pop('deitt') == 'deit_tiny_patch16_224.fb_in1k'  # its recipes start from a file
+    texts = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('configs/_base_/backbones/*.py')}
+    assert names == {vfm: found[1] for vfm, text in texts.items() if (found := re.search(r"timm://([\w.]+)'", text))}
+
+
 def load(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -175,7 +205,8 @@ def test_public_functions_are_what_type_checkers_see():
         assert hints.keys() == {*inspect.signature(function).parameters, 'return'}, name
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/quickstart.md', 'docs/notebooks/quickstart.ipynb'])
+@pytest.mark.parametrize('page', ['README.md', 'docs/quickstart.md', 'docs/timm.md', 'docs/transformers.md',
+                                  'docs/notebooks/quickstart.ipynb'])
 def test_calls_of_public_functions_fit_their_signatures(page):
     if page.endswith('.ipynb'):
         cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
@@ -235,6 +266,41 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
     for cell in cells:
         if cell['cell_type'] == 'markdown':
             assert broken_links(NOTEBOOK, ''.join(cell['source'])) == []
+
+
+def test_lines_for_a_machine_without_a_connection():
+    """With the options of the page, no stage has anything left to download; without them, all but stage 3 have."""
+    page = (ROOT / 'docs/costs.md').read_text(encoding='utf-8')
+    lines = re.findall(r'^python tools/train.py (\S+)(?: --cfg-options (\S+)=(\S+))?$', page, re.MULTILINE)
+    assert [Path(config).stem for config, _, _ in lines] == [
+        'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'mask2former_dinov2l_ade20k',
+        'mask2former_dinov2l_softmax_ade20k']
+    for config, key, file in lines:
+        cfg = Config.fromfile(ROOT / config)
+        assert ('timm://' in str(cfg.model)) == bool(key)
+        if key:
+            before = str(cfg.model)
+            cfg.merge_from_dict({key: file})
+            # In the place of the name, and no new entry that nobody reads.
+            assert str(cfg.model) == before.replace(cfg.pretrained.checkpoint, file) != before
+
+
+def test_weights_of_the_cache_need_no_connection(tmp_path, monkeypatch):
+    """A cache as the hub lays it out, copied from another machine."""
+    from huggingface_hub import constants
+
+    from adala_mm.utils.checkpoint import local_file
+    name = 'vit_large_patch14_dinov2.lvd142m'
+    assert f'timm://{name}' in (ROOT / 'docs/costs.md').read_text(encoding='utf-8')
+    assert Config.fromfile(ROOT / 'configs/adala/stage1_dinov2l_coco.py').pretrained.checkpoint == f'timm://{name}'
+    folder = tmp_path / f'models--timm--{name}'
+    (folder / 'snapshots/abc').mkdir(parents=True)
+    (folder / 'refs').mkdir()
+    (folder / 'refs/main').write_text('abc')
+    (folder / 'snapshots/abc/model.safetensors').touch()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.file_download.constants.HF_HUB_CACHE', str(tmp_path))
+    assert local_file(f'timm://{name}') == folder / 'snapshots/abc/model.safetensors'
 
 
 @pytest.fixture

@@ -179,9 +179,63 @@ def test_a_classifier_of_timm(out_type, pooling, tmp_path):
     assert torch.allclose(model.eval()(image), target.module(image)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize('changes', [dict(out_type='cls_token', attention=LINEAR), dict(
+    out_type='avg_featmap', attention=SOFTMAX, num_registers=3, no_embed_class=True)])
+def test_a_classifier_of_transformers(changes, tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(layer_scale=1.0, **changes), 'model', 'mmpretrain', **CLASSIFIER)
+    target.notes['classes'] = json.dumps(list('abcde'))
+    compared(target, export.export_transformers(target, tmp_path / 'model'), dynamic=False)
+    assert json.loads((tmp_path / 'model/config.json').read_text())['id2label']['4'] == 'e'
+
+
+def test_heads_that_transformers_has_not(tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(out_type='cls_token', **FAMILIES['clip_openai']), 'model', 'mmpretrain', **CLASSIFIER)
+    with pytest.raises(ValueError, match='the classifier of transformers for CLIPVisionModel does not pool'):
+        export.export_transformers(target, tmp_path / 'model')
+
+
 def test_heads_that_timm_has_not():
     with pytest.raises(ValueError, match="EncoderDecoder on out_type='featmap': timm and transformers have one linear"):
         export.export_timm(make(tiny_vit(attention=LINEAR), 'model', **SEGMENTOR), Path('model.safetensors'))
+
+
+def test_a_linearized_model_of_timm(tmp_path, monkeypatch, capsys):
+    """Without a config: tokens at any size, or the classifier's logits at one."""
+    import onnx
+    options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    model = linearize(timm.create_model('vit_tiny_patch16_224', dynamic_img_size=True, **options), 'agent').eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    adala_mm.save(model, tmp_path / 'model.safetensors')
+    tool(monkeypatch, tmp_path / 'model.safetensors', tmp_path / 'tokens.onnx')
+    image = torch.randn(2, 3, 24, 40)
+    assert torch.allclose(graphs.session(tmp_path / 'tokens.onnx')(image)[0], model.forward_features(image), atol=1e-4)
+    assert 'backbone with AgentAttention, any batch, sizes: multiples of 8' in capsys.readouterr().out
+    tool(monkeypatch, tmp_path / 'model.safetensors', tmp_path / 'logits.onnx', '--part', 'model', '--size', 48, 32,
+         '--fixed-size')
+    image = torch.randn(2, 3, 48, 32)
+    assert torch.allclose(graphs.session(tmp_path / 'logits.onnx')(image)[0], model(image), atol=1e-4)
+    notes = {entry.key: entry.value for entry in onnx.load(tmp_path / 'logits.onnx').metadata_props}
+    assert json.loads(notes['preprocessing'])['mean'] == [127.5] * 3
+
+    model = linearize(timm.create_model('vit_tiny_patch16_224', **options | dict(num_classes=0)), 'linear')
+    with pytest.raises(ValueError, match='takes images of 32 x 32 only: say --fixed-size, or make it with dynamic'):
+        export.of_linearized(model)
+    with pytest.raises(ValueError, match='VisionTransformer has no classifier'):
+        export.of_linearized(model, 'model', fixed=True)
+
+
+def test_a_linearized_classifier_of_transformers(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    names = {0: 'cat', 1: 'dog'}
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+                                       patch_size=8, id2label=names, label2id={name: i for i, name in names.items()})
+    model = linearize(transformers.Dinov2ForImageClassification(config), 'linear')
+    target = export.of_linearized(model, 'model', fixed=True)
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2', dynamic=False), dynamic=False)
+    assert json.loads(target.notes['classes']) == ['cat', 'dog'] and target.outputs == ('logits',)
 
 
 def test_names_of_classes(trained, tmp_path, monkeypatch):
@@ -253,11 +307,6 @@ def test_timm(name, tmp_path):
         assert json.loads(file.metadata()['attentions'])[1]['type'] == f'adala_mm.{name}'
 
 
-def replace_module(target: export.Target) -> export.Target:
-    """The same, of final tokens."""
-    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
-
-
 FAMILIES = {
     'dinov2': dict(layer_scale=1.0), 'dinov2_reg': dict(layer_scale=1.0, num_registers=3, no_embed_class=True),
     'clip_openai': dict(pre_norm=True, act='quick_gelu', norm_eps=1e-5),
@@ -265,10 +314,15 @@ FAMILIES = {
 }
 
 
+def replace_module(target: export.Target) -> export.Target:
+    """The same, of final tokens."""
+    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_transformers(family, tmp_path):
     pytest.importorskip('transformers')
-    target = make(tiny_vit(attention=[SOFTMAX, LINEAR], **FAMILIES[family]))
+    target = make(tiny_vit(attention=[SOFTMAX, attention('RALAAttention')], **FAMILIES[family]))
     run = export.export_transformers(target, tmp_path / 'model')
     compared(replace_module(target), run, dynamic=False)
     model = adala_mm.load(tmp_path / 'model')
@@ -294,9 +348,6 @@ def test_what_timm_and_transformers_cannot_hold(tmp_path):
         export.export_transformers(plain, tmp_path / 'model')
     with pytest.raises(ValueError, match='is not of the family clip_openai but of augreg or deit'):
         export.export_timm(plain, tmp_path / 'model.safetensors', 'clip_openai')
-    gated = make(tiny_vit(attention=attention('RALAAttention'), layer_scale=1.0))
-    with pytest.raises(ValueError, match=r'parameters of its own \(blocks.0.attn.lepe.weight\)'):
-        export.export_transformers(gated, tmp_path / 'model')
     pyramid = export.assemble(config(dict(type='adala_mm.L2ViT')))
     with pytest.raises(ValueError, match='L2ViT is no plain ViT'):
         export.export_timm(pyramid, tmp_path / 'model.safetensors')

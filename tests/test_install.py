@@ -174,6 +174,14 @@ except ImportError as error:
     assert counted == '2 mmcv mmseg mmdet mmpretrain' and 'needs mmcv, mmseg, mmdet, mmpretrain, which' in refused
 
 
+def test_quiet_imports_say_all_but_one_thing(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'talkative.py').write_text("print('Could not import OneDL')\nprint('Could not import it')\n1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        stack.import_quietly('talkative')
+    assert capsys.readouterr().out == 'Could not import it\n'
+
+
 def test_license_is_apache_2():
     text = (ROOT / 'LICENSE').read_text()
     assert text.split()[:4] == ['Apache', 'License', 'Version', '2.0,']

@@ -496,6 +496,16 @@ def fake_runner(work_dir: Path) -> SimpleNamespace:
     return SimpleNamespace(work_dir=str(work_dir), logger=Log())
 
 
+@pytest.mark.parametrize('kind', [list, tuple])
+def test_views_of_test_time_augmentation_count_once(kind, tmp_path):
+    hook, runner = CorruptImagesHook(), fake_runner(tmp_path)
+    hook.before_run(runner)
+    samples = batch({}, {'a.jpg': 'truncated'}, {})['data_samples']
+    hook.after_test_iter(runner, 0, dict(data_samples=[kind(samples), kind(samples)]))  # of each of two views, a batch
+    hook.after_test_epoch(runner)
+    assert (hook.drawn, hook.replaced) == (3, 1)
+
+
 def batch(*corrupt: dict) -> dict:
     return dict(data_samples=[DataSample(metainfo=dict(corrupt=notes) if notes else {}) for notes in corrupt])
 

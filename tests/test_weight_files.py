@@ -105,6 +105,22 @@ def test_names_do_not_matter(write, name, tmp_path):
     assert_tensors(load_checkpoint(tmp_path / name))
 
 
+@pytest.mark.parametrize('length', [b' {', b' <', b'\n\n\x01', b' \x80'], ids=repr)
+def test_the_length_of_a_header_is_no_text(length, tmp_path):
+    """A safetensors file begins with it: with a space and a brace, say, as JSON could."""
+    header = json.dumps({'a': dict(dtype='F32', shape=[3], data_offsets=[0, 12])}).encode()
+    header = header.ljust(int.from_bytes(length, 'little'))
+    content = len(header).to_bytes(8, 'little') + header + np.arange(3, dtype='<f4').tobytes()
+    assert torch.equal(load_checkpoint(written(tmp_path / 'a.pth', content))['a'], TENSORS['a'])
+
+
+def test_json_is_no_safetensors(tmp_path):
+    """Its ninth byte is a brace, too."""
+    path = written(tmp_path / 'a.json', '{"maps":{"a": "b"}, "number": 3}')
+    with pytest.raises(ValueError, match='JSON without a weight_map'):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
 def test_folders_and_shards_of_hugging_face(suffix, tmp_path):
     save = save_file if suffix == 'safetensors' else torch.save
@@ -179,7 +195,7 @@ def convert(*words) -> None:
         runpy.run_path(str(ROOT / 'tools/convert_vfm.py'), run_name='__main__')
 
 
-@pytest.mark.parametrize('key', [None, 'teacher.backbone'], ids=['released', 'in training'])
+@pytest.mark.parametrize('key', [None, 'teacher.backbone', ''], ids=['released', 'in training', 'folder'])
 @torch.no_grad()
 def test_official_dinov2_is_pointed_to_the_converter(key, tmp_path):
     """By a command that works: it converts what timm, by its own rules, reads in the same way."""
@@ -188,8 +204,13 @@ def test_official_dinov2_is_pointed_to_the_converter(key, tmp_path):
     weights = {name: torch.randn_like(value) * 0.3 for name, value in reference.state_dict().items()}
     reference.load_state_dict(weights)
     official = weights | {'mask_token': torch.zeros(1, 64)}
-    path = tmp_path / 'dinov2.pth'
-    torch.save({'teacher': {f'backbone.{name}': value for name, value in official.items()}} if key else official, path)
+    path = tmp_path / 'dinov2'
+    if key == '':
+        path.mkdir()
+        save_file(official, path / 'model.safetensors')
+    else:
+        torch.save({'teacher': {f'backbone.{name}': value for name, value in official.items()}} if key else official,
+                   path)
     vit = tiny_vit(img_size=56, patch_size=14, embed_dim=64, layer_scale=1e-5)
     model = MODELS.build(vit)
     init = dict(type='Pretrained', checkpoint=str(path), **(dict(key='teacher') if key else {}))

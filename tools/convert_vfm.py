@@ -26,10 +26,9 @@ from adala_mm.conversion import (
     resample,
     write,
 )
-from adala_mm.conversion.output import sha256
-from adala_mm.utils.checkpoint import local_file, read_state_dict
+from adala_mm.engine.provenance import checkpoint_sha256
+from adala_mm.utils.checkpoint import read_state_dict
 from adala_mm.utils.image_files import open_image
-from adala_mm.utils.weight_files import weight_files
 
 PHOTO = 'the photograph of matplotlib'
 TOLERANCE = 1e-4  # of the greatest feature, or of 1 if that is smaller
@@ -85,8 +84,7 @@ def run(args: argparse.Namespace) -> None:
     print(report_table(done))
     if args.check:
         check(native, state, args.check, name)
-    checksum = ' '.join(sha256(file) for file in weight_files(local_file(args.src)))
-    count = write(done, args.out, metadata(done, Path(args.src).name, checksum))
+    count = write(done, args.out, metadata(done, Path(args.src).name, checkpoint_sha256(args.src)))
     print(f'\n{args.out}: {count} tensors. The config that fits:\n\n{config_text(done, args.out)}')
 
 

@@ -49,7 +49,8 @@ def table(rows: list[dict], images: int | None) -> str:
         return f'{seen * row["training_multiply_adds"] / 1e15:,.2f}' if seen else 'say --images'
 
     return markdown_table(
-        ['config', 'image', '10⁹ multiply-adds an image', '10¹⁵ in all', 'GiB a GPU, float32 / bfloat16', 'checkpoints'],
+        ['config', 'image', '10⁹ multiply-adds an image', '10¹⁵ in all', 'GiB a GPU, float32 / bfloat16',
+         'checkpoints'],
         [[row['config'], f'{row["height"]} x {row["width"]}', f'{row["training_multiply_adds"] / 1e9:,.1f}', whole(row),
           ' / '.join(map(str, row['gib'])), '{} x {:.2f} GB'.format(row['checkpoints'][0], row['checkpoints'][1] / 1e9)]
          for row in rows])

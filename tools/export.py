@@ -4,6 +4,7 @@
     python tools/export.py CONFIG [CHECKPOINT] OUT.pt2
     python tools/export.py CONFIG [CHECKPOINT] OUT.safetensors     # timm
     python tools/export.py CONFIG [CHECKPOINT] FOLDER              # transformers
+    python tools/export.py LINEARIZED OUT.onnx                     # what adala_mm.save wrote: .onnx and .pt2
 
 What was written is read back and compared with the model; nothing is left if it differs.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
+import adala_mm
 from adala_mm import export
 from adala_mm.conversion import FAMILIES
 from adala_mm.export.graphs import OPSET, require_packages
@@ -28,7 +30,8 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file; or the file or folder of a linearized model of timm, transformers '
+                        'or mmpretrain, as adala_mm.load takes it')
     parser.add_argument('checkpoint', nargs='?', help="unset: what the backbone's init_cfg names")
     parser.add_argument('out', type=Path, help='new file: .onnx, .pt2, .safetensors for timm, or a folder for '
                         'transformers')
@@ -58,6 +61,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'{args.out}: the suffix says the format, and is one of .onnx, .pt2, .safetensors (timm), or none '
                      '(a folder for transformers)')
     args.format = FORMATS[args.out.suffix]
+    args.linearized = args.config.endswith('.safetensors') or Path(args.config).is_dir()
+    if args.linearized and (args.checkpoint or args.format in ('timm', 'transformers')):
+        parser.error(f'{args.config} is a model of its library, weights included: it becomes .onnx or .pt2, without a '
+                     'CHECKPOINT')
     if args.half and args.format in ('timm', 'transformers'):
         parser.error(f'--half: weights for {args.format} are float32, and model.half() makes them float16 there')
     if args.tolerance is None:
@@ -81,10 +88,13 @@ def run(args: argparse.Namespace) -> None:
     """Builds, writes under another name, reads back, compares, renames; a failure leaves nothing behind."""
     if args.format == 'ONNX':
         require_packages()
-    cfg = load_config(args)
-    target = export.assemble(cfg, args.part, args.size, fixed=args.fixed_size)
-    export.load(target, cfg, args.checkpoint)
-    export.name_classes(target, args.checkpoint)
+    if args.linearized:
+        target = export.of_linearized(adala_mm.load(args.config), args.part, args.size, args.fixed_size)
+    else:
+        cfg = load_config(args)
+        target = export.assemble(cfg, args.part, args.size, fixed=args.fixed_size)
+        export.load(target, cfg, args.checkpoint)
+        export.name_classes(target, args.checkpoint)
     model = target.module
     if args.half:
         target = dataclasses.replace(target, module=export.HalfPrecision(model), notes=target.notes | {
@@ -119,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'{args.out}: {args.format}, {args.part} with {target.notes["attention"]}, '
           + (f'any batch, sizes: {"multiples of " + str(target.multiple) if dynamic else target.size}'
              if args.format in ('ONNX', 'torch.export') else 'see docs/export.md for how to load it'))
-    if args.format != 'ONNX' or args.no_benchmark:
+    if args.format != 'ONNX' or args.no_benchmark or args.linearized:
         return
     if not target.attentions or target.is_softmax:
         print('no linear attention to compare with softmax')

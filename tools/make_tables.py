@@ -131,10 +131,11 @@ def priced() -> tuple[list[dict], str]:
         stated = paper['seconds_per_epoch'].get(config)
         rate = rates.get(config.partition('_')[0], rates['stage2'])
         days = row['epochs'] / 86400 * (stated * paper['gpus'] if stated else row['epoch'] / rate)
-        row.update(days=days, about='' if stated else '≈ ')
+        row.update(days=days, about='' if stated else '≈ ' if config.startswith('stage') else '> ')
     return list(rows.values()), (
         f'Days: {paper["source"]}; ≈ at the multiply-adds a second that its time of stage 1 '
-        f'({rates["stage1"] / 1e12:.0f} · 10¹² a GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) implies.')
+        f'({rates["stage1"] / 1e12:.0f} · 10¹² a GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) implies; > the '
+        'same for matrix products alone, of which heads are but a part.')
 
 
 def costs() -> str:
@@ -152,7 +153,8 @@ def five_commands() -> str:
     rows = {row['config']: row for row in priced()[0]}
     chosen = [(f'stage {number}', rows[config]) for number, config in enumerate(
         ('stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'mask2former_dinov2l_ade20k'), 1)]
-    return markdown_table(['', 'days on 8 H100', 'GiB a GPU, float32 / bfloat16', 'GB of checkpoints', 'images to fetch'], [
+    header = ['', 'days on 8 H100', 'GiB a GPU, float32 / bfloat16', 'GB of checkpoints', 'images to fetch']
+    return markdown_table(header, [
         [name, f'{row["about"]}{row["days"] / 8:.2f}', ' / '.join(map(str, row['gib'])),
          f'{math.prod(row["checkpoints"]) / 1e9:.1f}', f'{row["name"]}, {row["download"]}'] for name, row in chosen])
 
@@ -171,9 +173,11 @@ def study_costs() -> str:
         scores = [runs[-1]['scores'][-1] for runs in chains]
         steps = chains[0][-1]['iterations']
         rows.append([plan[name]['label'], ' + '.join(map(str, lengths(chains[0], steps))),
-                     f'{compute(chains[0], steps):.1f}', spread([sum(r['minutes'] for r in runs) for runs in chains], 0),
+                     f'{compute(chains[0], steps):.1f}',
+                     spread([sum(run['minutes'] for run in runs) for runs in chains], 0),
                      spread([score['align/top1_agreement'] for score in scores], 1), str(len(chains))])
-    return markdown_table(['recipe', 'iterations', '10¹² multiply-adds', 'minutes', 'top-1 agreement (%)', 'seeds'], rows)
+    header = ['recipe', 'iterations', '10¹² multiply-adds', 'minutes', 'top-1 agreement (%)', 'seeds']
+    return markdown_table(header, rows)
 
 
 def attentions() -> str:
@@ -193,8 +197,9 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, attentions=attentions, costs=costs, downloads=downloads, five_commands=five_commands,
-              study_costs=study_costs, real_alignment=real_alignment, real_camvid=real_camvid,
+TABLES = dict(demo=demo, layers=layers, attentions=attentions, costs=costs, downloads=downloads,
+              five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
+              real_camvid=real_camvid,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,

@@ -1,10 +1,12 @@
 """What turns one attention of a foreign ViT into a layer of ours, in place of its own softmax."""
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
 from adala_mm.models.attentions.marks import add_mark, last_of, options_of
@@ -35,6 +37,8 @@ class Layout:
 
     def of(self, x: Tensor) -> tuple[tuple[int, int], int]:
         """Patch grid and number of prefix tokens of x (B, N, C), or a ValueError if they do not give N."""
+        if torch.jit.is_tracing():  # sizes are symbols there, and a comparison would only raise a warning
+            return self.hw, self.num_prefix
         if self.hw is None or x.shape[1] != self.num_prefix + self.hw[0] * self.hw[1]:
             raise ValueError(f'{x.shape[1]} tokens, where the patch embedding has announced a grid of {self.hw}, and '
                              f'{self.num_prefix} class and register tokens: linearized attentions need all patches (no '
@@ -168,7 +172,23 @@ class Adapter:
 
 @cache
 def _join(family: type[Adapter], layer: type[Attention]) -> type:
-    return type(f'{family.__name__}{layer.__name__}', (family, layer), {'__module__': __name__})
+    return type(f'{family.__name__}{layer.__name__}', (family, layer),
+                {'__module__': __name__, 'forward': _as_leaf(family.forward)})
+
+
+def _as_leaf(forward: Callable) -> Callable:
+    """``forward`` of a module that torch.fx takes for one operation, as it does with those of ``torch.nn``.
+
+    What happens inside depends on the size of the image, which a symbolic trace does not know.
+    """
+    @wraps(forward)
+    def record(self, *args, **kwargs):
+        proxy = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Proxy)), None)
+        if proxy is None:
+            return forward(self, *args, **kwargs)
+        return proxy.tracer.create_proxy('call_module', proxy.tracer.path_of_module(self), args, kwargs)
+
+    return record
 
 
 def _blank(family: type[Adapter], layer: type[Attention]) -> Adapter:

@@ -17,13 +17,17 @@ from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
 from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, in_files, pretrained
 from adala_mm.conversion.source import Source
+from adala_mm.export.linearized import OwnLogits
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
 from adala_mm.linearization import linearize_blocks
+from adala_mm.models.attentions.marks import add_mark
 from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones.weights import is_extra
 
 POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
-OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
+OWN_PARAMETERS = re.compile(r'(?!qkv\.|proj\.)')
+OUTPUT = re.compile(r'(.*\.(\d+)\.(?:attention|self_attn)\.)(output\.dense\.bias|out_proj\.bias)$')  # of an attention
 
 
 def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
@@ -58,31 +62,58 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
     """Writes a folder for `adala_mm.load`, without linear blocks for ``from_pretrained``, and returns its model.
 
+    A classifier becomes ``Dinov2ForImageClassification``, whose head sees the class token and the mean of the patches:
+    the weights of the one that ours does not see are 0.
+
     Returns:
-        Images of the native size to final tokens, as `AdaLAViT.forward_features`.
+        Images of the native size to final tokens, as `AdaLAViT.forward_features`, or to logits if it is a classifier.
 
     Raises:
         ImportError: without transformers.
-        ValueError: for a backbone that no model of transformers here is, or with parameters that none has.
+        ValueError: for a backbone that no model of transformers here is, or for the classifier of another family than
+            DINOv2.
     """
-    own = [key for key in target.backbone.state_dict() if OWN_PARAMETERS.match(key)]
-    if own:
-        raise ValueError(f'{target.notes["attention"]} has parameters of its own ({own[0]}), which no model of '
-                         'transformers loads: a .safetensors file for timm holds them')
+    head = linear_head(target)
     names = tuple(dict.fromkeys((*TRANSFORMERS_DINOV2.families, *TRANSFORMERS_CLIP.families, *CLASSES)))
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
     state = their_names(ours)
-    written = linearized(pretrained(ours, state), target)
-    if target.is_softmax:
-        written.config.architectures = [type(written).__name__]
-        written.config.save_pretrained(folder)
-        save_file(in_files(state), folder / 'model.safetensors', {'format': 'pt'})  # their own differs between versions
-    else:
-        written.save_pretrained(folder)
+    written = pretrained(ours, state)
+    state = in_files(state)
+    if head is not None:
+        written, state = with_head(written, state, head, target)
+    written.config.architectures = [type(written).__name__]
+    written.config.save_pretrained(folder)
+    for key in [key for key in state if OUTPUT.match(key)]:
+        prefix, block, last = OUTPUT.match(key).groups()
+        layer = target.backbone.blocks[int(block)].attn
+        state |= {f'{prefix}{name}': value for name, value in layer.state_dict().items() if OWN_PARAMETERS.match(name)}
+        if not layer.is_softmax:
+            add_mark(state, prefix, layer.adala_mm, last)
+    # Not their own save_pretrained: its keys differ between versions.
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / 'model.safetensors', {'format': 'pt'})
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
-    return features(type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder))
+    read = type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder)
+    return features(read) if head is None else OwnLogits(read.eval())
+
+
+def with_head(model: nn.Module, state: dict[str, Tensor], head: nn.Linear,
+              target: Target) -> tuple[nn.Module, dict[str, Tensor]]:
+    """transformers' classifier for the ViT ``model``, without its weights, and all weights under the names of files."""
+    import transformers
+    kind = type(model).__name__.removesuffix('Model')
+    if not kind.startswith('Dinov2'):
+        raise ValueError(f'the classifier of transformers for {type(model).__name__} does not pool normalised tokens '
+                         f'as ours ({target.backbone.out_type}): leave out --part model, or write .onnx')
+    names = json.loads(target.notes.get('classes', '[]')) or [f'LABEL_{i}' for i in range(head.out_features)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    classifier = getattr(transformers, f'{kind}ForImageClassification')(model.config)
+    unseen = torch.zeros_like(head.weight)
+    halves = (head.weight, unseen) if target.backbone.out_type == 'cls_token' else (unseen, head.weight)
+    return classifier, {f'{classifier.base_model_prefix}.{key}': value for key, value in state.items()} | {
+        'classifier.weight': torch.cat(halves, dim=1), 'classifier.bias': head.bias}
 
 
 def linearized(model: nn.Module, target: Target) -> nn.Module:
@@ -140,9 +171,14 @@ def describe(target: Target, source: Source, names: tuple[str, ...], family: str
 
 
 def their_names(ours: Converted) -> dict[str, Tensor]:
-    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards."""
+    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards.
+
+    Without what attentions have of their own, of which the source knows nothing.
+    """
     state = {}
     for key, value in ours.state.items():
+        if is_extra(key):
+            continue
         parts = {key.replace('.qkv.', f'.{part}.'): value.chunk(3)[i] for i, part in enumerate('qkv')
                  } if '.qkv.' in key else {key: value}
         state |= {ours.source.own_key(name): part for name, part in parts.items()}

@@ -15,10 +15,9 @@ from adala_mm.models.backbones import AdaLAViT, L2ViT
 from adala_mm.models.backbones.weights import load_vit, misfits, positions_for
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, one_line
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.checkpoint import TIMM, hub_file, hub_url, read_state_dict
 from adala_mm.utils.normalisation import other_normalisation, stated_normalisation
 
-TIMM = 'timm://'
 FAMILY = 'name a file of the family that the config describes; tools/convert_vfm.py converts (docs/weights.md)'
 
 
@@ -137,7 +136,7 @@ def not_here(plan: Plan, title: str, path: str) -> Finding | None:
     if path.startswith(TIMM):
         return not_downloaded(title, path)
     file = Path(path).expanduser()
-    if file.is_file():
+    if file.exists():
         return None
     made = sorted(file.parent.glob('*.pth'), key=lambda other: other.stat().st_mtime)
     config = writer(file, Path(plan.cfg.filename))
@@ -154,18 +153,22 @@ def not_here(plan: Plan, title: str, path: str) -> Finding | None:
 
 
 def not_downloaded(title: str, path: str) -> Finding | None:
-    repository = f'timm/{path.removeprefix(TIMM)}'
-    if isinstance(huggingface_hub.try_to_load_from_cache(repository, 'model.safetensors'), str):
+    name = path.removeprefix(TIMM)
+    try:
+        repository, file = hub_file(name)
+    except ValueError as error:
+        found, _, fix = str(error).partition('; ')
+        return Finding(title, ERROR, found, fix)
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str):
         return None
     try:
-        url = huggingface_hub.hf_hub_url(repository, 'model.safetensors')
-        size = huggingface_hub.get_hf_file_metadata(url, timeout=10).size
-    except Exception as error:  # no connection, no such model, offline mode: half a dozen types
+        size = huggingface_hub.get_hf_file_metadata(hub_url(name), timeout=10).size
+    except Exception as error:  # no connection, no such file, offline mode: half a dozen types
         return Finding(title, ERROR, f'{path} is not here and cannot be downloaded ({type(error).__name__})',
-                       f'fetch model.safetensors of https://huggingface.co/{repository} and name that file with '
-                       '--cfg-options model....init_cfg.checkpoint=FILE')
+                       f'fetch {hub_url(name)} and name that file with --cfg-options '
+                       'model....init_cfg.checkpoint=FILE')
     return Finding(title, WARNING, f'{path} is not here yet: {size / 1e9:.1f} GB come on first use, unchecked so far',
-                   f'huggingface-cli download {repository} model.safetensors')
+                   f'hf download {repository} {file}')
 
 
 def writer(file: Path, config: Path) -> tuple[Path, str] | None:

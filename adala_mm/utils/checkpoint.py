@@ -1,6 +1,7 @@
 """Reads checkpoints without ever running code that came with them, unless the user said so."""
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections import OrderedDict
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adala_mm.utils.weight_files import SAFETENSORS, kind_of, weight_files
@@ -42,6 +43,7 @@ COUNTERS = ('n_averaged', 'steps')
 # What torch says of a pickle that is whole, and holds what only its own code can make.
 NEEDS_TRUST = re.compile('unsupported|can only|must be imported|TorchScript|no training checkpoint needs', re.I)
 
+TIMM = 'timm://'
 # The user's word that this process may unpickle what it is told to load (`--trust-checkpoint`); also for its children.
 TRUST = 'ADALA_MM_TRUST_CHECKPOINT'
 
@@ -84,6 +86,7 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
         if 'TorchScript' in reason:
             reason = 'a TorchScript archive, which is code'
         if NEEDS_TRUST.search(reason):
+            reason = reason.partition(' Please use')[0]  # torch's own advice is for code, not for users
             reason = (f'it holds more than tensors and plain values, which is never unpickled here ({reason}). If it '
                       f'is your own, and needs that: --trust-checkpoint of a tool, {TRUST}=1 in the environment of a '
                       'program, or trust=True of load_checkpoint and read_state_dict')
@@ -97,10 +100,10 @@ def file_notes(path: Path) -> dict[str, str]:
     try:
         if not path.is_file() or kind_of(path) != SAFETENSORS:
             return {}
-    except ValueError:  # told by whoever loads it
+        with safe_open(path, 'pt') as file:
+            return file.metadata() or {}
+    except (ValueError, SafetensorError):  # told by whoever loads it
         return {}
-    with safe_open(path, 'pt') as file:
-        return file.metadata() or {}
 
 
 def note_grid(state: OrderedDict[str, Any], grid: str | None) -> None:
@@ -116,25 +119,52 @@ def recorded_grid(state: dict[str, Any], prefix: str = '') -> tuple[int, int] | 
     return None if grid is None else tuple(grid)
 
 
+def hub_file(name: str) -> tuple[str, str]:
+    """Repository and file on the Hugging Face hub of timm's pretrained model ``name``, as timm's own table has them.
+
+    Repositories do not always bear the model's name: ``vit_large_patch14_clip_quickgelu_224.openai`` has its weights in
+    ``timm/vit_large_patch14_clip_224.openai``.
+
+    Raises:
+        ValueError: if the installed timm knows no such model, or no file of it on the hub.
+    """
+    import timm
+    try:
+        facts = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # timm knows the architecture, but not these weights
+        facts = None
+    if facts is None or not facts.hf_hub_id:
+        near = difflib.get_close_matches(name, timm.list_pretrained())
+        raise ValueError(f'timm {timm.__version__} knows no weights on the Hugging Face hub for {TIMM}{name}; '
+                         + (f'did you mean {TIMM}{near[0]}?' if near else 'timm.list_pretrained() has the names.')
+                         + ' Weights of another place: download the file and name it as init_cfg.checkpoint')
+    return facts.hf_hub_id, facts.hf_hub_filename or 'model.safetensors'
+
+
+def hub_url(name: str) -> str:
+    """Address of what `hub_file` names."""
+    return 'https://huggingface.co/{}/resolve/main/{}'.format(*hub_file(name))
+
+
 def local_file(path: str) -> Path:
     """Where the checkpoint of that name lies on this machine.
 
     Args:
-        path: a local file, or ``timm://NAME``: the Hugging Face repository ``timm/NAME``, downloaded once.
+        path: a local file, or ``timm://NAME``, where timm's model of that name has its weights, downloaded once.
 
     Raises:
-        ValueError: if it cannot be downloaded.
+        ValueError: if timm knows no such model, or its file cannot be downloaded.
     """
-    if not path.startswith('timm://'):
+    if not path.startswith(TIMM):
         return Path(path).expanduser()
     from huggingface_hub import hf_hub_download
-    name = path.removeprefix('timm://')
+    name = path.removeprefix(TIMM)
+    repository, file = hub_file(name)
     try:
-        return Path(hf_hub_download(f'timm/{name}', 'model.safetensors'))
+        return Path(hf_hub_download(repository, file))
     except (OSError, ValueError) as error:
-        raise ValueError(f'cannot download {path}: no connection, or no such model. Fetch model.safetensors of '
-                         f'https://huggingface.co/timm/{name} yourself and name that file as init_cfg.checkpoint '
-                         f'({type(error).__name__})') from error
+        raise ValueError(f'cannot download {path} ({type(error).__name__}): is there a connection? Fetch '
+                         f'{hub_url(name)} on another machine and name that file as init_cfg.checkpoint') from error
 
 
 def read_state_dict(path: str, trust: bool = False, key: str | None = None) -> OrderedDict[str, Tensor]:

@@ -36,9 +36,9 @@ def weight_files(path: Path) -> list[Path]:
         looked = f' (looked for {", ".join(IN_FOLDERS)})' if path.is_dir() else ''
         raise FileNotFoundError(f'no checkpoint at {path}{looked}: check the path, or run the stage that writes it '
                                 'first')
-    with path.open('rb') as file:
-        if file.read(64).lstrip()[:1] not in (b'{', b'['):
-            return [path]
+    head = first_bytes(path)
+    if is_safetensors(head) or head.lstrip()[:1] not in (b'{', b'['):
+        return [path]
     try:
         names = sorted(set(json.loads(path.read_text())['weight_map'].values()))
         parts = [path.parent / Path(name).name for name in names]
@@ -51,21 +51,29 @@ def weight_files(path: Path) -> list[Path]:
     return parts
 
 
+def first_bytes(path: Path) -> bytes:
+    with path.open('rb') as file:
+        return file.read(512)
+
+
+def is_safetensors(head: bytes) -> bool:
+    """JSON behind its own length in 8 bytes, of which the last are 0 as in no text; the first may be any."""
+    return head[4:9] == b'\0\0\0\0{'
+
+
 def kind_of(path: Path) -> str:
     """`SAFETENSORS`, or `TORCH` for a file of ``torch.save``.
 
     Raises:
         ValueError: for anything else, with what it is and what to do.
     """
-    size = path.stat().st_size
-    with path.open('rb') as file:
-        head = file.read(512)
-    if found := next((text for at, first, text in OTHERS if head.lstrip()[at:].startswith(first)), None):
-        raise ValueError(found)
-    if head[8:9] == b'{':
-        if int.from_bytes(head[:8], 'little') + 8 > size:
+    head = first_bytes(path)
+    if is_safetensors(head):
+        if int.from_bytes(head[:8], 'little') + 8 > path.stat().st_size:
             raise ValueError('it is a truncated safetensors file: fetch it again')
         return SAFETENSORS
+    if found := next((text for at, first, text in OTHERS if head.lstrip()[at:].startswith(first)), None):
+        raise ValueError(found)
     if head.startswith(b'PK'):
         return archive(path)
     if TORCH_SAVE in head[:64]:

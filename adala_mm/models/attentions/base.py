@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,16 +89,9 @@ class Attention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
 
-
-def blocks_by_attention(model: nn.Module) -> dict[str, str]:
-    """``12 of 24 blocks LinearAttention, 12 SoftmaxAttention`` for each part of a model, a frozen teacher included."""
-    told, frozen = {}, {f'frozen {name}': part for name, part in getattr(model, 'frozen', {}).items()}
-    for name, part in [*model.named_children(), *frozen.items()]:
-        layers = sorted((m for m in part.modules() if isinstance(m, Attention)), key=lambda layer: layer.is_softmax)
-        if layers:
-            (kind, count), *others = Counter(type(layer).__name__ for layer in layers).items()
-            told[name] = ', '.join([f'{count} of {len(layers)} blocks {kind}', *(f'{n} {k}' for k, n in others)])
-    return told
+    def __prepare_scriptable__(self):
+        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
+                        'for other batches and sizes, or torch.export')
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -28,7 +28,7 @@ HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 CONVERTED = {re.compile(names): library for names, library in {
     r'mask_token$|register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
     r'(\w+\.)?embeddings\.': 'transformers',
-    r'(visual\.)?(class_embedding|conv1\.weight)$': 'OpenAI / OpenCLIP',
+    r'(visual\.)?class_embedding$': 'OpenAI / OpenCLIP',
     r'(\w+\.)?patch_embed\.projection\.': 'mmpretrain'}.items()}
 
 
@@ -230,7 +230,8 @@ def record_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata
 def read_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
     """A hook of ``load_state_dict()``, MMEngine's as well: positions of another recorded grid are resampled."""
     key, notes = f'{prefix}pos_embed', []
-    if 'grid' in metadata and key in state:
-        resize_positions(model, state, key, metadata['grid'], notes)
+    grid, prefixed = metadata.get('grid'), 0 if model.no_embed_class else model.num_prefix
+    if grid is not None and key in state and state[key].shape[1] == math.prod(grid) + prefixed:
+        resize_positions(model, state, key, grid, notes)
     for note in notes:
         print_log(f'AdaLAViT: {note}', logger='current')
