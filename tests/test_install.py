@@ -71,6 +71,8 @@ def test_requirements_admit_the_constraints():
             if distribution in constraints:
                 assert requirement.specifier.contains(pinned(constraints[distribution])), requirement
     assert set(read_requirements('onedl')) < set(constraints)
+    for transformers in (read_requirements('tests')['transformers'], constraints['transformers']):
+        assert transformers.specifier.contains('4.57.3') and not transformers.specifier.contains('5.0.0')
 
 
 @pytest.mark.parametrize(('installed', 'missing', 'untested'), [

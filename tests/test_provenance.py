@@ -257,10 +257,12 @@ def test_files_behind_names(tmp_path, monkeypatch):
     (tmp_path / 'checkpoints/net.pth').write_bytes(b'downloaded')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda repository, name: str(tmp_path / repository / name))
-    (tmp_path / 'timm/vit').mkdir(parents=True)
-    (tmp_path / 'timm/vit/model.safetensors').write_bytes(b'of timm')
+    folder = tmp_path / 'timm/vit_large_patch14_clip_224.openai'  # what timm calls ..._clip_quickgelu_224.openai
+    folder.mkdir(parents=True)
+    (folder / 'model.safetensors').write_bytes(b'of timm')
     found = [provenance.checkpoint_sha256(name) for name in (
-        'https://example.org/some/net.pth?download=1', 'timm://vit', 'timm://other', str(tmp_path / 'absent.pth'))]
+        'https://example.org/some/net.pth?download=1', 'timm://vit_large_patch14_clip_quickgelu_224.openai',
+        'timm://vit_large_patch14_dinov2.lvd142m', str(tmp_path / 'absent.pth'))]
     assert found == [hashlib.sha256(text).hexdigest() for text in (b'downloaded', b'of timm')] + [None, None]
 
 

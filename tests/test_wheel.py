@@ -34,7 +34,7 @@ def built(tmp_path_factory) -> Path:
     tree = tmp_path_factory.mktemp('tree')
     for name in ('adala_mm', 'benchmarks', 'configs', 'docs', 'requirements', 'tests', 'tools'):
         shutil.copytree(ROOT / name, tree / name, symlinks=True)
-    for name in ('LICENSE', 'MANIFEST.in', 'Makefile', 'README.md', 'model-index.yml', 'pyproject.toml'):
+    for name in ('LICENSE', 'MANIFEST.in', 'Makefile', 'README.md', 'model-index.yml', 'pyproject.toml', 'setup.py'):
         shutil.copy(ROOT / name, tree)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', BUILD], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +83,7 @@ def test_sdist_can_be_tested(built):
     with tarfile.open(path) as archive:
         held = {member.name.partition('/')[2] for member in archive}
     assert {'LICENSE', 'Makefile', 'README.md', 'configs/demo/metafile.yml', 'docs/images/study.png',
-            'docs/notebooks/quickstart.ipynb', 'requirements/constraints.txt', 'tests/test_wheel.py',
+            'docs/notebooks/quickstart.ipynb', 'requirements/constraints.txt', 'setup.py', 'tests/test_wheel.py',
             'tools/train.py'} < held
     assert not any(name.endswith('.pyc') for name in held)
 
@@ -98,7 +98,7 @@ import timm
 import torch
 from PIL import Image
 
-import adala_mm
+import adala_mm.openmmlab
 from adala_mm import linearize
 
 package = Path(adala_mm.__file__).parent

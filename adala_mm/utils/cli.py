@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 
-from adala_mm.utils.checkpoint import TRUST, use_safe_loading
+import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every tool
+from adala_mm.utils.checkpoint import TRUST
+from adala_mm.utils.inert_lines import refuse_inert_lines
 from adala_mm.utils.stack import import_quietly, require_stack
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'  # a wheel has them in the package, a clone a link to them
@@ -58,24 +61,36 @@ def find_config(name: str) -> Path:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``; loading becomes safe.
+    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``.
 
     Raises:
         FileNotFoundError: if there is no such config.
+        ValueError: if a line of it, or an option, would change nothing, or an option does not fit.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = find_config(args.config)
     require_stack()
-    use_safe_loading()
     if args.trust_checkpoint:
         os.environ[TRUST] = '1'
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except NameError as error:
+        if error.name != 'backbone':
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{place.filename}, line {place.lineno}: {error}. A finished config has its network in model['backbone'] "
+            "and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
+    refuse_inert_lines(cfg, args.cfg_options or ())
     scopes = dict.fromkeys(('mmpretrain', 'mmseg', cfg.get('default_scope', 'mmseg')))  # every run imports these
     import_quietly('adala_mm.registry', *(f'{scope}.datasets' for scope in scopes))
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    for key, value in (args.cfg_options or {}).items():
+        try:
+            cfg.merge_from_dict({key: value})
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f'--cfg-options {key}={value} does not fit the config: {error}') from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
     join_cpu_processes(cfg)

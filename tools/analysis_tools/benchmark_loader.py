@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data, find_config, one_message, relocate
+from adala_mm.utils.inert_lines import refuse_inert_lines
 from adala_mm.utils.records import cores
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import hardware, save, settings
@@ -51,9 +52,10 @@ def open_dataset(config: str, data_root: str | None, options: dict | None = None
 
     Raises:
         FileNotFoundError: if the data are not there.
-        ValueError: if the config has no training data.
+        ValueError: if the config has no training data, or an option would change nothing.
     """
     cfg = Config.fromfile(find_config(config))
+    refuse_inert_lines(cfg, options or ())
     if data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), data_root))
     cfg.merge_from_dict(options or {})

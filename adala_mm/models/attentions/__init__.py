@@ -2,6 +2,7 @@ from adala_mm.models.attentions.agent import AgentAttention
 from adala_mm.models.attentions.base import Attention, build_attention
 from adala_mm.models.attentions.castling import CastlingAttention
 from adala_mm.models.attentions.cosformer import CosformerAttention
+from adala_mm.models.attentions.counts import blocks_by_attention
 from adala_mm.models.attentions.fcvit import FCViTAttention
 from adala_mm.models.attentions.focused import FocusedAttention
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
@@ -25,4 +26,5 @@ __all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CosformerAttenti
            'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'L2ViTAttention', 'LinearAttention',
            'LinformerAttention', 'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention',
            'PerformerAttention', 'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention',
-           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'build_attention']
+           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'blocks_by_attention',
+           'build_attention']

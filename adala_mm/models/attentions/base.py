@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from typing import Any
 
 from torch import Tensor, nn
 
+from adala_mm.models.attentions.marks import describe, last_of, options_of, take_mark
 from adala_mm.registry import ATTENTIONS
 
 
@@ -27,10 +29,12 @@ class Attention(nn.Module):
 
     is_softmax = False  # whether this is the teacher's own attention, of which stage 1 has nothing to learn
     needs: tuple[str, ...] = ()  # of 'grid' and 'num_prefix' of the ViT: what the constructor wants beside its options
+    after_proj: tuple[str, ...] = ()  # parameters, by the beginning of their names, of which `attend` knows nothing
     formula = ''  # in one line
     cost = ''  # multiply-adds of its matrix products per head: N tokens, D channels of a head, h x w patches
     positional = False  # whether it matters where a token stands
     reference = ''
+    built_from: tuple[type[Attention], dict[str, Any]] | None = None  # class and options that `build_attention` used
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -65,6 +69,30 @@ class Attention(nn.Module):
         """Attention with its output projection, (B, N, C) to (B, N, C)."""
         return self.proj(self.attend(x, hw, num_prefix))
 
+    @property
+    def adala_mm(self) -> dict[str, Any] | None:
+        """``dict(type=..., <all options>)`` if known; what state dicts of linearized models have under this key."""
+        return self.built_from and options_of(*self.built_from)
+
+    def take_mark(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Takes off, in place, what a linearized model adds to weights; says so if they are another attention's."""
+        saved = take_mark(state, prefix, last_of(self.proj, self))
+        if saved is not None and self.built_from is not None and saved != self.adala_mm:
+            return f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} here'
+        return None
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        """Weights of a linearized model load into the same attention with the same options only."""
+        if problem := self.take_mark(state_dict, prefix):
+            error_msgs.append(problem)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
+
+    def __prepare_scriptable__(self):
+        raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
+                        'for other batches and sizes, or torch.export')
+
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, C) to (B, H, N, D)."""
@@ -91,7 +119,9 @@ def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True,
     options = dict(cfg)
     layer = _find(options.pop('type', None))
     layout = dict(grid=grid, num_prefix=num_prefix)
-    return layer(dim, num_heads, qkv_bias=qkv_bias, **{name: layout[name] for name in layer.needs} | options)
+    attention = layer(dim, num_heads, qkv_bias=qkv_bias, **{name: layout[name] for name in layer.needs} | options)
+    attention.built_from = layer, options
+    return attention
 
 
 def _find(kind: str | type | None) -> type[Attention]:

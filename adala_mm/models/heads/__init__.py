@@ -1,3 +1,4 @@
+import adala_mm.openmmlab  # noqa: F401  without compiled ops, mmdet cannot be imported unaided
 from adala_mm.utils.stack import import_quietly
 
 import_quietly('mmdet.models', 'mmseg.models')
