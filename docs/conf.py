@@ -36,6 +36,8 @@ autodoc_typehints_format = 'short'
 html_theme = 'furo'
 html_title = f'adala_mm {version}'
 html_extra_path = ['redirect']
+html_static_path = ['static']
+html_css_files = ['tables.css']
 html_copy_source = False
 
 
