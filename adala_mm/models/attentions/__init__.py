@@ -1,5 +1,6 @@
 from adala_mm.models.attentions.agent import AgentAttention
-from adala_mm.models.attentions.base import Attention, build_attention
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.build import build_attention
 from adala_mm.models.attentions.castling import CastlingAttention
 from adala_mm.models.attentions.cosformer import CosformerAttention
 from adala_mm.models.attentions.counts import blocks_by_attention
