@@ -17,13 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported: its kernels run on the CPU
 
 ROOT = Path(__file__).resolve().parents[1]
-# Environment of processes that import mmseg before adala_mm, which only works without transformers 5: they see none.
-MMSEG_FIRST = os.environ | {'PYTHONPATH': str(ROOT / 'tests/no_transformers')}
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
 
 
 def pytest_configure():
-    import adala_mm  # noqa: F401  before mmseg, which would not import beside transformers 5 otherwise
+    import adala_mm.openmmlab  # noqa: F401  once and for all, so that no fixture takes a part of it back
     # PyTorch's fake tensors pretend that there is a GPU. An autograd that first starts after that makes threads for it,
     # and refuses to work in forked processes, of which some tests have several.
     torch.ones(1, requires_grad=True).backward()

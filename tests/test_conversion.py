@@ -108,6 +108,11 @@ def transformers_model(family: str):
     return randomise(getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**options)))
 
 
+def vision_tower(model):
+    """The ViT: in transformers 4 it is inside."""
+    return getattr(model, 'vision_model', model)
+
+
 def mmpretrain_model(family: str, grid=(GRID, GRID)):
     from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
     row, p = FAMILIES[family], patch_of(family)
@@ -136,7 +141,7 @@ def original(source: str, family: str):
         model = mmpretrain_model(family)
         return model.state_dict(), lambda image: model(image)[0]
     model = transformers_model(family)
-    norm = getattr(model, 'post_layernorm', None) if 'clip' in family else None
+    norm = vision_tower(model).post_layernorm if 'clip' in family else None
     return model.state_dict(), lambda image: (norm or nn.Identity())(model(pixel_values=image).last_hidden_state)
 
 
@@ -215,7 +220,8 @@ def test_files_of_transformers(family, wrapper, tmp_path):
     # In files attention has other names than in memory, and larger models put a prefix before them.
     model = transformers_model(family)
     model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / 'model.safetensors')
+    state = {key.removeprefix('vision_model.'): value
+             for key, value in load_file(tmp_path / 'model.safetensors').items()}
     assert 'dinov2' not in family or 'encoder.layer.0.attention.attention.query.weight' in state
     wanted = convert(model.state_dict(), family)
     for prefix in ('', wrapper):
@@ -233,7 +239,7 @@ def test_clip_inside_the_whole_model_of_transformers():
     vision = transformers_model('clip_openai')
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision.config.to_dict(),
                                                            projection_dim=16))
-    model.vision_model.load_state_dict(vision.state_dict())
+    model.vision_model.load_state_dict(vision_tower(vision).state_dict())
     found, wanted = convert(model.state_dict(), 'clip_openai'), convert(vision.state_dict(), 'clip_openai')
     assert all(torch.equal(found.state[key], value) for key, value in wanted.state.items())
     dropped = {text.split(':')[0]: count for step, count, text in found.report if step == 'dropped'}
@@ -313,7 +319,7 @@ def test_each_missing_or_misshapen_key_is_named(source, family):
     ('mmpretrain', 'deit', 'backbone.'), ('mmpretrain', 'openclip', 'visual.')])
 def test_every_rule_drops_and_is_reported(source, family, whole):
     state, row = original(source, family)[0], BY_NAME[source]
-    state = {whole + key: value for key, value in state.items()}
+    state = {whole + key.removeprefix(whole): value for key, value in state.items()}
     prefix = convert(state, family).prefix
     for rules, start in ((row.drop, prefix), (row.outside, '')):
         for template, reason in rules.items():

@@ -1,16 +1,21 @@
 """What turns one attention of a foreign ViT into a layer of ours, in place of its own softmax."""
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
+from adala_mm.models.attentions.marks import add_mark, last_of, options_of
 
-PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
 PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
-OUTPUTS = ('proj', 'o_proj', 'out_proj')
+TESTED = 'timm 1.0.31, transformers 4.57 and 5.23, mmpretrain 1.3.6'
+# Names of the projections in the attentions of all families, where they are apart.
+QUERIES, KEYS, VALUES = ((f'{name[0]}_proj', f'attention.{name}') for name in ('query', 'key', 'value'))
+OUTPUTS = ('proj', 'o_proj', 'out_proj', 'output.dense')
 
 
 class Layout:
@@ -32,6 +37,8 @@ class Layout:
 
     def of(self, x: Tensor) -> tuple[tuple[int, int], int]:
         """Patch grid and number of prefix tokens of x (B, N, C), or a ValueError if they do not give N."""
+        if torch.jit.is_tracing():  # sizes are symbols there, and a comparison would only raise a warning
+            return self.hw, self.num_prefix
         if self.hw is None or x.shape[1] != self.num_prefix + self.hw[0] * self.hw[1]:
             raise ValueError(f'{x.shape[1]} tokens, where the patch embedding has announced a grid of {self.hw}, and '
                              f'{self.num_prefix} class and register tokens: linearized attentions need all patches (no '
@@ -76,6 +83,11 @@ class Adapter:
         return None
 
     @staticmethod
+    def core(source: nn.Module) -> nn.Module:
+        """The part of ``source`` that knows its number of heads and its dropout of attention weights."""
+        return source
+
+    @staticmethod
     def finishes(theirs: frozenset[str]) -> bool:
         """Whether `finish` does anything, if the model's attention has these parts."""
         return False
@@ -86,23 +98,24 @@ class Adapter:
 
         Raises:
             TypeError: for an attention with another width inside than outside, with grouped queries, or whose names
-                clash with those that the layer adds.
+                clash with those that the layer adds; for options that are no plain values.
             ValueError: for one that drops attention weights: a linear one has none.
         """
-        proj = _find(source, OUTPUTS)
+        proj, core = find_part(source, OUTPUTS), cls.core(source)
         if proj.in_features != proj.out_features or getattr(source, 'num_kv_groups', 1) > 1:
             raise TypeError(f'{type(source).__name__} has {proj.in_features} channels inside and {proj.out_features} '
                             f'outside, {getattr(source, "num_kv_groups", 1)} heads of queries for one of keys: only '
                             'plain multi-head attention can be replaced')
-        for name in ('attn_drop', 'attention_dropout', 'dropout'):
-            rate = getattr(getattr(source, name, 0.0), 'p', getattr(source, name, 0.0))  # a number or nn.Dropout
+        for name in ('attn_drop', 'attention_dropout', 'dropout', 'dropout_prob'):
+            rate = getattr(getattr(core, name, 0.0), 'p', getattr(core, name, 0.0))  # a number or nn.Dropout
             if rate:
                 raise ValueError(f'{type(source).__name__} drops attention weights ({name}={rate}), which '
                                  'linear attention never forms: set this dropout to 0')
         if problem := cls.check(source):
             raise TypeError(f'{type(source).__name__} {problem}')
-        heads = getattr(source, 'num_heads', None) or source.num_attention_heads
+        heads = getattr(core, 'num_heads', None) or core.num_attention_heads
         layer = build_attention(cfg, proj.in_features, heads, grid=grid, num_prefix=layout.num_prefix)
+        options_of(*layer.built_from)  # raises for what no state dict could hold
         del layer.qkv, layer.proj
         layer.to(proj.weight)
         theirs = frozenset(name for kind in PARTS for name, part in getattr(source, kind).items()
@@ -123,11 +136,11 @@ class Adapter:
 
     @property
     def qkv(self) -> nn.Module | Packed:
-        return self._modules.get('qkv') or Packed([self._modules[name] for name in PROJECTIONS])
+        return self._modules.get('qkv') or Packed([find_part(self, names) for names in (QUERIES, KEYS, VALUES)])
 
     @property
     def proj(self) -> nn.Module:
-        return _find(self, OUTPUTS)
+        return find_part(self, OUTPUTS)
 
     def apply_their(self, name: str, x: Tensor) -> Tensor:
         """x through a submodule taken over from the model's attention, or x itself if there is none."""
@@ -147,13 +160,35 @@ class Adapter:
         """Our layer, with its output projection, (B, N, C) to (B, N, C)."""
         return super().forward(x, *self.layout.of(x))
 
+    def state_dict(self, *args, prefix: str = '', keep_vars: bool = False, **kwargs) -> dict:
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if not self.is_softmax and not keep_vars:  # tracers ask for the parameters themselves
+            add_mark(state, prefix, self.adala_mm, last_of(self.proj, self))
+        return state
+
     def __reduce_ex__(self, protocol: int):  # the class is made at run time: copies and pickles name its two parts
         return _blank, type(self).__bases__, self.__dict__
 
 
 @cache
 def _join(family: type[Adapter], layer: type[Attention]) -> type:
-    return type(f'{family.__name__}{layer.__name__}', (family, layer), {'__module__': __name__})
+    return type(f'{family.__name__}{layer.__name__}', (family, layer),
+                {'__module__': __name__, 'forward': _as_leaf(family.forward)})
+
+
+def _as_leaf(forward: Callable) -> Callable:
+    """``forward`` of a module that torch.fx takes for one operation, as it does with those of ``torch.nn``.
+
+    What happens inside depends on the size of the image, which a symbolic trace does not know.
+    """
+    @wraps(forward)
+    def record(self, *args, **kwargs):
+        proxy = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Proxy)), None)
+        if proxy is None:
+            return forward(self, *args, **kwargs)
+        return proxy.tracer.create_proxy('call_module', proxy.tracer.path_of_module(self), args, kwargs)
+
+    return record
 
 
 def _blank(family: type[Adapter], layer: type[Attention]) -> Adapter:
@@ -161,8 +196,20 @@ def _blank(family: type[Adapter], layer: type[Attention]) -> Adapter:
     return cls.__new__(cls)
 
 
-def _find(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    return next(module._modules[name] for name in names if name in module._modules)
+def find_part(module: nn.Module, paths: tuple[str, ...]) -> nn.Module:
+    """The first submodule that there is of these, whatever properties the class has of such a name.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    for path in paths:
+        part = module
+        for name in path.split('.'):
+            part = part and part._modules.get(name)
+        if part is not None:
+            return part
+    raise TypeError(f'{type(module).__name__} has no {" or ".join(paths)}: is it of another version of its library '
+                    f'than the tested ones ({TESTED})?')
 
 
 def refuse(what: str, given: object) -> None:

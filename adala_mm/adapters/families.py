@@ -1,13 +1,14 @@
 """The ViTs that can be linearized: where their parts are, and how their attentions are called."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adala_mm.adapters.base import Adapter, Layout, refuse
+from adala_mm.adapters.base import TESTED, Adapter, Layout, refuse
 from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.attentions.base import split_heads
 
@@ -69,12 +70,39 @@ class TimmRotary(Timm):
 
 
 class Transformers(Adapter):
-    """Attentions of transformers 5: three projections, and a second result where attention weights would be: None."""
+    """Attentions of transformers: three projections, and a second result where attention weights would be: None.
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
-        refuse('attention_mask', attention_mask)
-        refuse('output_attentions', kwargs.get('output_attentions'))
-        return self.mixed(hidden_states), None
+    DINOv2's of transformers 4 has its projections in one submodule, those of outputs with a dropout in another, and
+    has no second result. Its second argument is a mask of heads.
+    """
+
+    @staticmethod
+    def core(source: nn.Module) -> nn.Module:
+        return source._modules.get('attention', source)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
+                **kwargs) -> Tensor | tuple[Tensor, None]:
+        if not torch.compiler.is_exporting():  # `refuse_weights` has seen what the caller gave
+            refuse('attention_mask', attention_mask)
+        for name in ASK_FOR_WEIGHTS[1:]:
+            refuse(name, kwargs.get(name))
+        out = self.mixed(hidden_states)
+        return self._modules['output'].dropout(out) if 'output' in self.theirs else (out, None)
+
+
+ASK_FOR_WEIGHTS = ('attention_mask', 'causal_attention_mask', 'head_mask', 'output_attentions')
+
+
+def refuse_weights(vit: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Hook of the whole model, for what transformers does not tell its attentions.
+
+    Some models collect attention weights behind their backs. In a graph there is a mask even if the caller gives none.
+    """
+    given = inspect.signature(vit.forward).bind(*args, **kwargs)
+    asked = given.arguments | given.arguments.get('kwargs', {})
+    asked.setdefault('output_attentions', vit.config.output_attentions)
+    for name in ASK_FOR_WEIGHTS:
+        refuse(name, asked.get(name))
 
 
 class MMPretrain(Adapter):
@@ -132,15 +160,19 @@ class Family:
         return [getattr(block, self.attention, None) for block in self.blocks_of(vit)]
 
     def blocks_of(self, vit: nn.Module) -> nn.ModuleList:
-        try:
-            return vit.get_submodule(self.blocks)
-        except AttributeError:
-            raise TypeError(f'{type(vit).__name__} has no {self.blocks}: is it of another version of its library than '
-                            'the tested ones (timm 1.0.31, transformers 5.23, mmpretrain 1.3.6)?') from None
+        return vit.get_submodule(self.blocks)
 
+    def listen(self, vit: nn.Module, layout: Layout) -> None:
+        """Hooks by which the layers know with what the model has been called."""
+        if self.patches is not None:
+            vit.get_submodule(self.patches).register_forward_hook(layout)
+        if self.adapter is Transformers:
+            vit.register_forward_pre_hook(refuse_weights, with_kwargs=True)
 
-def _class_names(obj: object) -> set[str]:
-    return {f'{cls.__module__}.{cls.__qualname__}' for cls in type(obj).__mro__}
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this is one of the models; in transformers 4 some are shells around another of them."""
+        names = {f'{cls.__module__}.{cls.__qualname__}' for cls in type(module).__mro__}
+        return not names.isdisjoint(self.models) and getattr(module, self.blocks.split('.')[0], None) is not None
 
 
 def _config_grid(vit: nn.Module) -> tuple[int, int]:
@@ -179,11 +211,13 @@ FAMILIES = (
            Transformers, 'encoder.layer', 'attention', 'embeddings.patch_embeddings.projection', grid=_config_grid,
            num_prefix=lambda vit: 1 + getattr(vit.config, 'num_register_tokens', 0),
            features=lambda vit, images: vit(pixel_values=images)[0]),
-    Family('transformers CLIPVisionModel', (f'{HF}clip.modeling_clip.CLIPVisionModel',),
+    Family('transformers CLIPVisionModel',
+           tuple(f'{HF}clip.modeling_clip.CLIPVision{kind}' for kind in ('Model', 'Transformer')),
            (f'{HF}clip.modeling_clip.CLIPAttention',), Transformers, 'encoder.layers', 'self_attn',
            'embeddings.patch_embedding', grid=_config_grid, num_prefix=lambda vit: 1,
            features=lambda vit, images: vit.post_layernorm(vit(pixel_values=images, interpolate_pos_encoding=True)[0])),
-    Family('transformers SiglipVisionModel', (f'{HF}siglip.modeling_siglip.SiglipVisionModel',),
+    Family('transformers SiglipVisionModel',
+           tuple(f'{HF}siglip.modeling_siglip.SiglipVision{kind}' for kind in ('Model', 'Transformer')),
            (f'{HF}siglip.modeling_siglip.SiglipAttention',), Transformers, 'encoder.layers', 'self_attn',
            'embeddings.patch_embedding', grid=_config_grid, num_prefix=lambda vit: 0,
            features=lambda vit, images: vit(pixel_values=images, interpolate_pos_encoding=True)[0]),
@@ -204,10 +238,10 @@ def find_vit(model: nn.Module) -> tuple[nn.Module, Family]:
     Raises:
         TypeError: if there is none, or more than one.
     """
-    found = [(module, family) for module in model.modules() for family in FAMILIES
-             if _class_names(module) & set(family.models)]
+    found = [(module, family) for module in model.modules() for family in FAMILIES if family.holds(module)]
     if len(found) != 1:
         raise TypeError(f'{type(model).__name__} holds {len(found) or "no"} ViTs that can be linearized'
                         f'{", pass one of them" if found else ""}. Supported: '
-                        f'{"; ".join(family.name for family in FAMILIES)}; or a model with one of them inside')
+                        f'{"; ".join(family.name for family in FAMILIES)}; or a model with one of them inside. Tested '
+                        f'with {TESTED}')
     return found[0]

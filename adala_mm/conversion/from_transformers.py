@@ -26,7 +26,7 @@ def pretrained(converted: Converted, state: dict[str, Tensor]) -> PreTrainedMode
         raise ValueError('transformers has ViTs for square images only: there is nothing to compare with')
     own = {key.removeprefix(converted.prefix): value.float() for key, value in state.items()
            if key.startswith(converted.prefix)}
-    own = {key: value for key, value in own.items() if not key.endswith('position_ids')}
+    own = in_files({key: value for key, value in own.items() if not key.endswith('position_ids')})
     mlp_ratio = config.get('mlp_ratio', 4.0)
     if family.layer_scale is None:
         extra = {'intermediate_size': int(config['embed_dim'] * mlp_ratio)}
@@ -38,7 +38,7 @@ def pretrained(converted: Converted, state: dict[str, Tensor]) -> PreTrainedMode
     elif family.layer_scale is not None:
         extra['use_mask_token'] = 'embeddings.mask_token' in own
     elif not family.class_token:
-        extra['vision_use_head'] = 'head.probe' in own
+        extra['vision_use_head'] = 'vision_model.head.probe' in own
     kind = CLASSES.get(converted.family_name, 'CLIPVision')
     model, info = getattr(transformers, f'{kind}Model').from_pretrained(
         None, state_dict=own, output_loading_info=True, attn_implementation='sdpa',
@@ -51,6 +51,12 @@ def pretrained(converted: Converted, state: dict[str, Tensor]) -> PreTrainedMode
     return model.eval()
 
 
+def in_files(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys that files have, and that both transformers 4 and 5 read: CLIP's and SigLIP's begin with the tower."""
+    tower = 'vision_model.' if 'embeddings.patch_embedding.weight' in state else ''
+    return {tower + key: value for key, value in state.items()}
+
+
 def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
     """`pretrained`, what it is, and its final tokens."""
     import transformers
@@ -60,7 +66,7 @@ def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
     def tokens(image: Tensor) -> Tensor:
         final = model(pixel_values=image).last_hidden_state
         # CLIP's own normalises the class token only.
-        return model.post_layernorm(final) if kind == 'CLIPVisionModel' else final
+        return getattr(model, 'vision_model', model).post_layernorm(final) if kind == 'CLIPVisionModel' else final
 
     return f'transformers {transformers.__version__} {kind}', tokens
 

@@ -1,8 +1,8 @@
 """Linear attention as PyTorch operators with a hand-written backward pass: Triton on GPUs, chunks on CPUs.
 
 Opaque to autograd, torch.compile and checkpointing, which see one operator with known shapes: what happens inside is
-decided by the device of the tensors. First derivatives only: for second ones, and for forward-mode differentiation, use
-`linear_attention_reference`.
+decided by the device of the tensors. First derivatives only: for second ones by ``torch.autograd`` use
+`linear_attention_reference`, which ``torch.func`` and forward-mode differentiation get by themselves.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from adala_mm.ops import cpu_linear_attention
-from adala_mm.ops.exporting import exporting
+from adala_mm.ops.exporting import exporting, transformed
 
 MAPS = tuple(cpu_linear_attention.PHI)
 HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -32,7 +32,7 @@ def supports(q: Tensor, feature_map: str, k: Tensor | None = None, v: Tensor | N
     if k is not None and (k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]
                           or not q.dtype == k.dtype == v.dtype):
         return False
-    if feature_map not in MAPS or exporting():
+    if feature_map not in MAPS or exporting() or transformed():
         return False
     if q.device.type == 'cuda':
         return HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128

@@ -17,10 +17,12 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     @functools.wraps(function)
     def wide(*args, **kwargs) -> Tensor:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        dtype, device = tensors[-1].dtype, tensors[-1].device.type
+        # In a trace by torch.jit, sizes are tensors as well, of integers.
+        values = [isinstance(arg, Tensor) and arg.is_floating_point() for arg in args]
+        last = [arg for arg, is_value in zip(args, values, strict=True) if is_value][-1]
+        dtype, device = last.dtype, last.device.type
         target = torch.promote_types(dtype, torch.float32)
-        args = [arg.to(target) if isinstance(arg, Tensor) else arg for arg in args]
+        args = [arg.to(target) if is_value else arg for arg, is_value in zip(args, values, strict=True)]
         with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):
             return function(*args, **kwargs).to(dtype)
     return wide

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def merge_lora(state: dict[str, Tensor], alpha: float = 16.0) -> dict[str, Tenso
     Raises:
         ValueError: if there are none.
     """
-    merged = {key: value for key, value in state.items() if '.lora.' not in f'.{key}'}
+    merged = OrderedDict((key, value) for key, value in state.items() if '.lora.' not in f'.{key}')
+    merged._metadata = getattr(state, '_metadata', OrderedDict())  # the position grid, for one
     found = [key.removesuffix('lora.a.q') for key in state if f'.{key}'.endswith('.lora.a.q')]
     if not found:
         raise ValueError('there is no LoRA to merge: no key ends in lora.a.q')

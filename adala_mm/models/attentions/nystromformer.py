@@ -16,12 +16,11 @@ LANDMARKS = ('segments', 'grid')
 
 def segment_means(x: Tensor, count: int) -> Tensor:
     """Means (..., M, D) of M contiguous segments of the tokens (..., N, D): the last N mod M are one token longer."""
-    size, longer = divmod(x.shape[-2], count)
-    split = (count - longer) * size
-    parts = [x[..., :split, :].unflatten(-2, (-1, size))]
-    if longer:
-        parts.append(x[..., split:, :].unflatten(-2, (-1, size + 1)))
-    return torch.cat([part.mean(dim=-2) for part in parts], dim=-2)
+    n = int(x.shape[-2])  # a traced graph holds for this number, and `split` refuses another
+    size, longer = divmod(n, count)
+    first, last = x.split([(count - longer) * size, longer * (size + 1)], dim=-2)
+    parts = [first.unflatten(-2, (count - longer, size)), last.unflatten(-2, (longer, size + 1))]
+    return torch.cat([part.mean(dim=-2) for part in parts if part.shape[-2]], dim=-2)
 
 
 def iterative_pinv(a: Tensor, init: str = 'exact') -> Tensor:
@@ -86,7 +85,10 @@ class NystromformerAttention(Attention):
     def pool(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """Landmarks (B, H, M, D) of the tokens (B, H, N, D)."""
         if self.landmarks == 'segments':
-            return segment_means(x, min(self.num_landmarks, x.shape[2]))
+            return segment_means(x, min(self.num_landmarks, int(x.shape[2])))
+        if torch.jit.is_tracing():
+            raise ValueError("landmarks='grid' are as many as the grid asks for, which a traced graph would not see: "
+                             "use torch.export with a fixed size, or landmarks='segments'")
         rows = min(hw[0], max(1, round((self.num_landmarks * hw[0] / hw[1]) ** 0.5)))
         columns = min(hw[1], max(1, round(self.num_landmarks / rows)))
         patches = x[:, :, num_prefix:].transpose(2, 3).unflatten(3, hw).flatten(0, 1)  # (B H, D, h, w)
