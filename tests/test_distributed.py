@@ -33,6 +33,7 @@ from adala_mm.utils.records import curve
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
 
+STAGE1 = str(ROOT / 'configs/demo/stage1_demo_beacons.py')
 STEPS = 4
 BATCH = 4  # of all processes together, in one step of the optimizer
 # Hooks that runs find by their import path. Rank 0 logs its own loss only: Diary notes what all ranks do together.
@@ -442,14 +443,12 @@ def test_what_cannot_be_sharded_is_named(config, distributed, message):
 def demo(place) -> list[str]:
     """Options that bring the demo's stage 1 down to one step on a dozen images, for any of the scripts."""
     data = draw(place / 'pictures', side=80)
-    teacher = MODELS.build(Config.fromfile(ROOT / 'configs/demo/stage1_demo_beacons.py').backbone)
+    backbone = Config.fromfile(STAGE1).model.backbone
+    teacher = MODELS.build(backbone.to_dict() | dict(attention=dict(type='adala_mm.SoftmaxAttention'), init_cfg=None))
     teacher.init_weights()
     torch.save(teacher.state_dict(), place / 'teacher.pth')
     return ['--data-root', str(data), '--cfg-options', f'model.backbone.init_cfg.checkpoint={place}/teacher.pth',
             'train_cfg.max_iters=1', 'train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
-
-
-STAGE1 = str(ROOT / 'configs/demo/stage1_demo_beacons.py')
 
 
 def torchrun(port: str, machines: int = 1, machine: int = 0, processes: int = 1) -> list[str]:

@@ -346,7 +346,7 @@ def test_the_newest_whole_checkpoint_is_taken(scenes, sharp_pretrained, tmp_path
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
     whole, work_dir = whole_runs(cfg, 'stage2', by_epoch), tmp_path / 'run'
     kill(cfg, work_dir, at=11)
-    newest, before = sorted(work_dir.glob('*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest, before = sorted(work_dir.glob('*.pth'), key=lambda path: int(path.stem.split('_')[-1]), reverse=True)
     newest.write_bytes(newest.read_bytes()[:-1000])
     (work_dir / 'last_checkpoint').write_text('')  # killed while writing that one, too
     (work_dir / f'{newest.name}.part').write_bytes(b'half')
