@@ -6,7 +6,7 @@ DOCS_READY := .venv/.docs-ready
 # Several small processes beat one with many threads; more than one thread each would only make them fight.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-faults lint tables wheel docs clean
+.PHONY: demo test test-faults lint tables wheel notebook docs clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -30,6 +30,10 @@ wheel:
 	rm -rf build/lib build/bdist.*
 	$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
 	@ls dist/*.whl
+
+# Outputs of the notebook, after a change of its code.
+notebook: $(DOCS_READY)
+	$(THREADS) PATH=$(BIN):$$PATH $(BIN)/python docs/run_notebook.py
 
 # Pages in build/docs, from docs/, the READMEs and the docstrings; a warning is an error.
 docs: $(DOCS_READY)

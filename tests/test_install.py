@@ -41,7 +41,7 @@ def fake_stack(monkeypatch, installed=None):
 
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False,
-                          cwd=ROOT, timeout=120)
+                          cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -172,6 +172,14 @@ except ImportError as error:
 '''
     counted, refused = python(code).splitlines()[-2:]
     assert counted == '2 mmcv mmseg mmdet mmpretrain' and 'needs mmcv, mmseg, mmdet, mmpretrain, which' in refused
+
+
+def test_quiet_imports_say_all_but_one_thing(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'talkative.py').write_text("print('Could not import OneDL')\nprint('Could not import it')\n1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        stack.import_quietly('talkative')
+    assert capsys.readouterr().out == 'Could not import it\n'
 
 
 def test_license_is_apache_2():

@@ -427,7 +427,7 @@ for function in (adala_mm.align, adala_mm.linearize):  # functions, whatever was
     assert function.__name__ in dir(adala_mm)
 """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False,
-                          cwd=ROOT, timeout=120)
+                          cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -71,8 +71,8 @@ def test_slide_is_the_mean_of_its_crops(model, image, crop, corners):
     got = logits(model, image, mode='slide', crop_size=crop, stride=(16, 24))
     total, count = torch.zeros(2, 6, 48, 64), torch.zeros(48, 64)
     for top, left in corners:
-        place = slice(top, top + crop[0]), slice(left, left + crop[1])
-        total[:, :, *place] += logits(model, image[:, :, *place], mode='whole')
-        count[place] += 1
+        rows, columns = slice(top, top + crop[0]), slice(left, left + crop[1])
+        total[:, :, rows, columns] += logits(model, image[:, :, rows, columns], mode='whole')
+        count[rows, columns] += 1
     assert count.min() == 1 and count.max() > 1
     torch.testing.assert_close(got, total / count)

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 # What a user of the library imports.
 LIBRARY = ['adala_mm', 'adala_mm.linearization', 'adala_mm.alignment', 'adala_mm.models', 'adala_mm.ops',
-           'adala_mm.adapters', 'adala_mm.conversion', 'adala_mm.export', 'adala_mm.registry',
+           'adala_mm.adapters', 'adala_mm.conversion', 'adala_mm.export', 'adala_mm.registry', 'adala_mm.serialization',
            'adala_mm.models.attentions.linear', 'adala_mm.utils.checkpoint']
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
-from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
@@ -25,6 +24,7 @@ from PIL import Image
 from saboteur import Killed
 from torch.utils.data import BatchSampler
 
+from adala_mm.datasets import LoadImageFromFile
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import PreemptionHook
 from adala_mm.engine.exact_resume import newest_checkpoint
@@ -206,7 +206,7 @@ def test_processes_leave_a_validation_together(tmp_path):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(600)
         assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:

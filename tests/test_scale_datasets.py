@@ -481,7 +481,7 @@ def test_the_main_process_lists_for_all(photos, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0
     assert [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)] == [[1, 6], [0, 6]]
 
@@ -494,6 +494,16 @@ class Log(list):
 
 def fake_runner(work_dir: Path) -> SimpleNamespace:
     return SimpleNamespace(work_dir=str(work_dir), logger=Log())
+
+
+@pytest.mark.parametrize('kind', [list, tuple])
+def test_views_of_test_time_augmentation_count_once(kind, tmp_path):
+    hook, runner = CorruptImagesHook(), fake_runner(tmp_path)
+    hook.before_run(runner)
+    samples = batch({}, {'a.jpg': 'truncated'}, {})['data_samples']
+    hook.after_test_iter(runner, 0, dict(data_samples=[kind(samples), kind(samples)]))  # of each of two views, a batch
+    hook.after_test_epoch(runner)
+    assert (hook.drawn, hook.replaced) == (3, 1)
 
 
 def batch(*corrupt: dict) -> dict:

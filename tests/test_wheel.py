@@ -147,6 +147,7 @@ def test_demo_stage_1_runs_from_a_wheel_alone(wheel, tmp_path):
                           env=os.environ | {'PYTHONPATH': str(site)}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
+    assert 'OneDL' not in done.stdout + done.stderr
     assert f'package {site}/adala_mm' in said and 'blocks 2' in said and 'inherited 7' in said
     assert f'config: {site}/adala_mm/configs/demo/stage1_demo_beacons.py' in said
     assert re.search(r'Iter\(val\).*align/rel_error: 0\.\d+', done.stdout)

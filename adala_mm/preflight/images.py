@@ -59,8 +59,8 @@ def look_at_image(path: str, load: Callable[[dict], dict]) -> dict[str, Any]:
         decode_image(content)
         raise
     otherwise = mmcv_may_differ(content) and not np.array_equal(image, decode_image(content))
-    return dict(size=image.shape[:2], otherwise=otherwise,
-                dark=bool(image.max() < DARK) and as_it_is(content).dtype == np.uint16)
+    raw = as_it_is(content) if image.max() < DARK else None
+    return dict(size=image.shape[:2], otherwise=otherwise, dark=raw is not None and raw.dtype == np.uint16)
 
 
 def label_loader(dataset: Any) -> LoadAnnotations | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop, Runner
+from mmengine.visualization import Visualizer
 
 from adala_mm.preflight.plan import TRAIN, VAL, Plan
 from adala_mm.preflight.report import Skipped, one_line
@@ -86,6 +87,7 @@ class Rehearsal(Runner):
             self.register_hooks(
                 copy.deepcopy(self.cfg.get('default_hooks')), copy.deepcopy(self.cfg.get('custom_hooks')))
         finally:
-            type(drawing)._instance_dict.pop(self._experiment_name)  # or hooks of a real run would find it
+            for kind in {type(drawing), Visualizer}:  # or hooks of a real run would find it
+                kind._instance_dict.pop(self._experiment_name)
         return self._hooks
 

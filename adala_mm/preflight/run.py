@@ -123,9 +123,9 @@ def misplaced(scheduler: Any, loop: BaseLoop) -> Iterator[Finding]:
     if scheduler.begin >= end:
         yield Finding('schedule', WARNING, f'{kind} begins at {scheduler.begin}, but the run has {end} {steps}',
                       'let it begin earlier, or leave it out')
-    elif warms_up(scheduler) and 3 * (scheduler.end - scheduler.begin) > end:
+    elif warms_up(scheduler) and 2 * (scheduler.end - scheduler.begin) > end:
         yield Finding('schedule', WARNING, f'the warm-up ({kind}) takes {scheduler.end - scheduler.begin} of {end} '
-                      f'{steps}: more than a third of the run', f'end={max(1, end // 20)}, for instance')
+                      f'{steps}: more than half of the run', f'end={max(1, end // 20)}, for instance')
     if isinstance(scheduler, MultiStepParamScheduler):
         late = sorted(step for step in scheduler.milestones if step >= end)
         if late:

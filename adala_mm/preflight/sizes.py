@@ -3,8 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mmseg.models.decode_heads.mask2former_head import Mask2FormerHead as MMSegMask2FormerHead
-
+from adala_mm.models.heads.mask2former import MMSegMask2FormerHead
 from adala_mm.preflight.plan import TRAIN, VAL, Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 

@@ -19,7 +19,7 @@ from mmengine.config import Config, DictAction
 import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every tool
 from adala_mm.utils.checkpoint import TRUST
 from adala_mm.utils.inert_lines import refuse_inert_lines
-from adala_mm.utils.stack import require_stack
+from adala_mm.utils.stack import import_quietly, require_stack
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'  # a wheel has them in the package, a clone a link to them
 
@@ -82,6 +82,8 @@ def load_config(args: argparse.Namespace) -> Config:
             f"{place.filename}, line {place.lineno}: {error}. A finished config has its network in model['backbone'] "
             "and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
     refuse_inert_lines(cfg, args.cfg_options or ())
+    scopes = dict.fromkeys(('mmpretrain', 'mmseg', cfg.get('default_scope', 'mmseg')))  # every run imports these
+    import_quietly('adala_mm.registry', *(f'{scope}.datasets' for scope in scopes))
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
     for key, value in (args.cfg_options or {}).items():

@@ -1,8 +1,11 @@
 """Which versions of the stack are tested, and what to install when they are not there."""
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 # import name -> (names of the distributions that provide it, tested versions).
@@ -70,3 +73,20 @@ def require_stack(names: Iterable[str] = STACK) -> None:
     if missing:
         raise ImportError(f'adala_mm needs {", ".join(missing)}, which cannot be found. Install with: '
                           f'{install_line(missing)}')
+
+
+def import_quietly(*names: str) -> None:
+    """Imports modules, and keeps to itself that they found no OneDL.
+
+    The onedl builds print so for each folder of data sets of a service that nobody here has asked for; it is meant as
+    a message of the level DEBUG, but printed whatever the level is. Everything else that is printed stays.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            for name in names:
+                import_module(name)
+    finally:
+        for line in said.getvalue().splitlines():
+            if not line.startswith('Could not import OneDL'):
+                print(line)

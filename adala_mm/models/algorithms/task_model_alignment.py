@@ -137,8 +137,9 @@ class TaskModelAlignment(Distillation):
             raise ValueError("teacher must be dict(type='Pretrained', checkpoint=<that of the whole fine-tuned softmax "
                              f'model>), got {teacher}')
         twin = copy.deepcopy(model)
-        twin['backbone'].update(attention=dict(type='adala_mm.SoftmaxAttention'), init_cfg=None, trainable=None,
-                                with_cp=False)
+        # A new dict: MMEngine's `update` would keep the options of the linear attention.
+        twin['backbone'] = dict(twin['backbone'], attention=dict(type='adala_mm.SoftmaxAttention'), init_cfg=None,
+                                trainable=None, with_cp=False)
         if attention_weight:
             twin['backbone'].update(compile=False)  # see `attention_mse`
         task = MODELS.build(ConfigDict(model, type=task_model))  # mmseg reads attributes of test_cfg

@@ -1,7 +1,9 @@
 from adala_mm.models.attentions.agent import AgentAttention
-from adala_mm.models.attentions.base import Attention, blocks_by_attention, build_attention
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.build import build_attention
 from adala_mm.models.attentions.castling import CastlingAttention
 from adala_mm.models.attentions.cosformer import CosformerAttention
+from adala_mm.models.attentions.counts import blocks_by_attention
 from adala_mm.models.attentions.fcvit import FCViTAttention
 from adala_mm.models.attentions.focused import FocusedAttention
 from adala_mm.models.attentions.hedgehog import HedgehogAttention

@@ -68,7 +68,7 @@ class AgentAttention(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         patches = q[:, :, num_prefix:].transpose(2, 3).unflatten(3, hw).flatten(0, 1)  # (B H, D, h, w)
-        agents = grid_means(patches, self.side).flatten(2).transpose(1, 2).unflatten(0, q.shape[:2])
+        agents = grid_means(patches, self.side).flatten(2).transpose(1, 2).unflatten(0, (-1, q.shape[1]))
         to_agents = self.agent_bias(hw, num_prefix).to(q.dtype)  # (H, A, N)
         to_tokens = self.token_bias(hw, num_prefix).to(q.dtype).transpose(1, 2)  # (H, N, A)
         answers = F.scaled_dot_product_attention(agents, k, v, attn_mask=to_agents[None])

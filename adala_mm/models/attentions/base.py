@@ -1,15 +1,11 @@
 """What every attention of a plain ViT shares: the projections, and the place for its mixing rule."""
 from __future__ import annotations
 
-import difflib
-import pkgutil
-from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
 
 from adala_mm.models.attentions.marks import MARK, describe, last_of, options_of, take_mark
-from adala_mm.registry import ATTENTIONS
 
 
 class Attention(nn.Module):
@@ -97,17 +93,6 @@ class Attention(nn.Module):
                         'for other batches and sizes, or torch.export')
 
 
-def blocks_by_attention(model: nn.Module) -> dict[str, str]:
-    """``12 of 24 blocks LinearAttention, 12 SoftmaxAttention`` for each part of a model, a frozen teacher included."""
-    told, frozen = {}, {f'frozen {name}': part for name, part in getattr(model, 'frozen', {}).items()}
-    for name, part in [*model.named_children(), *frozen.items()]:
-        layers = sorted((m for m in part.modules() if isinstance(m, Attention)), key=lambda layer: layer.is_softmax)
-        if layers:
-            (kind, count), *others = Counter(type(layer).__name__ for layer in layers).items()
-            told[name] = ', '.join([f'{count} of {len(layers)} blocks {kind}', *(f'{n} {k}' for k, n in others)])
-    return told
-
-
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, C) to (B, H, N, D)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -116,46 +101,3 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) to (B, N, C)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True,
-                    grid: tuple[int, int] | None = None, num_prefix: int = 0) -> Attention:
-    """Builds one attention layer from ``dict(type=..., <own arguments>)``.
-
-    ``type`` is a registered name (``adala_mm.LinearAttention``), the path of any importable subclass
-    (``my_module.MyAttention``), or the class itself. A layer with tables over tokens `needs` the ViT's ``grid`` and
-    ``num_prefix`` and gets them here, unless its config names others.
-
-    Raises:
-        ValueError: for an unknown type; the message lists the registered ones.
-        TypeError: for an option that the type does not have.
-    """
-    options = dict(cfg)
-    layer = _find(options.pop('type', None))
-    layout = dict(grid=grid, num_prefix=num_prefix)
-    attention = layer(dim, num_heads, qkv_bias=qkv_bias, **{name: layout[name] for name in layer.needs} | options)
-    attention.built_from = layer, options
-    return attention
-
-
-def _find(kind: str | type | None) -> type[Attention]:
-    ATTENTIONS.import_from_location()
-    known = ATTENTIONS.module_dict
-    name = str(kind).removeprefix('adala_mm.')
-    if name in known:
-        return known[name]
-    if isinstance(kind, str) and '.' in kind:
-        try:
-            kind = pkgutil.resolve_name(kind)
-        except AttributeError:
-            pass
-        except ModuleNotFoundError as error:
-            if not f'{kind}.'.startswith(f'{error.name}.'):
-                raise  # the module is there, and what it imports is not
-    if isinstance(kind, type) and issubclass(kind, Attention):
-        return kind
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f' Did you mean adala_mm.{close[0]}?' if close else ''
-    raise ValueError(f'unknown attention type {kind!r}.{hint} Registered: '
-                     f'{", ".join(f"adala_mm.{n}" for n in sorted(known))}; or give the path of an importable '
-                     'subclass of adala_mm.models.attentions.Attention, such as my_module.MyAttention')

@@ -35,10 +35,10 @@ class GeneratedConv(nn.Module):
         b, h, n, d = v.shape
         kernels = self.fc2(F.gelu(self.fc1(x.mean(dim=1).unsqueeze(-1))))  # (B, 9 C, 1)
         if exporting():  # ONNX has no convolution with as many groups as the batch asks for
-            kernels = kernels.reshape(b, h * d, 3, 3, 1, 1).to(v.dtype)
-            grid = F.pad(v[:, :, num_prefix:].transpose(2, 3).reshape(b, h * d, *hw), (1, 1, 1, 1))
+            kernels = kernels.reshape(-1, h * d, 3, 3, 1, 1).to(v.dtype)
+            grid = F.pad(v[:, :, num_prefix:].transpose(2, 3).reshape(-1, h * d, *hw), (1, 1, 1, 1))
             out = sum(kernels[:, :, i, j] * grid[:, :, i:i + hw[0], j:j + hw[1]] for i in range(3) for j in range(3))
-            return F.pad(out.reshape(b, h, d, -1).transpose(2, 3), (0, 0, num_prefix, 0))
+            return F.pad(out.reshape(-1, h, d, hw[0] * hw[1]).transpose(2, 3), (0, 0, num_prefix, 0))
         kernels = kernels.reshape(b * h * d, 1, 3, 3).to(v.dtype)
         patches = v[:, :, num_prefix:].transpose(2, 3).reshape(1, b * h * d, *hw)  # every image its own channels
         out = F.conv2d(patches, kernels, padding=1, groups=b * h * d)

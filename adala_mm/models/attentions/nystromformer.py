@@ -87,8 +87,8 @@ class NystromformerAttention(Attention):
         if self.landmarks == 'segments':
             return segment_means(x, min(self.num_landmarks, int(x.shape[2])))
         if torch.jit.is_tracing():
-            raise ValueError("landmarks='grid' are as many as the grid asks for, which a traced graph would not see: use "
-                             "torch.export with a fixed size, or landmarks='segments'")
+            raise ValueError("landmarks='grid' are as many as the grid asks for, which a traced graph would not see: "
+                             "use torch.export with a fixed size, or landmarks='segments'")
         rows = min(hw[0], max(1, round((self.num_landmarks * hw[0] / hw[1]) ** 0.5)))
         columns = min(hw[1], max(1, round(self.num_landmarks / rows)))
         patches = x[:, :, num_prefix:].transpose(2, 3).unflatten(3, hw).flatten(0, 1)  # (B H, D, h, w)

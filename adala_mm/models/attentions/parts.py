@@ -74,11 +74,11 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         """(B, H, N, D) to (B, H, N, D)."""
-        b, h, n, d = x.shape
-        channels, _, size, _ = self.weight.shape
+        (h, d), (channels, _, size, _) = x.shape[1::2], self.weight.shape
         patches = x[:, :, num_prefix:].transpose(2, 3).reshape(-1, channels, *hw)  # heads join batch or channels
         out = F.conv2d(patches, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=size // 2, groups=channels)
-        return F.pad(out.reshape(b, h, d, -1).transpose(2, 3), (0, 0, num_prefix, 0))
+        # Not by the batch, which the older ONNX exporter takes for a constant here.
+        return F.pad(out.reshape(-1, h, d, hw[0] * hw[1]).transpose(2, 3), (0, 0, num_prefix, 0))
 
 
 class IdentityGate(nn.Linear):

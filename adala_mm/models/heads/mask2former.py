@@ -58,6 +58,10 @@ class Mask2FormerHead(MMSegMask2FormerHead):
         logits = (logits.nan_to_num(0, 0, 0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT) for logits in (cls_score, mask_pred))
         return super()._get_targets_single(*logits, gt_instances, img_meta)
 
+    def forward(self, x: list[Tensor], batch_data_samples: list | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """As mmdet's, which takes samples and does not read them: what counts FLOPs has none."""
+        return super().forward(x, batch_data_samples)
+
     def predict(self, x: tuple[Tensor], batch_img_metas: list[dict], test_cfg: dict) -> Tensor:
         """Logits (B, K, H, W), sums of mask probabilities, at the size of the image or crop that ``x`` is of."""
         first, *others = batch_img_metas
