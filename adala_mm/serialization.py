@@ -107,9 +107,9 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
     try:
         if own and base['library'] == 'transformers' and state.keys() - model.state_dict().keys():
             model, state = renamed(model, kinds, state, softmax_names)
-        for name, layer in model.named_modules():
-            if isinstance(layer, Attention):
-                take_mark(state, f'{name}.' if name else '', last_of(layer.proj, layer))
+        for prefix, layer in zip(prefixes(model), find_vit(model)[1].attentions_of(find_vit(model)[0]), strict=True):
+            if f'{prefix}{MARK}' in state:
+                take_mark(state, prefix, last_of(layer.proj, layer))
         if own and len(dtypes) == 1:
             model.to(*dtypes)
         model.load_state_dict(state, assign=own and len(dtypes) > 1)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adala_mm.models.attentions.marks import describe, last_of, options_of, take_mark
+from adala_mm.models.attentions.marks import MARK, describe, last_of, options_of, take_mark
 
 
 class Attention(nn.Module):
@@ -73,8 +73,10 @@ class Attention(nn.Module):
 
     def take_mark(self, state: dict[str, Any], prefix: str) -> str | None:
         """Takes off, in place, what a linearized model adds to weights; says so if they are another attention's."""
+        if f'{prefix}{MARK}' not in state:  # FSDP may hold no parameter of the projection here
+            return None
         saved = take_mark(state, prefix, last_of(self.proj, self))
-        if saved is not None and self.built_from is not None and saved != self.adala_mm:
+        if self.built_from is not None and saved != self.adala_mm:
             return f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} here'
         return None
 

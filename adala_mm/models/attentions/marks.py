@@ -61,11 +61,9 @@ def add_mark(state: dict[str, Any], prefix: str, kind: dict[str, Any], reshaped:
     state[f'{prefix}{reshaped}'] = state[f'{prefix}{reshaped}'].unsqueeze(0)
 
 
-def take_mark(state: dict[str, Any], prefix: str, reshaped: str) -> dict[str, Any] | None:
-    """Takes the mark of the layer at ``prefix`` off, in place, and returns what it says; None if there is none."""
-    mark = state.pop(f'{prefix}{MARK}', None)
-    if mark is None:
-        return None
+def take_mark(state: dict[str, Any], prefix: str, reshaped: str) -> dict[str, Any]:
+    """Takes the mark of the layer at ``prefix`` off, in place, and returns what it says."""
+    mark = state.pop(f'{prefix}{MARK}')
     value = state.get(f'{prefix}{reshaped}')
     if value is not None and value.shape[:1] == (1,):
         state[f'{prefix}{reshaped}'] = value.squeeze(0)
