@@ -118,6 +118,18 @@ def test_a_fixed_size(tmp_path):
         compared(target, run, dynamic=True)
 
 
+def test_a_fixed_size_needs_no_resize(tmp_path):
+    """With a table of positions of a real size, which the exporter by itself takes to be too large to resample."""
+    import onnx
+    backbone = tiny_vit(attention=LINEAR, depth=1, img_size=112, embed_dim=64)
+    target = awake(export.assemble(config(backbone), size=(64, 128)))
+    kinds = []
+    for dynamic in (True, False):
+        compared(target, export.export_onnx(target, tmp_path / 'model.onnx', dynamic), dynamic)
+        kinds.append({node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node})
+    assert 'Resize' in kinds[0] and 'Resize' not in kinds[1]
+
+
 def test_a_classifier(tmp_path):
     target = make(tiny_vit(attention=LINEAR, out_type='cls_token'), 'model', 'mmpretrain', type='ImageClassifier',
                   head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
