@@ -6,7 +6,7 @@ DOCS_READY := .venv/.docs-ready
 # Several small processes beat one with many threads; more than one thread each would only make them fight.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-faults lint tables docs clean
+.PHONY: demo test test-faults lint tables wheel notebook docs clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -25,13 +25,23 @@ tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 	$(BIN)/python docs/make_configs.py
 
+# dist/adala_mm-*.whl: package, configs and tools in one file; an earlier build leaves nothing in it.
+wheel:
+	rm -rf build/lib build/bdist.*
+	$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
+	@ls dist/*.whl
+
+# Outputs of the notebook, after a change of its code.
+notebook: $(DOCS_READY)
+	$(THREADS) PATH=$(BIN):$$PATH $(BIN)/python docs/run_notebook.py
+
 # Pages in build/docs, from docs/, the READMEs and the docstrings; a warning is an error.
 docs: $(DOCS_READY)
 	rm -rf build/docs
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
 	@echo "build/docs/index.html"
 
-$(READY): setup.py $(filter-out requirements/docs.txt, $(wildcard requirements/*.txt))
+$(READY): pyproject.toml $(filter-out requirements/docs.txt, $(wildcard requirements/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "adala_mm needs Python >= 3.10; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -44,4 +54,4 @@ $(DOCS_READY): $(READY) requirements/docs.txt
 	@touch $(DOCS_READY)
 
 clean:
-	rm -rf .venv build/docs .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info

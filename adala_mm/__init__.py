@@ -1,25 +1,25 @@
 """adala_mm: linear attention for pretrained Vision Transformers, inside OpenMMLab.
 
-Importing this package loads neither mmseg, mmdet, mmpretrain nor timm. It only compares the installed versions with
-the tested ones, so that a missing package is named here and not by a traceback three libraries deep, and sees to it
-that mmpretrain, once it is imported, survives transformers 5.
+Importing this package loads neither mmseg, mmdet, mmpretrain nor timm, and changes nothing in them. It only compares
+the installed versions with the tested ones, so that a missing package is named here and not by a traceback three
+libraries deep. What runs of MMEngine need is in `adala_mm.openmmlab`.
 """
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from adala_mm.utils.mmpretrain_compat import tolerate_transformers_5
 from adala_mm.utils.stack import warn_about_stack
 
 if TYPE_CHECKING:
     from adala_mm.alignment import align
     from adala_mm.linearization import linearize
+    from adala_mm.serialization import load, save
 
 __version__ = '0.1.0'
-__all__ = ['align', 'linearize']
-EXPORTED = {'align': 'adala_mm.alignment', 'linearize': 'adala_mm.linearization'}
+__all__ = ['align', 'linearize', 'load', 'save']
+EXPORTED = {'align': 'adala_mm.alignment', 'linearize': 'adala_mm.linearization',
+            'load': 'adala_mm.serialization', 'save': 'adala_mm.serialization'}
 
 warn_about_stack()
-tolerate_transformers_5()
 
 
 def __getattr__(name: str):  # importing the package must not import torch

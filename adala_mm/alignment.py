@@ -6,29 +6,43 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.adapters import Adapter, Family, find_vit
 from adala_mm.linearization import is_linear, say
+from adala_mm.utils.batches import Batches, common_length
+from adala_mm.utils.run_checkpoint import read_run, restore_run, write_run
 
-LEARNING_RATES = {1: 1e-2, 2: 1e-3}  # ViT-AdaLA Table 5: the first fixed, the second falling polynomially
+# ViT-AdaLA Table 5, on 8 GPUs.
+LEARNING_RATES = {1: 1e-2, 2: 1e-3}
+BATCHES = {1: 8 * 32, 2: 8 * 16}
 QKV = re.compile(r'(qkv|[qkv]_proj|[qkv]_bias|attention\.(query|key|value))(\.|$)')
 
 
-def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable, stage: int = 1, steps: int | None = None,
+def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage: int = 1, steps: int | None = None,
           epochs: int | None = None, lr: float | None = None, weight_decay: float = 0.05, loss_scale: float = 1.0,
-          bf16: bool = False, log_interval: int = 50) -> list[dict[str, float]]:
+          bf16: bool = False, log_interval: int = 50,
+          validate: Callable[[nn.Module], Mapping[str, float] | None] | None = None, val_interval: int | None = None,
+          checkpoint: str | Path | None = None, checkpoint_interval: int = 1000,
+          resume: bool = False) -> list[dict[str, float]]:
     """Brings a linearized ViT back to its softmax original; run stage 1, then stage 2.
 
     Stage 1: ``loss = mean over replaced blocks of mean (attn_l(h_l) - teacher_l(h_l))^2``, h_l being what the block's
     attention reads in the *teacher*. Queries', keys' and values' projections learn, and what the new attention adds.
     One block is in memory at a time. Stage 2: ``loss = loss_scale * mean (features - teacher's)^2`` on the final
-    normalised tokens; everything learns. Same losses as `AttentionAlignment` and `FeatureAlignment`, on one device,
-    without their hooks (Performer's features are not redrawn). mmpretrain's attentions end after LayerScale, so stage 1
-    compares there.
+    normalised tokens; everything learns. Same losses as `AttentionAlignment` and `FeatureAlignment`, without their
+    hooks (Performer's features are not redrawn). mmpretrain's attentions end after LayerScale, so stage 1 compares
+    there.
+
+    In several processes (``torchrun``, after ``torch.distributed.init_process_group``) each calls this with its share
+    of the data, such as a ``DataLoader`` with a ``DistributedSampler``, whose epochs are counted here. All start from
+    the weights of rank 0; gradients and what is reported are means over processes.
 
     Args:
         model: from `linearize`; trained in place, on its device and in its dtype.
@@ -37,19 +51,31 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable, stage: int
             that begins with one, or a dict with ``pixel_values``.
         stage: 1 or 2.
         steps, epochs: length, one of the two; ``steps`` goes over the data as often as it takes.
-        lr: of AdamW; 1e-2 in stage 1 and 1e-3, falling to 0 with power 0.9, in stage 2, for batches of 256 and 128.
+        lr: of AdamW, fixed in stage 1, falling to 0 with power 0.9 in stage 2. None: the paper's, 1e-2 for batches of
+            256 and 1e-3 for batches of 128, times ``sqrt(batch / those)``, batch being the first one of all processes
+            together (the square root is what keeps Adam's noise: Malladi et al., NeurIPS 2022).
         weight_decay: of AdamW.
         loss_scale: of stage 2: 5 for DINOv2, 4000 for CLIP, 1 for SigLIP and supervised ViTs.
         bf16: run both under bfloat16 autocast; losses stay float32.
-        log_interval: steps between progress lines.
+        log_interval: steps between progress lines; there is one with each checkpoint, too.
+        validate: called in every process with the model in eval mode, without gradients; what it returns is logged.
+        val_interval: steps between its calls; None: after the last step only. It is called after that in any case.
+        checkpoint: file that holds all that `resume` needs, replaced every ``checkpoint_interval`` steps and at the
+            end. Rank 0 writes it.
+        resume: go on from ``checkpoint``, if it is there, as if nothing had happened; else start. The data are read
+            again up to where the run was, and have to come in an order drawn from PyTorch's generator, or always the
+            same.
 
     Returns:
         One dict per progress line: ``step``, and means since the last one of ``loss`` and ``rel_error``, which is
-        ``||student - teacher|| / ||teacher||``, in stage 1 its mean over blocks.
+        ``||student - teacher|| / ||teacher||``, in stage 1 its mean over blocks; and one per validation: ``step`` and
+        what it returned.
 
     Raises:
         ValueError: for a stage other than 1 and 2, not exactly one of ``steps`` and ``epochs``, nothing to do, a model
-            without linear blocks, or one that does not fit its teacher.
+            without linear blocks, or one that does not fit its teacher; for a checkpoint of another run; for processes
+            that would all see the same images.
+        FileExistsError: for a checkpoint that is there, without ``resume``.
         TypeError: for unsupported models, batches of another kind, or ``epochs`` of a dataloader without length.
         FloatingPointError: if the loss is no longer finite.
     """
@@ -57,40 +83,73 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable, stage: int
         raise ValueError(f'stage={stage!r}: there are stages 1 and 2')
     if (steps is None) == (epochs is None):
         raise ValueError('tell either steps or epochs')
-    total = epochs * len(dataloader) if steps is None else steps
+    data = Batches(dataloader)
+    total = common_length(epochs * len(dataloader)) if steps is None else steps
     if total < 1:
         raise ValueError(f'steps={steps} and epochs={epochs} of this dataloader come to nothing')
     pairs, learners, measure = _prepare(model, teacher, stage)
     device, dtype = (getattr(learners[0], fact) for fact in ('device', 'dtype'))
     if device != (place := next(teacher.parameters()).device):
         raise ValueError(f'the model is on {device}, its teacher on {place}')
-    factor = 1.0 if stage == 1 else loss_scale
+    run = dict(stage=stage, total=total, lr=lr, weight_decay=weight_decay, loss_scale=loss_scale, bf16=bf16,
+               processes=get_world_size())
+    saved = read_run(checkpoint, run, resume)
+    begun, history = (saved['step'], saved['history']) if saved else (0, [])
+    since, start, seen, factor = [], time.perf_counter(), 0, 1.0 if stage == 1 else loss_scale
 
-    history, since, seen, start = [], [], 0, time.perf_counter()
     with _frozen(teacher), _learning(model, learners, pairs, stage):
-        optimizer = torch.optim.AdamW(learners, LEARNING_RATES[stage] if lr is None else lr, weight_decay=weight_decay)
+        for value in model.state_dict(keep_vars=True).values():
+            broadcast(value.detach())
+        optimizer = torch.optim.AdamW(learners, LEARNING_RATES[stage], weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 1.0 if stage == 1 else (1 - step / total) ** 0.9)
-        for step, images in enumerate(_images(dataloader, total), start=1):
-            images = images.to(device, dtype, non_blocking=True)
+        if saved:
+            restore_run(saved, model, optimizer, schedule, data)
+            say(f'stage {stage}  {checkpoint}: goes on after step {begun}/{total}')
+        for step, images in zip(range(begun + 1, total + 1), data, strict=False):
+            if step == 1:
+                _set_rate(schedule, stage, lr, len(images) * get_world_size())
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                since.append(measure(images, factor))
+                since.append(measure(images.to(device, dtype, non_blocking=True), factor))
+            all_reduce_params([parameter.grad for parameter in learners if parameter.grad is not None], op='mean')
             optimizer.step()
             schedule.step()
-            seen += len(images)
-            if step % log_interval and step != total:
-                continue
-            loss, error = torch.stack(since).mean(dim=0).tolist()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f'stage {stage}: the loss is {loss} after step {step}; try a lower lr')
-            history.append({'step': step, 'loss': loss, 'rel_error': error})
-            elapsed = time.perf_counter() - start
-            eta = time.strftime('%H:%M:%S', time.gmtime(elapsed / step * (total - step)))
-            say(f'stage {stage}  step {step}/{total}  loss {loss:.4g}  rel_error {error:.4f}  '
-                f'{seen / elapsed:.1f} images/s  ETA {eta}')
-            since = []
+            seen += len(images) * get_world_size()
+            keep = checkpoint and (step % checkpoint_interval == 0 or step == total)
+            if step % log_interval == 0 or step == total or keep:  # nothing that is not finite replaces a checkpoint
+                all_reduce(figures := torch.stack(since).mean(dim=0), op='mean')
+                loss, error = figures.tolist()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f'stage {stage}: the loss is {loss} after step {step}; try a lower lr')
+                history.append({'step': step, 'loss': loss, 'rel_error': error})
+                since, speed = [], seen / (time.perf_counter() - start)
+                eta = time.strftime('%H:%M:%S', time.gmtime(seen / (step - begun) * (total - step) / speed))
+                say(f'stage {stage}  step {step}/{total}  loss {loss:.4g}  rel_error {error:.4f}  '
+                    f'{speed:.1f} images/s  ETA {eta}')
+            if validate and (step == total or (val_interval and step % val_interval == 0)):
+                history.append({'step': step, **_validated(validate, model)})
+                say('  '.join([f'stage {stage}', *(f'{name} {value}' for name, value in history[-1].items())]))
+            if keep:
+                write_run(checkpoint, run, model, optimizer, schedule, data, {'step': step, 'history': history})
     return history
+
+
+def _set_rate(schedule: torch.optim.lr_scheduler.LRScheduler, stage: int, lr: float | None, batch: int) -> None:
+    """The learning rate of the first step, and with it of all others."""
+    reference = BATCHES[stage]
+    rate = LEARNING_RATES[stage] * (batch / reference) ** 0.5 if lr is None else lr
+    schedule.base_lrs = [rate]
+    schedule.optimizer.param_groups[0]['lr'] = rate
+    why = f': {LEARNING_RATES[stage]:g} for batches of {reference}, times sqrt({batch} / {reference})' * (lr is None)
+    say(f'stage {stage}  lr {rate:.4g}{why}')
+
+
+@torch.no_grad()
+def _validated(validate: Callable[[nn.Module], Mapping[str, float] | None], model: nn.Module) -> dict[str, float]:
+    with _restored(model):
+        model.eval()
+        return dict(validate(model) or {})
 
 
 Pair = tuple[nn.Module, nn.Module]  # attentions of student and teacher
@@ -166,28 +225,6 @@ def _distance(got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 def _first(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _images(dataloader: Iterable, total: int) -> Iterator[Tensor]:
-    """The images of ``total`` batches."""
-    done = 0
-    while done < total:
-        before = done
-        for batch in dataloader:
-            if isinstance(batch, Mapping) and 'pixel_values' in batch:
-                batch = batch['pixel_values']
-            elif isinstance(batch, (tuple, list)) and batch:
-                batch = batch[0]
-            if not isinstance(batch, Tensor) or batch.ndim != 4:
-                kind = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-                raise TypeError(f'the dataloader yields {kind}, not images (B, 3, H, W), (images, ...) or '
-                                "{'pixel_values': images}")
-            yield batch
-            done += 1
-            if done == total:
-                return
-        if done == before:
-            raise ValueError('the dataloader is empty')
 
 
 @contextmanager

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -11,9 +12,11 @@ from adala_mm.adapters import Adapter, Family, Layout, find_vit
 from adala_mm.models.attentions import Attention
 from adala_mm.registry import ATTENTIONS
 
+Model = TypeVar('Model', bound=nn.Module)
 
-def linearize(model: nn.Module, attention: str | dict | type[Attention] = 'linear', keep_softmax: Iterable[int] = (),
-              inplace: bool = False) -> nn.Module:
+
+def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 'linear',
+              keep_softmax: Iterable[int] = (), inplace: bool = False) -> Model:
     """Replaces the softmax attentions of a pretrained ViT.
 
     ``out = proj(mix(q, k, v))``, where mix is the new attention's and everything else the model's own: projections and
@@ -66,7 +69,15 @@ def linearize(model: nn.Module, attention: str | dict | type[Attention] = 'linea
     return model
 
 
-def find_attention(attention: str | dict | type[Attention]) -> dict:
+def linearize_blocks(model: nn.Module, attentions: Sequence[dict[str, Any] | None]) -> None:
+    """Gives each block of a softmax ViT, in place, the attention that is listed for it; None leaves it as it is."""
+    for i, kind in enumerate(attentions):
+        if kind is not None and kind not in attentions[:i]:
+            others = [j for j, other in enumerate(attentions) if other != kind]
+            linearize(model, kind, keep_softmax=others, inplace=True)
+
+
+def find_attention(attention: str | dict[str, Any] | type[Attention]) -> dict[str, Any]:
     """What `build_attention` takes, for a short name, a registered name, a dict or a class."""
     if isinstance(attention, dict):
         return {**attention, **find_attention(attention['type'])} if 'type' in attention else attention

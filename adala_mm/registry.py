@@ -1,8 +1,13 @@
 """Registries of adala_mm, children of MMEngine's.
 
 MMEngine imports ``<scope>.registry`` when it meets a prefixed type, so ``type='adala_mm.AdaLAViT'`` resolves in any
-mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix.
+mmseg, mmpretrain or mmdet config without ``custom_imports``. Always write the prefix. The first look-up imports the
+registry's locations, and with heads, data sets and hooks `adala_mm.openmmlab`; importing this module does not.
 """
+from __future__ import annotations
+
+from collections.abc import Callable
+
 from adala_mm.utils.stack import CORE, require_stack
 
 require_stack(CORE)
@@ -14,19 +19,13 @@ from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS  # noqa: E402
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
-
-from adala_mm.utils.atomic import use_atomic_saving  # noqa: E402
-from adala_mm.utils.checkpoint import use_safe_loading  # noqa: E402
-from adala_mm.utils.mmcv_ext import provide_mmcv_ops  # noqa: E402
-
-provide_mmcv_ops()
-use_safe_loading()
-use_atomic_saving()
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm',
                   locations=['adala_mm.models', 'adala_mm.models.heads'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='adala_mm', locations=['adala_mm.datasets'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='adala_mm', locations=['adala_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim_wrapper_constructor', parent=MMENGINE_CONSTRUCTORS, scope='adala_mm',
                                       locations=['adala_mm.engine'])
@@ -34,5 +33,17 @@ OPTIM_WRAPPERS = Registry('optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope
                           locations=['adala_mm.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='adala_mm', locations=['adala_mm.evaluation'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='adala_mm', locations=['adala_mm.engine'])
-# A tree of its own: a list of what may stand in `attention=dict(type=...)`, and nothing else.
-ATTENTIONS = Registry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])
+
+
+class AttentionRegistry(Registry):
+    """What may stand in ``attention=dict(type=...)``, and nothing else; all of it is in `MODELS` as well."""
+
+    def register_module(self, name: str | list[str] | None = None, force: bool = False,
+                        module: type | None = None) -> type | Callable[[type], type]:
+        if module is None:
+            return lambda layer: self.register_module(name, force, layer)
+        MODELS.register_module(name, force, module)  # first: a name that it has is taken, and nothing is registered
+        return super().register_module(name, force, module)
+
+
+ATTENTIONS = AttentionRegistry('attention', scope='adala_mm', locations=['adala_mm.models.attentions'])

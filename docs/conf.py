@@ -18,8 +18,10 @@ copyright = 'the authors of adala_mm, Apache-2.0'
 root_doc = 'docs/index'
 include_patterns = ['README.md', 'docs/**', 'configs/*/README.md']
 exclude_patterns = ['.*', '*.egg-info', 'build', 'data', 'work_dirs', '**/__pycache__']  # folders not even looked into
-extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
 
+nb_execution_mode = 'off'  # outputs are stored: docs/run_notebook.py
+nb_merge_streams = True
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
 html_math_renderer = 'mathml'
@@ -34,6 +36,8 @@ autodoc_typehints_format = 'short'
 html_theme = 'furo'
 html_title = f'adala_mm {version}'
 html_extra_path = ['redirect']
+html_static_path = ['static']
+html_css_files = ['tables.css']
 html_copy_source = False
 
 

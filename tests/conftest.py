@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported: its kernels run on the CPU
 
 ROOT = Path(__file__).resolve().parents[1]
-# Environment of processes that import mmseg before adala_mm, which only works without transformers 5: they see none.
-MMSEG_FIRST = os.environ | {'PYTHONPATH': str(ROOT / 'tests/no_transformers')}
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
 
 
 def pytest_configure():
-    import adala_mm  # noqa: F401  before mmseg, which would not import beside transformers 5 otherwise
+    import adala_mm.openmmlab  # noqa: F401  once and for all, so that no fixture takes a part of it back
     # PyTorch's fake tensors pretend that there is a GPU. An autograd that first starts after that makes threads for it,
     # and refuses to work in forked processes, of which some tests have several.
     torch.ones(1, requires_grad=True).backward()
@@ -66,6 +67,61 @@ def put_back(patch: pytest.MonkeyPatch) -> None:
     # Most of their time: compilers are asked for their versions, and the config is laid out for log and checkpoints.
     patch.setattr('mmengine.runner.runner.collect_env', dict)
     patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
+
+
+def gloo_threads() -> list[Path]:
+    """Of this process."""
+    return [thread for thread in Path('/proc/self/task').iterdir() if 'gloo' in (thread / 'comm').read_text()]
+
+
+def _run_script(script: Path, words: list[str], place: Path, log: Path, environment: dict[str, str]) -> None:
+    from mmengine.logging import MessageHub, MMLogger
+    from mmengine.registry import DefaultScope
+    from mmengine.visualization import Visualizer
+    with open(log, 'w') as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, 'w', buffering=1, closefd=False) for number in (1, 2))
+    os.environ.update(environment)
+    os.chdir(place)
+    sys.path.insert(0, str(place))
+    torch.set_num_threads(1)
+    for manager in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        manager._instance_dict.clear()  # of runs before this one
+    sys.argv = [script.name, *words]
+    with pytest.MonkeyPatch.context() as patch:
+        put_back(patch)
+        patch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)  # two at the end of every epoch
+        runpy.run_path(str(script), run_name='__main__')
+    assert not gloo_threads()  # the end of the interpreter would meet them
+
+
+def start_script(script: str, *words: str, place: Path, log: Path, **environment: str) -> multiprocessing.Process:
+    """A script of this repository with ``words``, in a process forked off this one, where all imports are done.
+
+    Starting up takes several seconds of a process of its own: those are for tests of what is imported, and in which
+    order. Fork after all imports.
+
+    Args:
+        place: its working directory, where it may import from.
+        log: file that gets what it prints.
+        environment: what its launcher would add.
+    """
+    process = multiprocessing.get_context('fork').Process(
+        target=_run_script, args=(ROOT / script, list(map(str, words)), place, log, environment))
+    process.start()
+    return process
+
+
+def wait_for(*processes: multiprocessing.Process) -> list[int]:
+    """Exit codes of processes, of which none is left."""
+    try:
+        for process in processes:
+            process.join(timeout=600)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture(scope='session')

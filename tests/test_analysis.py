@@ -24,6 +24,7 @@ from adala_mm import analysis
 from adala_mm.analysis import attention_maps
 from adala_mm.analysis.comparison import Comparison
 from adala_mm.analysis.images import named_images, spread, validation_images
+from adala_mm.analysis.networks import teacher_config
 from adala_mm.analysis.prediction import class_names
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.evaluation import AlignmentMetric
@@ -849,3 +850,14 @@ def test_picture_grid(tmp_path):
     found = pixels(tmp_path / 'new/grid.png')
     # Both columns show what they were given, in rows as high as their pictures.
     assert all((abs(found - 255 * value) < 2).all(axis=-1).mean() > 0.01 for value in (0.2, 0.8, 0.1, 0.4))
+
+
+@pytest.mark.parametrize('name', ['stage1_dinov2l_plus_coco', 'stage2_dinov2l_plus_in22k', 'task_linear_dinov2l_in1k'])
+def test_a_teacher_has_no_options_of_the_linear_attention(name):
+    cfg = Config.fromfile(ROOT / f'configs/adala_plus/{name}.py')
+    cfg.model.backbone.attention = dict(type='adala_mm.HedgehogAttention', variant='exp', dwconv=3)
+    cfg.model.backbone.init_cfg.prefix = 'of_the_student.'
+    teacher = teacher_config(cfg).model.backbone
+    assert teacher.attention == dict(type='adala_mm.SoftmaxAttention') and teacher.depth == 24
+    assert ('prefix' in teacher.init_cfg) == name.startswith('stage1')  # where both start from the same file
+    assert cfg.model.backbone.attention.variant == 'exp'

@@ -259,7 +259,18 @@ def test_weights_target_with_values_that_would_learn_raises(sharp_pretrained, op
     options = dict(attention=dict(type='adala_mm.HedgehogAttention')) | options
     with pytest.raises(ValueError, match=rf"target='weights'.* blocks\.0\.attn\.{name} would learn.*'feature_map'"):
         stage1(sharp_pretrained, target='weights', **options)
-    stage1(sharp_pretrained, target='heads', **options)
+    stage1(sharp_pretrained, **options)
+
+
+@pytest.mark.parametrize(('attention', 'name'), [
+    (dict(type='adala_mm.VicinityAttention'), 'se.0.weight'),
+    (dict(type='adala_mm.L2ViTAttention', local_concentration=True), 'local.norm.weight'),
+    (dict(type='adala_mm.LoLCATSAttention'), 'lora.a.o')], ids=['gate', 'lcm', 'lora'])
+def test_heads_target_with_what_comes_after_the_projection_raises(sharp_pretrained, attention, name):
+    with pytest.raises(ValueError, match=rf"target='heads'.* blocks\.0\.attn\.{name} comes after.*target='output'"):
+        stage1(sharp_pretrained, attention, 'heads')
+    stage1(sharp_pretrained, attention)
+    stage1(sharp_pretrained, attention, 'heads', trainable='qkv')
 
 
 def test_weights_target_may_teach_what_makes_queries_and_keys(sharp_pretrained):

@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny_vit
 from mmengine.config import Config
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import DefaultScope
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch.nn import functional as F
 
@@ -88,6 +90,18 @@ def test_tokens_are_mixed(name):
     with torch.no_grad():
         moved = (layer(changed, (3, 5), 1) - layer(x, (3, 5), 1)).abs().amax(-1)
     assert (moved[:, [0, 6, 8]] > 1e-6).all()  # the class token and both neighbours notice
+
+
+@every_attention
+def test_parameters_behind_the_projection_are_named(name):
+    options = dict(local_concentration=True) if name == 'L2ViTAttention' else {}
+    layer = disturbed(build(name, **options))
+    for run, seen in ((layer.attend, False), (layer, True)):
+        grads = torch.autograd.grad(run(tokens((3, 5), 1), (3, 5), 1).square().sum(), layer.parameters(),
+                                    allow_unused=True)
+        blind = {key for (key, _), grad in zip(layer.named_parameters(), grads, strict=True) if grad is None}
+        assert blind == {key for key, _ in layer.named_parameters() if not seen and
+                         key.startswith(('proj.', *layer.after_proj))}
 
 
 @every_attention
@@ -276,7 +290,33 @@ class MeanAttention(Attention):
         model(torch.randn(2, 3, 80, 80), mode='loss')['loss'].backward()
         assert model.backbone.blocks[0].attn.qkv.weight.grad.chunk(3)[2].abs().sum() > 0
     finally:
-        ATTENTIONS.module_dict.pop('MeanAttention')
+        for registry in (ATTENTIONS, MODELS):
+            registry.module_dict.pop('MeanAttention')
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmpretrain', 'mmdet', 'mmengine', 'adala_mm'])
+def test_layers_are_modules_of_openmmlab(scope):
+    """By name in any scope, as every registered module: alone or inside of a model of somebody else."""
+    with DefaultScope.overwrite_default_scope(scope):
+        for name in NAMES:
+            assert MMENGINE_MODELS.get(f'adala_mm.{name}') is ATTENTIONS.get(name), name
+        layer = MMENGINE_MODELS.build(dict(type='adala_mm.LinearAttention', dim=32, num_heads=4))
+    assert type(layer) is MODELS.get('LinearAttention') and layer(torch.randn(2, 5, 32), (2, 2), 1).shape == (2, 5, 32)
+
+
+def test_a_layer_of_ones_own_is_one_as_well():
+    for taken in ('LinearAttention', 'AdaLAViT'):
+        with pytest.raises(KeyError, match=f'{taken} is already registered'):
+            ATTENTIONS.register_module(taken, module=OwnAttention)
+        assert OwnAttention not in (MODELS.get(taken), ATTENTIONS.get(taken))
+    try:
+        assert ATTENTIONS.register_module(name=['Own', 'OwnToo'])(OwnAttention) is OwnAttention
+        layer = MMENGINE_MODELS.build(dict(type='adala_mm.OwnToo', dim=32, num_heads=4))
+        assert type(layer) is type(build_attention({'type': 'adala_mm.Own'}, 32, 4)) is OwnAttention
+    finally:
+        for registry in (ATTENTIONS, MODELS):
+            for name in ('Own', 'OwnToo'):
+                registry.module_dict.pop(name, None)
 
 
 @pytest.mark.parametrize('kind', ['torch.nn.Linear', 'no_such_module.Layer', f'{__name__}.NoSuchLayer', None])

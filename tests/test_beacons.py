@@ -270,7 +270,7 @@ def draw_at_once(root, barrier, answers):
 
     def wait_and_draw(rng):
         if not waited:
-            waited.append(barrier.wait(timeout=60))
+            waited.append(barrier.wait(timeout=600))
         return draw(rng)
 
     beacons.draw_scene = wait_and_draw
@@ -288,9 +288,9 @@ def test_two_processes_at_once(few, tmp_path):
     processes = [context.Process(target=draw_at_once, args=(root, barrier, answers)) for _ in range(2)]
     for process in processes:
         process.start()
-    got = [answers.get(timeout=90) for _ in processes]
+    got = [answers.get(timeout=600) for _ in processes]
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=600)
     beacons.check_scenes(root)
     assert ('complete', FEW['train'] + 3) in got
     for kind, message in got:

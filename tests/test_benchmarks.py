@@ -184,22 +184,27 @@ def test_attention_core_needs_torch_alone(tmp_path):
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, 'tools/analysis_tools/benchmark_attention.py',
                            '--tokens', '64', '--seconds', '1e-9', '--competitors', 'ours', '--out', str(out)], cwd=ROOT,
                           env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=False,
-                          timeout=100)
+                          timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())['rows'] and 'no picture' in done.stdout
 
 
-def test_models(bench):
+def test_models(bench, tool, monkeypatch):
+    def timer(call) -> float:  # twice the images in the same time, once
+        call()
+        return 0.01 * max(1, len(call.args[0]) / 2)
+
+    monkeypatch.setattr(tool('model'), 'wall_timer', lambda device: timer)
     data, text = bench('model', '--arch', 'S', '--sizes', '64', '32', '--best-batch', '--attentions', 'RALAAttention',
-                       'adala_mm.LinearAttention', '--dtype', 'fp32', 'bf16', '--time-limit', '0.05')
+                       'adala_mm.LinearAttention', '--dtype', 'fp32', 'bf16')
     names = ['SoftmaxAttention', 'RALAAttention', 'LinearAttention']
     assert [(row['mode'], row['size'], row['attention']) for row in data['rows']] == [
         (mode, size, name) for mode in ('fp32', 'bf16') for size in (32, 64) for name in names]
     for row in data['rows']:
         blocks = (2, 0) if row['attention'] == 'SoftmaxAttention' else (0, 2)
         assert (row['softmax_blocks'], row['linear_blocks']) == blocks
-        assert row['ms'] > 0 and row['softmax_ms'] > 0 and row['gmac'] > 0 and row['best_batch'] >= 1
-        assert row['best_images_per_s'] >= 1000 / row['ms'] - 1e-6
+        assert row['ms'] == row['softmax_ms'] == 10 and row['gmac'] > 0
+        assert row['best_batch'] == 2 and row['best_images_per_s'] == pytest.approx(200)
         assert row['mib'] > row['parameters'] * (2 if row['mode'] == 'bf16' else 4) / 2 ** 20
     plain, rala, linear = data['rows'][3:6]
     assert plain['parameters'] == linear['parameters'] < rala['parameters'] and plain['gmac'] > linear['gmac']
@@ -302,5 +307,5 @@ def test_gpu_script_fails_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')
     done = subprocess.run(['bash', str(ROOT / 'benchmarks/run_gpu.sh')], env=os.environ | {'PYTHON': sys.executable},
-                          capture_output=True, text=True, check=False, timeout=60)
+                          capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1 and 'no CUDA device' in done.stderr and not done.stdout

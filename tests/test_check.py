@@ -7,9 +7,10 @@ import runpy
 import shutil
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,8 @@ from test_pipeline import ade20k, apart, arguments, coco, labels, mask2former, p
 from torch import nn
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Finding, Plan, memory, write_finding
-from adala_mm.preflight.images import image_size, spread
+from adala_mm.preflight.checkpoints import not_downloaded
+from adala_mm.preflight.images import spread
 from adala_mm.preflight.report import Skipped, findings_of
 from adala_mm.preflight.sizes import cropped_size
 
@@ -48,6 +50,8 @@ val_dataloader = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSam
     dataset=dict(type='CustomDataset', data_root='data/pets', data_prefix='val', pipeline=steps))
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
 train_cfg = dict(by_epoch=True, max_epochs=1)
+val_cfg = dict()
+val_evaluator = dict(type='Accuracy', topk=(1,))
 """
 
 
@@ -106,7 +110,8 @@ def test_a_segmentor_that_would_train(root, capsys, monkeypatch):
     monkeypatch.setattr(memory, 'head_line', HEAD_LINE)
     code, findings = flagship(root, '--images', 'all', **BATCHES)
     assert code == 0, red((code, findings))
-    assert {'model', 'classes', 'checkpoint', 'image sizes', 'memory', 'disk', 'batch and lr', 'processes'} | {
+    assert {'model', 'classes', 'checkpoint', 'image sizes', 'memory', 'disk', 'batch and lr', 'loops',
+            'optimizer', 'schedule', 'hooks', 'processes'} | {
         f'{loader}_dataloader {what}' for loader in ('train', 'val')
         for what in ('folders', 'counts', 'images', 'labels', 'batch')} == set(findings)
     assert not [finding for group in findings.values() for finding in group if finding['status'] == SKIPPED]
@@ -124,6 +129,8 @@ def test_stage_1_that_would_train(root):
         'model.backbone.init_cfg.checkpoint': weights})
     assert code == 0, red((code, findings))
     assert findings['checkpoint of backbone'][0]['found'] == f'{weights} fits'
+    assert findings['model'][0]['found'].endswith(
+        '; backbone: 2 of 2 blocks LinearAttention; frozen attentions: 2 of 2 blocks SoftmaxAttention')
     assert findings['train_dataloader labels'] == [dict(
         name='train_dataloader labels', status=SKIPPED, found='the pipeline reads no labels', fix='')]
 
@@ -225,6 +232,49 @@ def test_reduce_zero_label_of_dataset_and_pipeline_differ(root):
                                                 if finding['name'] == 'train_dataloader labels')
 
 
+def written(root: Path, make: Callable[[np.ndarray], np.ndarray]) -> None:
+    """All label files of the flagship, changed."""
+    for path in root.glob(f'{FOLDER}/annotations/*/*.png'):
+        with Image.open(path) as image:
+            ids = np.asarray(image).astype(np.uint16)
+        Image.fromarray(make(ids)).save(path)
+
+
+@pytest.mark.parametrize(('make', 'found'), [
+    (lambda ids: np.where(ids == 7, 300, ids).astype(np.uint16), 'holds the label 300, but'),
+    (lambda ids: ids * 256, 'holds the label 256, but'),
+    (lambda ids: ids + 26000, 'holds the label 26000, but'),
+    (lambda ids: np.repeat(ids[..., None].astype(np.uint8), 3, axis=2), 'is a picture in colours (RGB)'),
+], ids=['16 bits', 'times 256', 'instances', 'colours'])
+def test_labels_that_8_bits_do_not_hold(make, found, root):
+    written(root, make)
+    wrong = {finding['name']: finding for finding in red(flagship(root, **BATCHES))}
+    assert found in wrong['train_dataloader labels']['found'] and 'no maps of class ids' in wrong[
+        'train_dataloader labels']['found']
+    assert '255 for none' in wrong['train_dataloader labels']['fix']
+    if 'RGB' not in found:
+        assert found in wrong['train_dataloader batch']['found']  # as training says it
+
+
+def test_labels_of_16_bits_that_fit(root):
+    written(root, lambda ids: np.where(ids == 7, 65535, ids).astype(np.uint16))
+    code, findings = flagship(root, **BATCHES)
+    assert code == 0 and findings['train_dataloader labels'][0]['status'] == OK
+
+
+@pytest.mark.parametrize(('values', 'found', 'fix'), [
+    ([0, 255], 'class 0 alone occurs, label files hold 0, 255', 'write 0 and 1 instead of 0 and 255'),
+    ([1], 'class 1 alone occurs, label files hold 1', 'look at the label files'),
+    ([255], 'no class occurs, label files hold 255', 'look at the label files'),
+])
+def test_one_class_alone(values, found, fix, root):
+    code, findings = binary(root, values, False)
+    assert code == 0
+    for loader in ('train', 'val'):
+        (finding,) = findings[f'{loader}_dataloader labels']
+        assert finding['status'] == WARNING and found in finding['found'] and fix in finding['fix']
+
+
 def test_missing_label_file(root):
     path = root / FOLDER / 'annotations/training/ADE_train_00000001.png'
     path.unlink()
@@ -322,9 +372,26 @@ def test_load_from(root):
                    fix='check the path')
 
 
+@pytest.mark.parametrize(('name', 'found', 'fix'), [
+    ('vit_large_patch14_clip_quickgelu_224.openai', 'is not here and cannot be downloaded (OSError)',
+     'fetch https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/main/model.safetensors and name'),
+    ('vit_large_patch14_clip_quickgelu.openai', 'knows no weights on the Hugging Face hub for timm://vit_large_patch14_',
+     'did you mean timm://vit_large_patch14_clip_quickgelu_'),
+])
+def test_weights_that_are_not_here(name, found, fix, monkeypatch):
+    def refuse(url: str, timeout: float) -> None:
+        raise OSError(url)
+
+    monkeypatch.setattr('huggingface_hub.try_to_load_from_cache', lambda repository, file: None)
+    monkeypatch.setattr('huggingface_hub.get_hf_file_metadata', refuse)
+    finding = not_downloaded('checkpoint of backbone', f'timm://{name}')
+    assert finding.status == ERROR and found in finding.found and finding.fix.startswith(fix)
+
+
 def test_no_pretrained_weights_to_align_with(root):
     assert_one_red(check(STAGE1, '--data-root', root, options=stage1() | RANDOM), 'checkpoint of backbone',
-                   'no pretrained weights', fix='init_cfg')
+                   'no pretrained weights', fix='--cfg-options model.backbone.init_cfg.type=Pretrained '
+                                                'model.backbone.init_cfg.checkpoint=FILE')
 
 
 def test_crop_that_the_patch_does_not_divide(root):
@@ -345,6 +412,24 @@ def test_image_size_that_the_patch_does_not_divide(root):
 def test_padding_that_the_patch_does_not_divide(root):
     wrong = red(flagship(root, **BATCHES, **{'model.data_preprocessor.test_cfg.size_divisor': 24}))
     assert 'size_divisor=24' in next(f['found'] for f in wrong if f['name'] == 'image sizes')
+
+
+def test_sliding_window(root):
+    slide = BATCHES | {'model.test_cfg.mode': 'slide', 'model.test_cfg.stride': (32, 32)}
+    assert red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 64)})) == []
+    assert_one_red(flagship(root, **slide, **{'model.test_cfg.crop_size': (64, 60)}), 'image sizes',
+                   'does not divide test_cfg.crop_size 64 x 60', fix='multiples of 16')
+    mmsegs = {'model.test_cfg.crop_size': (64, 64), 'model.decode_head.type': 'Mask2FormerHead'}
+    assert_one_red(flagship(root, **slide, **mmsegs), 'image sizes', "mmseg's Mask2FormerHead",
+                   fix='model.decode_head.type=adala_mm.Mask2FormerHead')
+    assert red(flagship(root, **BATCHES, **{'model.decode_head.type': 'Mask2FormerHead'})) == []
+
+
+def test_transformers_that_mmpretrain_cannot_be_imported_beside(root, monkeypatch):
+    monkeypatch.setattr('adala_mm.utils.mmpretrain_compat.version', {'transformers': '5.1.0'}.__getitem__)
+    _, findings = flagship(root, **BATCHES)
+    assert [(f['status'], f['found'][:19]) for f in findings['libraries']] == [(WARNING, 'transformers 5.1.0:')]
+    assert 'transformers<5' in findings['libraries'][0]['fix']
 
 
 def test_too_little_disk(root, monkeypatch):
@@ -374,6 +459,63 @@ def test_model_that_cannot_be_built(root):
     assert code == 1 and 'Did you mean adala_mm.LinearAttention?' in findings['model'][0]['found']
     assert findings['memory'][0]['status'] == SKIPPED  # told once, not five times
     assert 'LinearAttn' in findings['memory'][0]['found']
+
+
+# Pixels, and files that are not taken.
+
+
+def test_float_images(root):
+    """OpenCV makes something of them, Pillow black, and nobody knows their range."""
+    path = root / 'coco/train2017/float.tif'
+    cv2.imwrite(str(path), np.linspace(0, 1, 64 * 64 * 3, dtype=np.float32).reshape(64, 64, 3))
+    result = check(STAGE1, '--data-root', root, options=stage1() | {
+        'model.backbone.init_cfg.checkpoint': pretrained_file(Path('model.safetensors'))})
+    assert_one_red(result, 'train_dataloader images', path, 'its values are float32, of unknown range', fix='replace')
+
+
+def test_images_that_the_pipeline_reads_otherwise(root):
+    """Stage 3 is mmcv's, which does not turn WebP files."""
+    for path in list(root.glob(f'{FOLDER}/images/*/*.jpg')):
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        with Image.open(path) as image:
+            image.save(path.with_suffix('.webp'), exif=exif)
+        path.unlink()
+    code, findings = flagship(root, **BATCHES, **{
+        f'{loader}_dataloader.dataset.{key}': value for loader in ('train', 'val') for key, value in {
+            'type': 'BaseSegDataset', 'metainfo.classes': list(map(str, range(150))), 'img_suffix': '.webp',
+            'seg_map_suffix': '.png', 'reduce_zero_label': True}.items()})
+    (finding,) = findings['train_dataloader images']
+    assert code == 0 and finding['status'] == WARNING
+    assert finding['found'].startswith('4 are read in another way') and 'upright' in finding['fix']
+
+
+def test_images_nearly_black(root):
+    for path in (root / 'coco/train2017').iterdir():
+        path.unlink()
+    for i in range(4):
+        values = np.random.default_rng(i).integers(0, 4096, (80, 80), dtype=np.uint16)
+        cv2.imwrite(str(root / f'coco/train2017/{i}.png'), values)
+    _, findings = check(STAGE1, '--data-root', root, options=stage1())
+    (finding,) = findings['train_dataloader images']
+    assert finding['status'] == WARNING and '4 have 16 bits and are nearly black in 8' in finding['found']
+
+
+def test_files_that_are_not_taken(root):
+    (root / 'coco/train2017/moving.gif').write_bytes(b'GIF89a')
+    (root / 'coco/train2017/map.JP2').write_bytes(b'')
+    (root / 'coco/train2017/list.txt').write_text('no image')
+    found = check(STAGE1, '--data-root', root, options=stage1())[1]['train_dataloader counts']
+    assert [(f['status'], 'are not taken, 1 .gif, 1 .jp2: if they are meant' in f['found']) for f in found] == [
+        (WARNING, True)]
+    folder = root / FOLDER / 'images/training'
+    shutil.copy(folder / 'ADE_train_00000000.jpg', folder / 'ADE_train_00000009.JPEG')
+    _, findings = flagship(root, **BATCHES)
+    (finding,) = findings['train_dataloader counts']
+    assert finding['status'] == WARNING and f'{folder} has files that look like images' in finding['found']
+    assert '1 .jpeg' in finding['found']
+    assert findings['val_dataloader counts'][0] == dict(
+        name='val_dataloader counts', status=OK, found='2 images', fix='')
 
 
 # Recipes and processes.
@@ -473,14 +615,6 @@ def test_samples_are_spread_and_the_same_every_time():
     assert spread(1000, 5) == [0, 250, 500, 749, 999]
     assert spread(3, 300) == spread(3, None) == [0, 1, 2]
     assert spread(0, 300) == []
-
-
-def test_turned_photographs(tmp_path):
-    image, exif = Image.fromarray(np.zeros((10, 20, 3), np.uint8)), Image.Exif()
-    image.save(tmp_path / 'a.jpg')
-    exif[0x0112] = 6
-    image.save(tmp_path / 'b.jpg', exif=exif)
-    assert [image_size(str(tmp_path / name)) for name in ('a.jpg', 'b.jpg')] == [(10, 20), (20, 10)]
 
 
 @pytest.mark.parametrize(('steps', 'size'), [

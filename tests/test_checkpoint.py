@@ -18,7 +18,7 @@ from torch import nn
 from adala_mm.models.attentions import SoftmaxAttention
 from adala_mm.models.backbones.weights import LINES, load_vit
 from adala_mm.registry import ATTENTIONS, MODELS
-from adala_mm.utils.checkpoint import load_checkpoint, read_state_dict, use_safe_loading
+from adala_mm.utils.checkpoint import hub_file, load_checkpoint, local_file, read_state_dict, use_safe_loading
 
 
 def vit(**changes):
@@ -61,7 +61,8 @@ def variant():
             self.extra = nn.Linear(dim, dim)
 
     yield 'adala_mm.MadeUpAttention'
-    ATTENTIONS._module_dict.pop('MadeUpAttention')
+    for registry in (ATTENTIONS, MODELS):
+        registry.module_dict.pop('MadeUpAttention')
 
 
 def test_missing_key(tmp_path):
@@ -348,6 +349,40 @@ def test_timm_goes_through_the_hub(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args: calls.append(args) or str(path))
     model = vit()
-    load(model, 'timm://vit_tiny.test')
-    assert calls == [('timm/vit_tiny.test', 'model.safetensors')]
+    load(model, 'timm://vit_large_patch14_clip_quickgelu_224.openai')
+    assert calls == [('timm/vit_large_patch14_clip_224.openai', 'model.safetensors')]  # as on the hub, not as in timm
     assert_loaded(model, state)
+
+
+@pytest.mark.parametrize(('name', 'repository'), [
+    ('vit_large_patch14_clip_quickgelu_224.openai', 'timm/vit_large_patch14_clip_224.openai'),
+    ('vit_base_patch16_clip_quickgelu_224.metaclip_400m', 'timm/vit_base_patch16_clip_224.metaclip_400m'),
+    ('vit_large_patch14_dinov2.lvd142m', 'timm/vit_large_patch14_dinov2.lvd142m'),
+    ('vit_large_patch14_dinov2', 'timm/vit_large_patch14_dinov2.lvd142m'),  # the first tag
+    ('vit_base_mci_224.apple_mclip', 'apple/mobileclip_b_timm'),
+])
+def test_repositories_of_timms_models(name, repository):
+    assert hub_file(name) == (repository, 'model.safetensors')
+
+
+@pytest.mark.parametrize(('name', 'advice'), [
+    ('vit_large_patch14_dinov2.lvd142', 'did you mean timm://vit_large_patch14_dinov2.lvd142m?'),
+    ('dinov2', 'timm.list_pretrained() has the names'),
+    ('gcvit_tiny.in1k', 'did you mean'),  # timm knows it, but has it from elsewhere
+])
+def test_a_name_that_timm_has_not_on_the_hub(name, advice, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args: pytest.fail('asked for it all the same'))
+    with pytest.raises(ValueError, match=f'knows no weights on the Hugging Face hub for timm://{name}; ') as info:
+        local_file(f'timm://{name}')
+    assert advice in str(info.value) and 'name it as init_cfg.checkpoint' in str(info.value)
+
+
+def test_without_a_connection_the_message_has_the_address(monkeypatch):
+    def refuse(*args: str) -> str:
+        raise OSError('no route')
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', refuse)
+    with pytest.raises(ValueError, match='Fetch https://huggingface.co/timm/vit_large_patch14_clip_224.openai/resolve/'
+                                         'main/model.safetensors on another machine') as info:
+        local_file('timm://vit_large_patch14_clip_quickgelu_224.openai')
+    assert str(info.value).startswith('cannot download timm://vit_large_patch14_clip_quickgelu_224.openai (OSError)')

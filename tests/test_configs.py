@@ -22,6 +22,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 from mmseg.structures import SegDataSample
 
 from adala_mm.datasets import BeaconsDataset
+from adala_mm.utils.inert_lines import refuse_inert_lines
 
 # configs/l2vit trains another kind of network, by other rules; task models have tests/test_task_alignment.py, detectors
 # tests/test_detection.py.
@@ -112,6 +113,23 @@ def model_of(name: str) -> torch.nn.Module:
         return MODELS.build(cfg.model)
 
 
+def shape_of(name: str) -> str:
+    """What a network and its optimizer are made of: configs that differ in data and schedule only have it in common."""
+    cfg = copy.deepcopy(parsed(name).to_dict())
+    model = {key: value for key, value in cfg['model'].items() if key not in ('data_preprocessor', 'test_cfg')}
+    head = model.get('decode_head') or {}
+    for key in ('num_classes', 'loss_cls'):  # as many as the data have; see `test_datasets_pipelines_and_metrics_build`
+        head.pop(key, None)
+    for network in ('backbone', 'teacher'):
+        model.get(network, {}).pop('init_cfg', None)
+    return repr((parts(name)['changes'], model, cfg['optim_wrapper'], FOLDERS[name] in ('demo', 'real')))
+
+
+# One config of each shape, for what is built at full size.
+SHAPES = list({shape_of(name): name for name in reversed(NAMES)}.values())
+every_shape = pytest.mark.parametrize('name', SHAPES)
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     # Three log lines for each of up to 640 parameters take longer than the construction that they describe.
@@ -142,8 +160,10 @@ def test_name_and_length(name):
     assert shortest <= len(text.splitlines()) <= 40
 
 
-# Formatting takes 0.3 s a file, and the other configs of these two folders differ from the chosen ones in numbers only.
-SAMPLES = dict(adala='_dinov2l_', baselines='scratch_in1kl|_lolcats_native')
+# Formatting takes 0.3 s a file, and the other configs of these folders differ from the chosen ones in numbers only.
+SAMPLES = dict(adala='_dinov2l_(softmax_|fsdp_|fast_)?(ade20k|in1k|in22k|coco)', adala_plus='plus',
+               baselines='scratch_in1kl|_lolcats_native_', demo='_demo_(beacons|softmax_beacons)',
+               real='_deitt_(camvid|caltech|softmax_camvid)')
 
 
 @pytest.mark.parametrize('name', [name for name, folder in FOLDERS.items() if re.search(SAMPLES.get(folder, ''), name)])
@@ -153,6 +173,12 @@ def test_dump_and_reload(name, tmp_path):
     assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
 
 
+@every_config
+def test_no_line_changes_nothing(name):
+    refuse_inert_lines(parsed(name))
+    assert 'backbone' not in parsed(name)  # a second one beside model.backbone would look as if it were read
+
+
 def test_configs_do_not_leak_into_each_other():
     # They edit the dicts of shared base files: after all the others have been read, each must still read the same.
     before = {name: parsed(name).to_dict() for name in NAMES}
@@ -160,9 +186,10 @@ def test_configs_do_not_leak_into_each_other():
         assert Config.fromfile(path_of(name)).to_dict() == before[name], name
 
 
-@every_config
+@every_shape
 def test_model_and_optimizer_build(name):
     cfg, model, facts = config(name), model_of(name), parts(name)
+    assert cfg.custom_imports == dict(imports=['adala_mm.openmmlab'])  # for tools that know nothing of adala_mm
     attentions = {type(block.attn).__name__ for block in model.backbone.blocks}
     default = 'SoftmaxAttention' if facts['stage'] == 'teacher' else 'LinearAttention'
     retained = {'SoftmaxAttention'} if '_retain2' in facts['changes'] else set()
@@ -200,7 +227,7 @@ def test_model_and_optimizer_build(name):
         assert decay == (0 if key in spared else base.weight_decay), key
 
 
-@every_config
+@every_shape
 def test_features_fit_the_head(name, monkeypatch):
     cfg, model, facts = config(name), model_of(name), parts(name)
     # torch.autocast does not know the meta device, on which shapes are all there is.
@@ -221,7 +248,6 @@ def test_features_fit_the_head(name, monkeypatch):
         features = model.extract_feat(images)
         assert [f.shape[1] for f in features] == head.in_channels
         assert [f.shape[2] * s for f, s in zip(features, head.strides, strict=True)] == [side] * 4
-        assert head.loss_cls.class_weight == [1.0] * head.num_classes + [0.1]  # "no object" comes last
     else:
         assert model(images, mode='tensor').shape[1] == cfg.model.decode_head.num_classes
 
@@ -244,6 +270,8 @@ def test_datasets_pipelines_and_metrics_build(name):
                 classes = dataset.metainfo.get('classes')
             if 'num_classes' in head:
                 assert len(classes) == head.num_classes
+            if parts(name)['stage'] == 'mask2former':
+                assert head.loss_cls.class_weight == [1.0] * head.num_classes + [0.1]  # "no object" comes last
         for evaluator in ('val_evaluator', 'test_evaluator'):
             if cfg.get(evaluator):
                 metrics = cfg[evaluator] if isinstance(cfg[evaluator], list) else [cfg[evaluator]]
@@ -363,10 +391,8 @@ def test_twin_differs_only_in_attention_and_weights(name):
     for cfg in (twin.to_dict(), linear.to_dict()):
         if '_lolcats_native' in name:  # whose updates learn at the rate of the head
             cfg['optim_wrapper']['paramwise_cfg']['custom_keys'].pop('attn.lora', None)
-        # The base's `backbone` may be the very dict that stands in `model`.
-        for holder in (cfg['model']['backbone'], cfg['backbone']):
-            for key in ('attention', 'init_cfg', 'trainable'):
-                holder.pop(key, None)
+        for key in ('attention', 'init_cfg', 'trainable'):
+            cfg['model']['backbone'].pop(key, None)
         contents.append({key: value for key, value in cfg.items() if key not in ATTENTIONS})
     assert contents[0] == contents[1]
 

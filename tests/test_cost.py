@@ -1,13 +1,19 @@
 """The cost that each attention states, against what PyTorch counts, and the tools that measure it."""
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from torch.nn.functional import scaled_dot_product_attention
 
 from adala_mm.models.attentions import build_attention
+from adala_mm.preflight import Plan
+from adala_mm.preflight.cost import training_multiply_adds
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.cost import multiply_adds, peak_bytes
 
@@ -84,3 +90,36 @@ def test_peak_bytes_counts_temporaries():
 
     assert 262_144 <= peak_bytes(run) < 2 * 262_144
     assert peak_bytes(lambda: (x * 2) + (x * 3)) >= 3 * 262_144 - 64
+
+
+def counted(folder: str, config: str, side: int) -> int:
+    cfg = Config.fromfile(ROOT / f'configs/{folder}/{config}.py')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        return training_multiply_adds(Plan(cfg), side, side)
+
+
+@pytest.mark.parametrize(('config', 'run'), [
+    ('stage1_deitt_caltech', 'paper_1'), ('stage2_deitt_caltech', 'paper_250'),
+    ('stage1_deitt_plus_caltech', 'plus_1')])
+def test_training_is_counted_as_it_ran(config, run):
+    """The study has counted the steps of real networks."""
+    study = json.loads((ROOT / 'docs/results/study.json').read_text())
+    assert counted('real', config, 224) == study[f'{run}/seed0']['training_multiply_adds']
+
+
+def test_training_of_a_segmentor_by_hand():
+    """A ViT and a 1 x 1 convolution, thrice their forward pass, but for the gradient of the image."""
+    tokens, dim = 101, 96
+    blocks = 6 * tokens * dim * (12 * dim + 2 * tokens)
+    embedding, head = 100 * 3 * 8 ** 2 * dim, 100 * dim * 6
+    assert counted('demo', 'teacher_demo_beacons', 80) == 3 * (blocks + head) + 2 * embedding
+
+
+def test_costs_of_the_record_are_those_of_the_config(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from estimate_costs import costs, table
+    row = json.loads(json.dumps(costs('stage1_dinov2b_coco', 8)))
+    rows = json.loads((ROOT / 'docs/results/costs.json').read_text())['rows']
+    assert row in rows, 'run: python tools/estimate_costs.py ... --out docs/results/costs.json'
+    assert f'| {4 * 1000 * row["training_multiply_adds"] / 1e15:,.2f} |' in table([row], images=1000)
+    assert 'say --images' in table([row], None)

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, gloo_threads, start_script, tiny_vit, wait_for
 from mmengine.config import Config
 from PIL import Image
 
@@ -185,11 +185,6 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def gloo_threads() -> list[Path]:
-    """Of this process."""
-    return [thread for thread in Path('/proc/self/task').iterdir() if 'gloo' in (thread / 'comm').read_text()]
-
-
 def join_and_leave(environment: dict) -> None:
     os.environ.update(environment)
     join_cpu_processes(Config(dict(launcher='pytorch')))
@@ -202,60 +197,59 @@ def join_and_leave(environment: dict) -> None:
 
 
 def test_no_thread_is_left_to_meet_the_end_of_the_interpreter():
-    process = multiprocessing.get_context('fork').Process(target=join_and_leave, args=(dict(
-        RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()),))
+    process = multiprocessing.get_context('fork').Process(target=join_and_leave, args=ranks(1))
     process.start()
-    process.join(timeout=60)
-    assert process.exitcode == 0
+    assert wait_for(process) == [0]
 
 
-def work(place: Path, log: Path, environment: dict, words: list[str]) -> None:
-    """One forked process: `tools/train.py` with what its launcher would put into the environment."""
-    with open(log, 'w') as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, 'w', buffering=1, closefd=False) for number in (1, 2))
-    os.environ.update(environment)
-    os.chdir(place)
-    sys.path.insert(0, str(place))
-    torch.set_num_threads(1)
-    import mmengine.runner.runner
-    mmengine.runner.loops.time.sleep = lambda seconds: None  # two at the end of every epoch
-    mmengine.runner.runner.collect_env = dict  # asks compilers for their versions
-    sys.argv = ['train.py', *words]
-    runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
-    print(f'{len(gloo_threads())} threads of gloo are left')
+def run_in_processes(script: str, *words: str, place: Path, name: str, environments: list[dict[str, str]]) -> str:
+    """A script in one process for each environment; what the first prints."""
+    logs = [place / f'{name}_rank{rank}.log' for rank in range(len(environments))]
+    codes = wait_for(*(start_script(script, *words, place=place, log=log, **environment)
+                       for log, environment in zip(logs, environments, strict=True)))
+    assert codes == [0] * len(logs), '\n'.join(log.read_text()[-3000:] for log in logs)
+    return logs[0].read_text()
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of each of ``count`` processes."""
+    port = free_port()
+    return [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            for rank in range(count)]
 
 
 def train(place: Path, run: Path, count: int, config: Path, *words: str) -> str:
-    """`tools/train.py` in ``count`` processes, forked off this one, where all imports are done; what rank 0 prints."""
+    """`tools/train.py` in ``count`` processes; what rank 0 prints."""
     launch = ['--launcher', 'pytorch'] if count > 1 else []
-    port = free_port()
-    logs = [place / f'{run.name}_rank{rank}.log' for rank in range(count)]
-    start = multiprocessing.get_context('fork').Process
-    processes = [start(target=work, args=(place, log, dict(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port),
-        [str(config), '--work-dir', str(run), *launch, *words])) for rank, log in enumerate(logs)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout=200)
-        assert [process.exitcode for process in processes] == [0] * count, '\n'.join(
-            log.read_text()[-3000:] for log in logs)
-    finally:
-        for process in processes:
-            process.kill()
-    return logs[0].read_text()
+    return run_in_processes('tools/train.py', str(config), '--work-dir', str(run), *launch, *words, place=place,
+                            name=run.name, environments=ranks(count))
+
+
+def part_of_nothing(place: Path, **variables: str) -> dict[str, str]:
+    """An environment in which nothing but ``variables`` says what a script is part of; commands in ``place`` win."""
+    environment = {key: value for key, value in os.environ.items() if key not in (
+        'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'NNODES', 'NODE_RANK')}
+    return environment | dict(PATH=f'{place}:{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(place),
+                              OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', **variables)
+
+
+def write_command(path: Path, text: str) -> None:
+    path.write_text(f'#!/usr/bin/env bash\n{text}\n')
+    path.chmod(0o755)
+
+
+def called(place: Path, command: str, script: str, *words: str, **variables: str) -> list[str]:
+    """MASTER_PORT and the words with which a script of tools/ calls ``command``."""
+    write_command(place / command, 'printf "%s\\n" "${MASTER_PORT:-}" "$@"')
+    done = subprocess.run(['bash', str(ROOT / 'tools' / script), *words], cwd=place, text=True, check=True,
+                          env=part_of_nothing(place, **variables), stdout=subprocess.PIPE)
+    return done.stdout.splitlines()
 
 
 @contextlib.contextmanager
 def launched(script: str, *words: str, place: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """A script of tools/ with nothing but ``variables`` saying what it is part of; its processes end with the block."""
-    environment = {key: value for key, value in os.environ.items() if key not in (
-        'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'NNODES', 'NODE_RANK')}
-    environment |= dict(PATH=f'{place}:{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(place),
-                        OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', **variables)
+    """A script of tools/ in an environment of nothing but ``variables``; its processes end with the block."""
+    environment = part_of_nothing(place, **variables)
     with open(place / f'console_{time.monotonic_ns()}.log', 'w+') as log:
         process = subprocess.Popen(['bash', str(ROOT / 'tools' / script), *words], cwd=place, env=environment,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -265,15 +259,7 @@ def launched(script: str, *words: str, place: Path, **variables: str) -> Iterato
         finally:
             if process.poll() is None:  # something went wrong: torchrun hands this on to its processes
                 os.killpg(process.pid, signal.SIGTERM)
-                process.wait(timeout=60)
-
-
-def printed(process: subprocess.Popen) -> str:
-    """All that a script has printed, once it has ended well."""
-    code = process.wait(timeout=200)
-    text = process.log.read_text()
-    assert code == 0, text[-5000:]
-    return text
+                process.wait(timeout=600)
 
 
 @pytest.fixture(scope='module')
@@ -335,7 +321,6 @@ def test_processes_and_accumulation_equal_one_process(place, pretrained, stage):
         options = ['model.backbone.with_cp=True'] if name == 'four' and stage != 'stage1' else []
         folder, steps, log = run(name, processes, batch, accumulated, *options)
         assert ('MMDistributedDataParallel' in log) == (processes > 1)
-        assert '\n0 threads of gloo are left\n' in log
         if accumulated == 1:
             assert 'LR is set based on batch size of 8 and the current batch size is 4. Scaling the original LR by ' \
                    '0.5' in log
@@ -467,15 +452,21 @@ def demo(place) -> list[str]:
 STAGE1 = str(ROOT / 'configs/demo/stage1_demo_beacons.py')
 
 
+def torchrun(port: str, machines: int = 1, machine: int = 0, processes: int = 1) -> list[str]:
+    return ['-m', 'torch.distributed.run', f'--nnodes={machines}', f'--node_rank={machine}',
+            f'--nproc_per_node={processes}', '--master_addr=127.0.0.1', f'--master_port={port}']
+
+
 @pytest.fixture(scope='module')
-def two_machines(place, demo) -> Path:
+def two_machines(place, demo, tmp_path_factory) -> Path:
     """Where dist_train.sh has left its results, called once on each of two machines."""
     port, run = free_port(), place / 'two_machines'
-    with contextlib.ExitStack() as machines:
-        started = [machines.enter_context(launched(
-            'dist_train.sh', STAGE1, '1', '--work-dir', str(run), *demo, place=place, NNODES='2', NODE_RANK=str(rank),
-            MASTER_ADDR='127.0.0.1', PORT=port)) for rank in range(2)]
-        first, _ = [printed(process) for process in started]
+    for machine in range(2):
+        _, *words = called(tmp_path_factory.mktemp('machine'), 'python', 'dist_train.sh', STAGE1, '1', '--work-dir',
+                           str(run), *demo, NNODES='2', NODE_RANK=str(machine), MASTER_ADDR='127.0.0.1', PORT=port)
+        assert words[:7] == torchrun(port, machines=2, machine=machine) and words[9:11] == ['--launcher', 'pytorch']
+    first = run_in_processes(*words[7:], place=place, name='two_machines', environments=[  # as torchrun starts them
+        environment | dict(LOCAL_RANK='0') for environment in ranks(2)])
     assert 'MMDistributedDataParallel' in first and 'Distributed training: True' in first and 'GPU number: 2' in first
     return run
 
@@ -489,11 +480,13 @@ def test_dist_train_on_two_machines(place, two_machines):
     assert changed == {key for key in before if '.attn.qkv.' in key}
 
 
-def test_dist_test_scores_what_dist_train_has_left(place, demo, two_machines):
+def test_dist_test_scores_what_dist_train_has_left(place, demo, two_machines, tmp_path):
     run = place / 'scored'
-    with launched('dist_test.sh', STAGE1, str(two_machines / 'iter_1.pth'), '2', '--work-dir', str(run), *demo,
-                  place=place, PORT=free_port()) as process:
-        assert 'Distributed launcher: pytorch' in printed(process)
+    _, *words = called(tmp_path, 'python', 'dist_test.sh', STAGE1, str(two_machines / 'iter_1.pth'), '2', '--work-dir',
+                       str(run), *demo, PORT='12345')
+    assert words[:7] == torchrun('12345', processes=2) and words[10:12] == ['--launcher', 'pytorch']
+    assert 'Distributed launcher: pytorch' in run_in_processes(
+        *words[7:], place=place, name='scored', environments=ranks(2))
     (scores,) = run.glob('*/[0-9]*.json')
     wanted = curve(two_machines, 'align/rel_error')[1][-1]
     assert json.loads(scores.read_text())['align/rel_error'] == pytest.approx(wanted, rel=1e-5)
@@ -509,38 +502,28 @@ def test_one_lost_process_ends_all_of_them(place, demo):
             time.sleep(0.1)
         ours = [int(path.read_text()) for path in ranks]
         os.kill(ours[1], signal.SIGKILL)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=600) != 0
         with pytest.raises(ProcessLookupError):
             os.kill(ours[0], 0)
     assert not list(run.glob('*.pth'))
 
 
-# A cluster of one machine without GPUs: starts both tasks of a job as Slurm would.
-SRUN = '''#!/usr/bin/env bash
-printf '%s\n' "$@" > srun.txt
-while [ "$1" != python ]; do shift; done
-export SLURM_NTASKS=2 SLURM_NODELIST=cluster-[7]
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & other=$!
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $other
-'''
-SCONTROL = '''#!/usr/bin/env bash
-[ "$*" = "show hostname cluster-[7]" ] && echo 127.0.0.1
-'''
-
-
-def test_slurm_train(place, demo):
-    for name, text in dict(srun=SRUN, scontrol=SCONTROL).items():
-        (place / name).write_text(text)
-        (place / name).chmod(0o755)
-    run = place / 'slurm'
-    with launched('slurm_train.sh', 'gpus', 'a job', STAGE1, str(run), *demo, place=place, PORT=free_port(),
-                  NNODES='2', GPUS_PER_NODE='4', CPUS_PER_TASK='3', SRUN_ARGS='--quiet --time=10') as process:
-        out = printed(process)
-    words = (place / 'srun.txt').read_text().splitlines()
+def test_slurm_train(place, demo, tmp_path):
+    run, wanted_port = place / 'slurm', free_port()
+    port, *words = called(tmp_path, 'srun', 'slurm_train.sh', 'gpus', 'a job', STAGE1, str(run), *demo,
+                          PORT=wanted_port, NNODES='2', GPUS_PER_NODE='4', CPUS_PER_TASK='3',
+                          SRUN_ARGS='--quiet --time=10')
     first = words.index('python')
     assert words[:first] == ['-p', 'gpus', '--job-name=a job', '--nodes=2', '--gres=gpu:4', '--ntasks=8',
                              '--ntasks-per-node=4', '--cpus-per-task=3', '--kill-on-bad-exit=1', '--quiet', '--time=10']
+    assert words[first + 1] == '-u' and port == wanted_port
     assert words[first + 3:first + 6] == [STAGE1, f'--work-dir={run}', '--launcher=slurm']
+    # A cluster of one machine without GPUs: both tasks of a job as Slurm would start them.
+    write_command(tmp_path / 'scontrol', '[ "$*" = "show hostname cluster-[7]" ] && echo 127.0.0.1')
+    task = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', MASTER_PORT=port, SLURM_NTASKS='2',
+                SLURM_NODELIST='cluster-[7]')
+    out = run_in_processes(*words[first + 2:], place=place, name='slurm', environments=[
+        task | dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)])
     assert 'Distributed launcher: slurm' in out and 'GPU number: 2' in out
     assert len(curve(run, 'loss')[1]) == 1 and (run / 'iter_1.pth').exists()
 

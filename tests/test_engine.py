@@ -1,11 +1,14 @@
 """The check of labels stops a run before a wrong label reaches the loss, and says which file holds it."""
 import copy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_vit
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -14,6 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
+from PIL import Image
 
 from adala_mm.engine import LabelCheckHook, ProgressiveResolutionHook, RedrawFeaturesHook
 
@@ -95,6 +99,76 @@ def test_uint8_labels(segmentor):
     sample.gt_sem_seg.data[0, 0, 0] = 77
     with pytest.raises(ValueError, match='label 77'):
         check(segmentor, sample)
+
+
+def read_by_mmseg(path, array: np.ndarray, **options) -> SegDataSample:
+    """A sample of a label file that Pillow has written, through mmseg's own steps."""
+    Image.fromarray(array).save(path)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        steps = Compose([{'type': 'LoadAnnotations', **options}, {'type': 'PackSegInputs'}])
+    return steps({'img_path': 'a.jpg', 'seg_map_path': str(path), 'seg_fields': [], 'reduce_zero_label': False,
+                  'label_map': None})['data_samples']
+
+
+@pytest.mark.parametrize('value', [300, 256, 1024, 26001, 65534])
+def test_ids_that_wrap_to_classes_are_told_as_written(segmentor, value, tmp_path):
+    sample = read_by_mmseg(tmp_path / 'wide.png', np.array([[0, 1], [2, value]], np.uint16))
+    with pytest.raises(ValueError, match=rf'wide.png holds the label {value}, but label maps are read as 8 bits'):
+        check(segmentor, sample)
+    with pytest.raises(ValueError, match=f'label {value}'):  # in validation it would just lower the score
+        check(segmentor, sample, moment='before_val_iter')
+
+
+def test_no_class_in_16_bits(segmentor, tmp_path):
+    sample = read_by_mmseg(tmp_path / 'wide.png', np.array([[0, 4], [255, 65535]], np.uint16))
+    assert sample.gt_sem_seg.data.flatten().tolist() == [0, 4, 255, 255]
+    check(segmentor, sample)
+
+
+@pytest.mark.parametrize(('shape', 'options', 'match'), [
+    ((4, 4, 3), {}, r'is a picture in colours \(RGB\), not a map of class ids'),
+    ((4, 4, 4), {}, r'is a picture in colours \(RGBA\)'),
+])
+def test_pictures_of_classes_are_no_label_maps(segmentor, shape, options, match, tmp_path):
+    with pytest.warns(UserWarning, match='segmentation'):
+        sample = read_by_mmseg(tmp_path / 'colours.png', np.zeros(shape, np.uint8), **options)
+    with pytest.raises(ValueError, match=match):
+        check(segmentor, sample)
+
+
+def test_palettes_are_read_as_indices(segmentor, tmp_path):
+    indices = Image.fromarray(np.array([[0, 1], [4, 255]], np.uint8)).convert('P')
+    indices.putpalette(list(range(256)) * 3)
+    indices.putdata([0, 1, 4, 255])
+    indices.save(tmp_path / 'palette.png')
+    with Image.open(tmp_path / 'palette.png') as image:
+        assert image.mode == 'P'
+        array = np.asarray(image)
+    sample = read_by_mmseg(tmp_path / 'grey.png', array)
+    check(segmentor, sample)
+    with DefaultScope.overwrite_default_scope('mmseg'), pytest.warns(UserWarning, match='segmentation'):
+        sample = Compose([{'type': 'LoadAnnotations', 'imdecode_backend': 'cv2'}, {'type': 'PackSegInputs'}])(
+            {'seg_map_path': str(tmp_path / 'palette.png'), 'seg_fields': [], 'reduce_zero_label': False})
+    with pytest.raises(ValueError, match="palette.png is read as 2 x 2 x 3, .*imdecode_backend='pillow'"):
+        check(segmentor, sample['data_samples'])
+
+
+def warnings_of_training(segmentor, batches: list[SegDataSample], moment: str = 'before_train_iter') -> list[str]:
+    logger = Mock()
+    hook = LabelCheckHook(patience=4)
+    for sample in batches:
+        getattr(hook, moment)(SimpleNamespace(model=segmentor, logger=logger), 0, {'data_samples': [sample]})
+    return [call.args[0] for call in logger.warning.call_args_list]
+
+
+def test_one_class_alone_is_told_once(segmentor):
+    (line,) = warnings_of_training(segmentor, [scene(255)] * 9)
+    assert line.startswith('4 batches of training hold class 0 only.') and 'masks of 0 and 255' in line
+    assert warnings_of_training(segmentor, [scene(255)] * 3) == []
+    assert warnings_of_training(segmentor, [scene(255)] * 3 + [scene(1)] + [scene()] * 9) == []
+    assert warnings_of_training(segmentor, [scene()] * 9, 'before_val_iter') == []
+    nothing = SegDataSample(gt_sem_seg=PixelData(data=torch.full((1, 4, 4), 255)))
+    assert 'no class at all' in warnings_of_training(segmentor, [nothing] * 5)[0]
 
 
 def test_classification_labels_of_the_head_pass(classifier):

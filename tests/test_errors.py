@@ -28,6 +28,8 @@ from test_pipeline import (
     stage2,
 )
 
+from adala_mm.utils.cli import find_config
+
 STAGE1, STAGE2, LINEAR = 'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'linear_dinov2l_in1k'
 # Random weights, where weights are not what a test is about.
 UNTRAINED = {'model.backbone.init_cfg': None}
@@ -94,6 +96,23 @@ def test_missing_config(name, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [name, 'configs/adala/mask2former.py', *(['a.pth'] if name == 'test' else [])])
     with pytest.raises(FileNotFoundError, match='no config at configs/adala/mask2former.py'):
         runpy.run_path(str(ROOT / f'tools/{name}.py'), run_name='__main__')
+
+
+@pytest.mark.parametrize('name', [
+    'stage1_demo_beacons', 'stage1_demo_beacons.py', 'demo/stage1_demo_beacons', 'configs/demo/stage1_demo_beacons.py',
+    'adala_mm::demo/stage1_demo_beacons.py'])
+def test_configs_have_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == ROOT / 'configs/demo/stage1_demo_beacons.py'
+    (tmp_path / 'stage1_demo_beacons.py').touch()
+    assert name != 'stage1_demo_beacons.py' or find_config(name) == Path(name)
+
+
+def test_a_config_in_a_folder_of_ones_own_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'no config at mine/stage1_demo_beacons\.py, and adala_mm has none of '
+                                                'that name; names like it: stage1_demo_beacons, '):
+        find_config('mine/stage1_demo_beacons.py')
 
 
 @pytest.mark.parametrize(('name', 'config', 'absent', 'loader'), [

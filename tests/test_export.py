@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import adala_mm
 from adala_mm import export, linearize
 from adala_mm.export import graphs
 from adala_mm.export.mask2former import symbolic_sizes
@@ -82,8 +84,7 @@ def test_every_attention_through_torch_export(name, tmp_path):
             export.export_torch(target, tmp_path / 'free.pt2')
     run = export.export_torch(target, tmp_path / 'model.pt2', dynamic)
     compared(target, run, dynamic)
-    program = torch.export.load(tmp_path / 'model.pt2')
-    assert not [node for node in program.graph.nodes if 'adala_mm' in str(node.target)]
+    assert not [node for node in run.graph.nodes if 'adala_mm' in str(node.target)]
 
 
 @pytest.mark.parametrize('name', ONNX)
@@ -118,21 +119,137 @@ def test_a_fixed_size(tmp_path):
         compared(target, run, dynamic=True)
 
 
-def test_a_fixed_size_needs_no_resize(tmp_path):
-    """With a table of positions of a real size, which the exporter by itself takes to be too large to resample."""
+@pytest.mark.parametrize('name', ['LinearAttention', 'AgentAttention'])
+def test_a_graph_of_one_size_resizes_nothing(name, tmp_path):
+    """At another size than the checkpoint's: positions and tables are resampled when they are loaded."""
     import onnx
-    backbone = tiny_vit(attention=LINEAR, depth=1, img_size=112, embed_dim=64)
-    target = awake(export.assemble(config(backbone), size=(64, 128)))
-    kinds = []
-    for dynamic in (True, False):
-        compared(target, export.export_onnx(target, tmp_path / 'model.onnx', dynamic), dynamic)
-        kinds.append({node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node})
-    assert 'Resize' in kinds[0] and 'Resize' not in kinds[1]
+    cfg = config(tiny_vit(attention=attention(name), depth=1, img_size=256))  # too many positions to be folded
+    free = awake(export.assemble(cfg))
+    torch.save(free.model.state_dict(), tmp_path / 'weights.pth')
+    target = export.assemble(cfg, size=(192, 320), fixed=True)
+    export.load(target, cfg, tmp_path / 'weights.pth')
+    run = export.export_onnx(target, tmp_path / 'model.onnx', dynamic=False)
+    found = export.differences(free.module, run, [(1, 192, 320)])  # the model that resamples itself
+    export.check(found, 1e-4)
+    assert 'Resize' not in {node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node}
+
+
+def test_a_segmentor_of_one_size(trained):
+    """Its backbone's positions are resampled as well, and its head has none."""
+    path, weights = trained
+    cfg = Config.fromfile(path)
+    free, fixed = export.assemble(cfg, 'model'), export.assemble(cfg, 'model', (48, 64), fixed=True)
+    for target in (free, fixed):
+        export.load(target, cfg, weights)
+    assert fixed.backbone.pos_grid == (6, 8)
+    image = torch.randn(1, 3, 48, 64)
+    assert torch.allclose(fixed.module(image)[0], free.module(image)[0], atol=1e-5)
+
+
+def test_half_precision(tmp_path):
+    """Sums over 4,096 tokens leave float16's range, and stay float32 in the graph."""
+    import onnx
+    target = make(tiny_vit(attention=LINEAR, depth=1, img_size=512))
+    half = replace(target, module=export.HalfPrecision(target.module))
+    run = export.export_onnx(half, tmp_path / 'model.onnx')
+    found = export.differences(target.module, run, [(1, 512, 512)])
+    export.check(found, 1e-2)
+    graph = onnx.load(tmp_path / 'model.onnx').graph
+    weights = {entry.data_type for entry in graph.initializer if len(entry.dims) == 2}
+    assert weights == {onnx.TensorProto.FLOAT16}
+    assert all(entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for entry in (*graph.input, *graph.output))
+
+
+CLASSIFIER = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
+
+
+@pytest.mark.parametrize(('out_type', 'pooling'), [('cls_token', 'token'), ('avg_featmap', 'avg')])
+def test_a_classifier_of_timm(out_type, pooling, tmp_path):
+    target = make(tiny_vit(attention=[SOFTMAX, LINEAR], out_type=out_type), 'model', 'mmpretrain', **CLASSIFIER)
+    compared(target, export.export_timm(target, tmp_path / 'model.safetensors'))
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as file:
+        head = json.loads(file.metadata()['head'])
+    assert head == dict(num_classes=5, global_pool=pooling, fc_norm=False)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
+                              **head)
+    linearize(model, 'linear', keep_softmax=[0], inplace=True)
+    model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model.eval()(image), target.module(image)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize('changes', [dict(out_type='cls_token', attention=LINEAR), dict(
+    out_type='avg_featmap', attention=SOFTMAX, num_registers=3, no_embed_class=True)])
+def test_a_classifier_of_transformers(changes, tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(layer_scale=1.0, **changes), 'model', 'mmpretrain', **CLASSIFIER)
+    target.notes['classes'] = json.dumps(list('abcde'))
+    compared(target, export.export_transformers(target, tmp_path / 'model'), dynamic=False)
+    assert json.loads((tmp_path / 'model/config.json').read_text())['id2label']['4'] == 'e'
+
+
+def test_heads_that_transformers_has_not(tmp_path):
+    pytest.importorskip('transformers')
+    target = make(tiny_vit(out_type='cls_token', **FAMILIES['clip_openai']), 'model', 'mmpretrain', **CLASSIFIER)
+    with pytest.raises(ValueError, match='the classifier of transformers for CLIPVisionModel does not pool'):
+        export.export_transformers(target, tmp_path / 'model')
+
+
+def test_heads_that_timm_has_not():
+    with pytest.raises(ValueError, match="EncoderDecoder on out_type='featmap': timm and transformers have one linear"):
+        export.export_timm(make(tiny_vit(attention=LINEAR), 'model', **SEGMENTOR), Path('model.safetensors'))
+
+
+def test_a_linearized_model_of_timm(tmp_path, monkeypatch, capsys):
+    """Without a config: tokens at any size, or the classifier's logits at one."""
+    import onnx
+    options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    model = linearize(timm.create_model('vit_tiny_patch16_224', dynamic_img_size=True, **options), 'agent').eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    adala_mm.save(model, tmp_path / 'model.safetensors')
+    tool(monkeypatch, tmp_path / 'model.safetensors', tmp_path / 'tokens.onnx')
+    image = torch.randn(2, 3, 24, 40)
+    assert torch.allclose(graphs.session(tmp_path / 'tokens.onnx')(image)[0], model.forward_features(image), atol=1e-4)
+    assert 'backbone with AgentAttention, any batch, sizes: multiples of 8' in capsys.readouterr().out
+    tool(monkeypatch, tmp_path / 'model.safetensors', tmp_path / 'logits.onnx', '--part', 'model', '--size', 48, 32,
+         '--fixed-size')
+    image = torch.randn(2, 3, 48, 32)
+    assert torch.allclose(graphs.session(tmp_path / 'logits.onnx')(image)[0], model(image), atol=1e-4)
+    notes = {entry.key: entry.value for entry in onnx.load(tmp_path / 'logits.onnx').metadata_props}
+    assert json.loads(notes['preprocessing'])['mean'] == [127.5] * 3
+
+    model = linearize(timm.create_model('vit_tiny_patch16_224', **options | dict(num_classes=0)), 'linear')
+    with pytest.raises(ValueError, match='takes images of 32 x 32 only: say --fixed-size, or make it with dynamic'):
+        export.of_linearized(model)
+    with pytest.raises(ValueError, match='VisionTransformer has no classifier'):
+        export.of_linearized(model, 'model', fixed=True)
+
+
+def test_a_linearized_classifier_of_transformers(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    names = {0: 'cat', 1: 'dog'}
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+                                       patch_size=8, id2label=names, label2id={name: i for i, name in names.items()})
+    model = linearize(transformers.Dinov2ForImageClassification(config), 'linear')
+    target = export.of_linearized(model, 'model', fixed=True)
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2', dynamic=False), dynamic=False)
+    assert json.loads(target.notes['classes']) == ['cat', 'dog'] and target.outputs == ('logits',)
+
+
+def test_names_of_classes(trained, tmp_path, monkeypatch):
+    """They come from the checkpoint, where MMEngine's runner puts them."""
+    import onnx
+    cfg, weights = trained
+    names = ['road', 'tree', 'sky', 'car']
+    torch.save(torch.load(weights) | dict(meta=dict(dataset_meta=dict(classes=tuple(names)))), weights)
+    tool(monkeypatch, cfg, weights, tmp_path / 'model.onnx', '--part', 'model', '--no-benchmark')
+    notes = {entry.key: entry.value for entry in onnx.load(tmp_path / 'model.onnx').metadata_props}
+    assert json.loads(notes['classes']) == names
 
 
 def test_a_classifier(tmp_path):
-    target = make(tiny_vit(attention=LINEAR, out_type='cls_token'), 'model', 'mmpretrain', type='ImageClassifier',
-                  head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
+    target = make(tiny_vit(attention=LINEAR, out_type='cls_token'), 'model', 'mmpretrain', **CLASSIFIER)
     run = export.export_onnx(target, tmp_path / 'model.onnx')
     compared(target, run)
     assert target.outputs == ('logits',) and run(torch.randn(2, 3, 32, 48))[0].shape == (2, 5)
@@ -178,6 +295,8 @@ def test_timm(name, tmp_path):
     model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
                               num_classes=0, dynamic_img_size=True)
     if name != 'SoftmaxAttention':
+        with pytest.raises(RuntimeError, match=r'blocks\.1\.attn\.adala_mm'):
+            model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
         linearize(model, attention(name), keep_softmax=[0], inplace=True)
     model.load_state_dict(load_file(tmp_path / 'model.safetensors'))
     image = torch.randn(2, 3, 24, 40)
@@ -187,12 +306,6 @@ def test_timm(name, tmp_path):
         assert json.loads(file.metadata()['attentions'])[1]['type'] == f'adala_mm.{name}'
 
 
-def replace_module(target: export.Target) -> export.Target:
-    """The same, of final tokens."""
-    from dataclasses import replace
-    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
-
-
 FAMILIES = {
     'dinov2': dict(layer_scale=1.0), 'dinov2_reg': dict(layer_scale=1.0, num_registers=3, no_embed_class=True),
     'clip_openai': dict(pre_norm=True, act='quick_gelu', norm_eps=1e-5),
@@ -200,14 +313,30 @@ FAMILIES = {
 }
 
 
+def replace_module(target: export.Target) -> export.Target:
+    """The same, of final tokens."""
+    return replace(target, module=lambda image: (target.backbone.forward_features(image),))
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_transformers(family, tmp_path):
     pytest.importorskip('transformers')
-    target = make(tiny_vit(attention=[SOFTMAX, LINEAR], **FAMILIES[family]))
+    target = make(tiny_vit(attention=[SOFTMAX, attention('RALAAttention')], **FAMILIES[family]))
     run = export.export_transformers(target, tmp_path / 'model')
     compared(replace_module(target), run, dynamic=False)
+    model = adala_mm.load(tmp_path / 'model')
+    assert model.num_linear_blocks == 1
+    with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
+        type(model).from_pretrained(tmp_path / 'model')
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_softmax_for_transformers(family, tmp_path):
+    """Both transformers 4 and 5 load the names in these files."""
+    target = make(tiny_vit(attention=SOFTMAX, **FAMILIES[family]))
+    compared(replace_module(target), export.export_transformers(target, tmp_path / 'model'), dynamic=False)
     assert json.loads((tmp_path / 'model/config.json').read_text())['architectures']
-    keys = load_file(tmp_path / 'model/model.safetensors')  # both transformers 4 and 5 load these
+    keys = load_file(tmp_path / 'model/model.safetensors')
     assert all(key.startswith('vision_model.') for key in keys) == ('dinov2' not in family)
     assert 'dinov2' not in family or 'encoder.layer.0.attention.output.dense.weight' in keys
 
@@ -218,9 +347,6 @@ def test_what_timm_and_transformers_cannot_hold(tmp_path):
         export.export_transformers(plain, tmp_path / 'model')
     with pytest.raises(ValueError, match='is not of the family clip_openai but of augreg or deit'):
         export.export_timm(plain, tmp_path / 'model.safetensors', 'clip_openai')
-    gated = make(tiny_vit(attention=attention('RALAAttention'), layer_scale=1.0))
-    with pytest.raises(ValueError, match=r'parameters of its own \(blocks.0.attn.lepe.weight\)'):
-        export.export_transformers(gated, tmp_path / 'model')
     pyramid = export.assemble(config(dict(type='adala_mm.L2ViT')))
     with pytest.raises(ValueError, match='L2ViT is no plain ViT'):
         export.export_timm(pyramid, tmp_path / 'model.safetensors')
@@ -268,7 +394,7 @@ def test_refusals_leave_nothing(args, said, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('args', 'said'), [
-    (['a.bin'], 'the suffix says the format'), (['a.safetensors', '--part', 'model'], 'has no place for heads')])
+    (['a.bin'], 'the suffix says the format'), (['a.safetensors', '--half'], 'model.half() makes them float16 there')])
 def test_wrong_options(args, said, trained, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tool(monkeypatch, trained[0], trained[1], *args)

@@ -388,10 +388,10 @@ def test_threads_keep_their_autocast_settings(cpu, monkeypatch):
     def phi(x, out, spare):
         if threading.current_thread().name == 'first':
             first_is_in.set()
-            assert second_is_in.wait(10)
+            assert second_is_in.wait(600)
         else:
             second_is_in.set()
-            assert first_is_out.wait(10)
+            assert first_is_out.wait(600)
         out.copy_(x)
 
     def first():
@@ -400,7 +400,7 @@ def test_threads_keep_their_autocast_settings(cpu, monkeypatch):
         first_is_out.set()
 
     def second():
-        assert first_is_in.wait(10)
+        assert first_is_in.wait(600)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             cpu.module.forward(q, k, v, 'identity', 1e-6)
             enabled['second'] = torch.is_autocast_enabled('cpu')

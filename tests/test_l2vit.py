@@ -144,8 +144,12 @@ def project(layer, x):
 def test_global_attention(hw, num_prefix, regime):
     layer, x = randomise(L2ViTAttention(DIM, HEADS)), tokens(hw, num_prefix)
     weights = naive_global(layer, x, 1.0)[1]
-    positive = weights[weights > 0]
-    layer.denom_floor = {'below': 2 * weights.max(), 'around': positive.median(), 'above': positive.min() / 2}[regime]
+    positive = weights[weights > 0].sort().values
+    middle = positive[int(0.4 * len(positive)):int(0.6 * len(positive)) + 2]
+    gap = middle.diff().argmax()  # at an element itself the last bit would decide whether it is clamped
+    around = middle[gap:gap + 2].mean()
+    layer.denom_floor = {'below': 2 * positive[-1], 'around': around, 'above': positive[0] / 2}[regime]
+    assert ((weights - layer.denom_floor).abs() > 1e-6 * layer.denom_floor).all()
     wanted, _ = naive_global(layer, x, layer.denom_floor)
     assert_same(layer(x, hw, num_prefix), project(layer, wanted), layer, x)
     clamped = (weights < layer.denom_floor).double().mean()
@@ -450,12 +454,14 @@ def test_layer_depth(prefix):
 
 
 def step(model, data):
-    """One step of training: the losses, and whether each parameter moved."""
+    """One step of training: the losses, and the parameters that did not move."""
     model.init_weights()
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = model.train_step(data, OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-2)))
-    return losses, {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    # BatchNorm takes off what these biases add: nothing but the rounding of their gradients can move them.
+    return losses, still - {f'backbone.downsamples.0.conv.{i}.bias' for i in (0, 3)}
 
 
 def test_trains_in_mmpretrain():
@@ -467,8 +473,8 @@ def test_trains_in_mmpretrain():
             head=dict(type='LinearClsHead', num_classes=5, in_channels=24)))
         data = dict(inputs=torch.randint(256, (4, 3, 45, 64)),
                     data_samples=[DataSample().set_gt_label(i) for i in range(4)])
-        losses, moved = step(model, data)
-    assert losses['loss'].isfinite() and all(moved.values())
+        losses, still = step(model, data)
+    assert losses['loss'].isfinite() and not still
 
 
 def test_trains_in_mmseg():
@@ -482,9 +488,11 @@ def test_trains_in_mmseg():
             type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 96)),
             backbone=dict(type='adala_mm.L2ViT', arch=SMALL, window_size=3, denom_floor=1.0),
             decode_head=dict(head, type='UPerHead', pool_scales=(1, 2)), test_cfg=dict(mode='whole')))
-        losses, moved = step(model, dict(inputs=[torch.randint(256, (3, 64, 96))] * 2, data_samples=samples))
+        # Of two equal images BatchNorm would leave zeros and rounding, where ReLU has its kink.
+        images = [torch.randint(256, (3, 64, 96)) for _ in range(2)]
+        losses, still = step(model, dict(inputs=images, data_samples=samples))
         assert model.eval()(torch.randn(1, 3, 50, 70)).shape == (1, 5, 13, 18)
-    assert losses['loss'].isfinite() and all(moved.values())
+    assert losses['loss'].isfinite() and not still
 
 
 # --- configs/l2vit ---

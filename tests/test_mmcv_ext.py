@@ -11,11 +11,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import LINEAR, MMSEG_FIRST, ROOT, tiny_vit
+from conftest import LINEAR, ROOT, tiny_vit
 
 CLASSES = 4
 # What a user imports first, and second; the last one meets adala_mm only through the prefix of its backbone.
-ORDERS = [('adala_mm.registry', 'mmseg.models'), ('mmseg.apis', 'adala_mm.registry'), ('mmseg.models', None)]
+ORDERS = [('adala_mm.openmmlab', 'mmseg.models'), ('mmseg.apis', 'adala_mm.openmmlab'), ('mmseg.models', None)]
 
 
 def mask2former_head() -> dict:
@@ -100,7 +100,7 @@ def probe(first: str, then: str | None) -> dict:
 def found(request) -> dict:
     code = f'import json, test_mmcv_ext; print(json.dumps(test_mmcv_ext.probe{request.param}))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import sys; sys.path.insert(0, "tests"); {code}'],
-                          capture_output=True, text=True, check=False, cwd=ROOT, timeout=300, env=MMSEG_FIRST)
+                          capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

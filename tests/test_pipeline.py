@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
+import mmengine
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import MMSEG_FIRST, ROOT, put_back
+from conftest import ROOT, put_back, start_script, wait_for
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
-from adala_mm.utils.cli import base_parser, check_data, load_config
+from adala_mm.utils.cli import base_parser, check_data, load_config, relocate
 
 NUMBER = itertools.count()
 FLAGSHIP = 'mask2former_dinov2l_ade20k'
@@ -388,7 +390,7 @@ def test_cityscapes_layout(place):
 
 def python(*commands: list[str | Path], cwd: Path) -> list[str]:
     """Outputs of the commands, which run side by side: starting up takes most of their time."""
-    environment = dict(MMSEG_FIRST, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg')
+    environment = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg')
     logs = [cwd / f'console_{next(NUMBER)}.log' for _ in commands]
     running = []
     try:
@@ -396,7 +398,7 @@ def python(*commands: list[str | Path], cwd: Path) -> list[str]:
             with open(log, 'w') as file:
                 running.append(subprocess.Popen([sys.executable, '-W', 'ignore', *map(str, words)], cwd=cwd,
                                                 env=environment, stdout=file, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=400) for process in running]
+        codes = [process.wait(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()  # nothing to kill unless something went wrong
@@ -410,6 +412,15 @@ def command(tool: str, *words: str, **options) -> list[str | Path]:
     options = mask2former() | {'model.backbone.init_cfg': None} | options
     return [ROOT / f'tools/{tool}.py', ROOT / f'configs/adala/{FLAGSHIP}.py', *words, '--data-root', 'cli_data',
             '--cfg-options', *arguments(options)]
+
+
+def tool(*commands: list[str | Path], cwd: Path) -> list[str]:
+    """The same for commands of `command`, in processes forked off this one."""
+    logs = [cwd / f'tool_{next(NUMBER)}.log' for _ in commands]
+    codes = wait_for(*(start_script(*words, place=cwd, log=log) for words, log in zip(commands, logs, strict=True)))
+    outputs = [log.read_text() for log in logs]
+    assert not any(codes), '\n'.join(out[-3000:] for out in outputs)
+    return outputs
 
 
 def scores(work_dir: Path) -> dict:
@@ -426,7 +437,7 @@ def first_score(work_dir: Path) -> dict:
 def trained(place) -> Path:
     """Work dir of the flagship, trained for one epoch by command line."""
     ade20k(place / 'cli_data')
-    out, = python(command('train', '--work-dir', 'flagship', **epochs(1)), cwd=place)
+    out, = tool(command('train', '--work-dir', 'flagship', **epochs(1)), cwd=place)
     assert 'Epoch(train)' in out and 'mIoU' in out
     # The dumped config holds all overrides; a resumed run writes over it.
     shutil.copy(place / f'flagship/{FLAGSHIP}.py', place / 'dumped.py')
@@ -434,8 +445,8 @@ def trained(place) -> Path:
 
 
 def test_command_line(trained, place):
-    resumed, tested = python(
-        command('train', '--work-dir', 'flagship', '--resume', **epochs(2)),
+    resumed, = tool(command('train', '--work-dir', 'flagship', '--resume', **epochs(2)), cwd=place)
+    tested, = python(
         command('test', 'flagship/epoch_1.pth', '--work-dir', 'tested', '--show-dir', 'pictures', '--out', 'labelled'),
         cwd=place)
     assert 'resumed epoch: 1, iter: 2' in resumed
@@ -465,27 +476,59 @@ import cv2, numpy
 from mmseg.apis import MMSegInferencer
 assert 'mmseg.models' in sys.modules and 'adala_mm' not in sys.modules
 inferencer = MMSegInferencer('dumped.py', 'flagship/epoch_1.pth', device='cpu')
-assert 'adala_mm' in sys.modules
+assert 'adala_mm.openmmlab' in sys.modules
 result = inferencer(cv2.imread(sys.argv[1]), show=False)
 numpy.save('inferred.npy', result['predictions'])
-import runpy
-sys.argv = [sys.argv[2], 'dumped.py', '--graph']
-runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+# mmpretrain's.
+CLASSIFY = """
+from mmpretrain import ImageClassificationInferencer
+answer, = ImageClassificationInferencer('classifier.py', pretrained='classified/epoch_1.pth', device='cpu')(sys.argv[1])
+numpy.save('classified.npy', answer['pred_scores'])
 """
 
 
-def test_scripts_of_mmseg(trained, place):
-    tools = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/tools'
+def tools_of(package: str) -> Path:
+    return Path(importlib.util.find_spec(package).origin).parent / '.mim/tools'
+
+
+def classifier(place: Path) -> None:
+    """A linear classifier of the paper, small, on 1,000 pictures of which few are used."""
+    cfg = Config.fromfile(ROOT / 'configs/adala/linear_dinov2l_in1k.py')
+    cfg.merge_from_dict(relocate(cfg.to_dict(), str(imagenet(place / 'classes'))))
+    cfg.merge_from_dict(linear_in1k() | epochs(1) | {'model.backbone.init_cfg': None})
+    cfg.dump('classifier.py')
+
+
+def test_scripts_of_mmseg_and_mmpretrain(trained, place):
+    """In the environment that users have, with nothing in between: what comes first are the scripts' own imports."""
+    tools, others = tools_of('mmseg'), tools_of('mmpretrain')
+    classifier(place)
     repeated = Config.fromfile('dumped.py')  # the benchmark wants 200 images
     repeated.test_dataloader.dataset = dict(type='RepeatDataset', times=100, dataset=repeated.test_dataloader.dataset)
+    repeated.test_dataloader.dataset.dataset.pipeline[1].scale = (256, 72)  # 72 x 90 and 72 x 108: no multiples of 16
+    repeated.model.data_preprocessor.update(size=None, size_divisor=32)  # it pads as in training
     repeated.dump('repeated.py')
     image = place / 'cli_data/ade/ADEChallengeData2016/images/validation/ADE_validat_00000001.jpg'
     scripts = json.dumps([
         [str(tools / 'test.py'), 'dumped.py', 'flagship/epoch_1.pth', '--work-dir', 'mmseg_tested', '--out', 'labels'],
         [str(tools / 'analysis_tools/benchmark.py'), 'repeated.py', 'flagship/epoch_1.pth', '--work-dir', 'fps'],
         [str(tools / 'analysis_tools/browse_dataset.py'), 'dumped.py', '--output-dir', 'browsed', '--not-show'],
+        [str(tools / 'train.py'), 'dumped.py', '--work-dir', 'mmseg_trained'],
     ])
-    _, out = python(['-c', RUN_SCRIPTS, scripts], ['-c', INFER, image, tools / 'misc/print_config.py'], cwd=place)
+    picture = place / 'classes/imagenet/val/n00000998/n00000998_0.JPEG'
+    more = json.dumps([
+        [str(tools / 'misc/print_config.py'), 'dumped.py', '--graph'],
+        [str(tools / 'analysis_tools/get_flops.py'), 'dumped.py', '--shape', '64', '64'],
+        [str(others / 'train.py'), 'classifier.py', '--work-dir', 'classified'],
+        [str(others / 'test.py'), 'classifier.py', 'classified/epoch_1.pth', '--work-dir', 'classified_again',
+         '--out', 'classified.pkl'],
+        [str(others / 'test.py'), 'classifier.py', 'classified/epoch_1.pth', '--work-dir', 'flipped', '--tta'],
+        [str(others / 'analysis_tools/get_flops.py'), 'classifier.py', '--shape', '64'],
+    ])
+    # MMSegInferencer is the first to import anything there; that mmpretrain can be is tests/test_openmmlab.py's.
+    second = f'{INFER}\nsys.argv[1:] = sys.argv[2:]\n{RUN_SCRIPTS}\nsys.argv[1:] = [{str(picture)!r}]\n{CLASSIFY}'
+    _, out = python(['-c', RUN_SCRIPTS, scripts], ['-c', second, image, more], cwd=place)
     for key in ('mIoU', 'aAcc'):
         assert scores(place / 'mmseg_tested')[key] == pytest.approx(first_score(trained)[key])
     assert json.loads(next((place / 'fps').glob('fps_*.json')).read_text())['average_fps'] > 0
@@ -496,3 +539,11 @@ def test_scripts_of_mmseg(trained, place):
     assert "type='adala_mm.AdaLAViT'" in out
     assert '(attn): LinearAttention' in Path('example-graph.txt').read_text()
     assert Config.fromfile('example.py').to_dict() == Config.fromfile('dumped.py').to_dict()
+    assert load_checkpoint(place / 'mmseg_trained/epoch_1.pth')['meta']['iter'] == 2
+    flops = [float(number) for number in re.findall(r'Flops: ([0-9.]+)', out)]
+    assert len(flops) == 2 and min(flops) > 0
+
+    assert scores(place / 'classified_again')['accuracy/top1'] == first_score(place / 'classified')['accuracy/top1']
+    assert 0 <= scores(place / 'flipped')['accuracy/top1'] <= 100
+    tested = {Path(sample['img_path']).name: sample['pred_score'] for sample in mmengine.load('classified.pkl')}
+    np.testing.assert_allclose(np.load('classified.npy'), tested[picture.name].numpy(), rtol=1e-4)

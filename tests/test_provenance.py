@@ -257,10 +257,12 @@ def test_files_behind_names(tmp_path, monkeypatch):
     (tmp_path / 'checkpoints/net.pth').write_bytes(b'downloaded')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda repository, name: str(tmp_path / repository / name))
-    (tmp_path / 'timm/vit').mkdir(parents=True)
-    (tmp_path / 'timm/vit/model.safetensors').write_bytes(b'of timm')
+    folder = tmp_path / 'timm/vit_large_patch14_clip_224.openai'  # what timm calls ..._clip_quickgelu_224.openai
+    folder.mkdir(parents=True)
+    (folder / 'model.safetensors').write_bytes(b'of timm')
     found = [provenance.checkpoint_sha256(name) for name in (
-        'https://example.org/some/net.pth?download=1', 'timm://vit', 'timm://other', str(tmp_path / 'absent.pth'))]
+        'https://example.org/some/net.pth?download=1', 'timm://vit_large_patch14_clip_quickgelu_224.openai',
+        'timm://vit_large_patch14_dinov2.lvd142m', str(tmp_path / 'absent.pth'))]
     assert found == [hashlib.sha256(text).hexdigest() for text in (b'downloaded', b'of timm')] + [None, None]
 
 
@@ -277,17 +279,21 @@ def test_git_state(tmp_path, monkeypatch):
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     (tmp_path / 'package').mkdir()
     assert git_state() == dict(commit=None, dirty=None)
-    (tmp_path / 'package/code.py').write_text('one')
+    (tmp_path / 'package/records.py').write_text('one')
+    (tmp_path / 'code.py').write_text('of somebody else, whose repository holds the environment')
 
     def git(*words: str) -> str:
         who = ['-c', 'user.name=A', '-c', 'user.email=a@example.org', '-c', 'commit.gpgsign=false']
         return subprocess.run(['git', *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     git('init', '-q')
+    git('add', 'code.py')
+    git('commit', '-q', '-m', 'theirs')
+    assert git_state() == dict(commit=None, dirty=None)
     git('add', '.')
     git('commit', '-q', '-m', 'code')
     assert git_state() == dict(commit=git('rev-parse', 'HEAD').strip(), dirty=False)
-    (tmp_path / 'package/code.py').write_text('two')
+    (tmp_path / 'package/records.py').write_text('two')
     assert git_state()['dirty'] is True
     monkeypatch.setenv('PATH', str(tmp_path))
     assert git_state() == dict(commit=None, dirty=None)

@@ -5,10 +5,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny_vit
+from conftest import ROOT, put_back, tiny_vit
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
 
 from adala_mm.registry import MODELS
-from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.checkpoint import load_checkpoint, read_state_dict
+
+MOMENTUM = 0.25
 
 
 def publish(monkeypatch, *words) -> None:
@@ -16,29 +21,79 @@ def publish(monkeypatch, *words) -> None:
     runpy.run_path(str(ROOT / 'tools/publish_model.py'), run_name='__main__')
 
 
-@pytest.fixture
-def trained(tmp_path):
-    state = {f'backbone.{key}': value for key, value in MODELS.build(tiny_vit()).state_dict().items()}
-    average = {f'module.{key}': value + 1 for key, value in state.items()} | {'steps': torch.tensor(3)}
-    torch.save(dict(state_dict=state, meta=dict(epoch=3, cfg='a = 1'), optimizer=dict(state={}),
-                    message_hub={}, ema_state_dict=average), tmp_path / 'epoch_3.pth')
-    return tmp_path / 'epoch_3.pth'
+class Net(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.backbone = MODELS.build(tiny_vit())
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        return dict(loss=(self.backbone(inputs)[0] - 1).square().mean())
 
 
-@pytest.mark.parametrize('ema', [False, True])
-def test_publish(trained, ema, tmp_path, monkeypatch, capsys):
-    publish(monkeypatch, trained, tmp_path / 'out/model', *(['--ema'] if ema else []))
+class Steps(Hook):
+    """Keeps the weights after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        self.weights.append({key: value.clone() for key, value in runner.model.state_dict().items()})
+
+
+@pytest.fixture(scope='module', params=[False, True], ids=['plain', 'ema'])
+def trained(request, tmp_path_factory):
+    """A checkpoint that MMEngine's own runner and hooks wrote; the weights of its last step, and their average."""
+    folder, steps = tmp_path_factory.mktemp('run'), Steps()
+    with pytest.MonkeyPatch.context() as patch:
+        put_back(patch)
+        Runner(Net(), str(folder), train_dataloader=dict(
+            batch_size=2, dataset=[dict(inputs=torch.full((3, 32, 32), i / 6)) for i in range(6)],
+            sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate')),
+            train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.5)),
+            custom_hooks=[steps] + [dict(type='EMAHook', momentum=MOMENTUM)] * request.param,
+            experiment_name=f'publish{request.param}').train()
+    average = steps.weights[0]
+    for weights in steps.weights[1:]:
+        average = {key: (1 - MOMENTUM) * value + MOMENTUM * weights[key] for key, value in average.items()}
+    return folder / 'epoch_1.pth', steps.weights[-1], average if request.param else None
+
+
+def assert_close(state, wanted):
+    assert state.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(state[key], value)
+
+
+@pytest.mark.parametrize('option', [[], ['--ema'], ['--raw']], ids=' '.join)
+def test_publish(trained, option, tmp_path, monkeypatch, capsys):
+    path, last, average = trained
+    if average is None and option:
+        with pytest.raises(SystemExit):
+            publish(monkeypatch, path, tmp_path / 'out/model', *option)
+        assert 'no averaged weights' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+        return
+    if average is not None:
+        assert max((last[key] - value).abs().max() for key, value in average.items()) > 1e-3
+    publish(monkeypatch, path, tmp_path / 'out/model', *option)
     result, = (tmp_path / 'out').iterdir()
     assert result.name == f'model-{hashlib.sha256(result.read_bytes()).hexdigest()[:8]}.pth'
-    published, source = load_checkpoint(result), load_checkpoint(trained)
-    assert set(published) == {'state_dict', 'meta'} and published['meta'] == source['meta']
-    assert all(torch.equal(value, source['state_dict'][key] + ema) for key, value in published['state_dict'].items())
-    assert 'dropped ema_state_dict, message_hub, optimizer' in capsys.readouterr().out
+    published = load_checkpoint(result)
+    assert set(published) == {'state_dict', 'meta'} and published['meta'] == load_checkpoint(path)['meta']
+    assert_close(published['state_dict'], last if average is None or option == ['--raw'] else average)
+    printed = capsys.readouterr().out
+    assert ('averaged tensors' in printed) == (average is not None and option != ['--raw'])
+    assert 'message_hub, optimizer' in printed
     vit = MODELS.build(tiny_vit(init_cfg=dict(type='Pretrained', checkpoint=str(result))))
     vit.init_weights()
     with pytest.raises(SystemExit):  # the same bytes again
-        publish(monkeypatch, trained, tmp_path / 'out/model', *(['--ema'] if ema else []))
+        publish(monkeypatch, path, tmp_path / 'out/model', *option)
     assert list((tmp_path / 'out').iterdir()) == [result]
+
+
+def test_what_reads_a_checkpoint_reads_the_average(trained):
+    """Stages, converters and exports: the weights that validation has scored."""
+    path, last, average = trained
+    assert_close(read_state_dict(str(path)), average or last)
 
 
 def test_what_is_no_training_checkpoint(tmp_path, monkeypatch, capsys):
@@ -46,7 +101,3 @@ def test_what_is_no_training_checkpoint(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         publish(monkeypatch, tmp_path / 'plain.pth', tmp_path / 'out')
     assert 'has no state_dict' in capsys.readouterr().err and not list(tmp_path.glob('out*'))
-    torch.save({'state_dict': {'weight': torch.ones(2)}}, tmp_path / 'plain.pth')
-    with pytest.raises(SystemExit):
-        publish(monkeypatch, tmp_path / 'plain.pth', tmp_path / 'out', '--ema')
-    assert 'no averaged weights' in capsys.readouterr().err

@@ -275,10 +275,11 @@ def reference(name, layer, x, hw, p, bare=False, **options):
         out = out + generated_conv(layer, x, v, hw, p)
     if name in ('RALA', 'PolaFormer'):
         out = out * affine(x, layer.gate)
-    if name == 'Vicinity' and options.get('se_reduction', 1):
+    out = affine(out, layer.proj)
+    if name == 'Vicinity' and options.get('se_reduction', 1):  # y = proj(attention), y + y * SE(x)
         hidden = x.mean(1, keepdim=True) @ layer.se[0].weight.T
-        out = out * (1 + (hidden.clamp(min=0) @ layer.se[2].weight.T).sigmoid())
-    return affine(out, layer.proj)
+        out = out + out / (1 + torch.exp(-hidden.clamp(min=0) @ layer.se[2].weight.T))
+    return out
 
 
 def with_grads(layer, function, x, upstream):

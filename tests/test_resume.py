@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
-from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
@@ -25,6 +24,7 @@ from PIL import Image
 from saboteur import Killed
 from torch.utils.data import BatchSampler
 
+from adala_mm.datasets import LoadImageFromFile
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import PreemptionHook
 from adala_mm.engine.exact_resume import newest_checkpoint
@@ -185,7 +185,7 @@ def one_in_validation(rank: int, place: Path) -> None:
     """Is told to stop in its own iteration of a validation whose every iteration needs all processes."""
     torch.distributed.init_process_group('gloo', f'file://{place}/meeting', rank=rank, world_size=2)
     saved = []
-    runner = SimpleNamespace(work_dir=str(place), epoch=1, iter=5, logger=SimpleNamespace(warning=print),
+    runner = SimpleNamespace(work_dir=str(place), epoch=1, iter=5, hooks=[], logger=SimpleNamespace(warning=print),
                              save_checkpoint=lambda *args, meta, **kwargs: saved.append(meta['iter']))
     hook = PreemptionHook(interval=4)
     hook.before_train(runner)
@@ -206,7 +206,7 @@ def test_processes_leave_a_validation_together(tmp_path):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(600)
         assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:
@@ -237,6 +237,25 @@ def test_killed_in_validation(scenes, sharp_pretrained, tmp_path, whole_runs, by
     assert_same_run(whole, work_dir, last(by_epoch))
     scores, wanted = (dict(zip(*curve(run, 'align/rel_error'), strict=True)) for run in (work_dir, whole))
     assert {10, 15} <= scores.keys() and scores.items() <= wanted.items()
+
+
+@pytest.mark.parametrize(('by_epoch', 'what', 'when', 'at'), [
+    (False, 'raise', 'step', 7), (True, 'raise', 'validation', 10), (False, 'terminate', 'validation', 10),
+    (True, 'terminate', 'step', 6)])
+def test_averaged_weights_resume(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch, what, when, at):
+    """MMEngine's EMAHook swaps weights with their average to validate and to save: both go on as they were."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    plain = whole_runs(cfg, 'stage2', by_epoch)
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='EMAHook', momentum=0.2)]
+    whole, work_dir = whole_runs(cfg, 'average', by_epoch), tmp_path / 'run'
+    with pytest.raises((Killed, SystemExit)):
+        train(cfg, work_dir, harm=dict(what=what, when=when, at=at))
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    ours, wanted = (load_checkpoint(run / last(by_epoch))['ema_state_dict'] for run in (work_dir, whole))
+    assert all(torch.equal(value, ours[key]) for key, value in wanted.items())
+    before, of_average = (dict(zip(*curve(run, 'align/rel_error'), strict=True)) for run in (plain, whole))
+    assert of_average[0] == before[0] and of_average[10] != before[10]  # no step, nothing to average
 
 
 @LOOPS

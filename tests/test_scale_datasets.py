@@ -326,6 +326,34 @@ def test_odd_names(tmp_path):
             os.path.join(tmp_path, 'images', name) for name in names]
 
 
+@pytest.mark.parametrize('index_dir', [None, 'index'])
+@pytest.mark.parametrize('kind', ['folder', 'shards'])
+def test_images_that_are_not_taken_are_counted(tmp_path, kind, index_dir, warned):
+    contents = {f'{i}{suffix}': GOOD for i, suffix in enumerate(['.jpg', '.gif', '.GIF', '.jp2', '.jpeg'])}
+    lay_out(tmp_path, contents)
+    for _ in range(2):  # read anew, or from the index
+        dataset = build(tmp_path, kind, index_dir=index_dir and str(tmp_path / index_dir),
+                        **dict(shards='part-*.tar') if kind == 'shards' else {})
+        assert len(dataset) == 2
+        (problem,) = dataset.problems
+        assert 'files that look like images and are not taken, 2 .gif, 1 .jp2: if they are meant' in problem
+    assert warned == [problem] * 2
+    assert len(build(tmp_path, kind, extensions=['.jpg', '.jpeg', '.gif', '.jp2'])) == 5
+
+
+def test_nothing_but_images_that_are_not_taken(tmp_path):
+    lay_out(tmp_path, {'0.gif': GOOD})
+    with pytest.raises(ValueError, match='has no images: no file in it ends in .*are not taken, 1 .gif'):
+        build(tmp_path, 'folder').full_init()
+
+
+def test_our_own_step_says_what_is_wrong(tmp_path):
+    lay_out(tmp_path, {'0.jpg': SPOILT['truncated'], '1.jpg': b'', '2.jpg': GOOD})
+    pipeline = [dict(type='adala_mm.LoadImageFromFile'), *PIPELINE[1:]]
+    reasons = build(tmp_path, 'folder', pipeline=pipeline)[0]['data_samples'].corrupt.values()
+    assert [reason.split(' (')[0] for reason in reasons] == ['image file is truncated', 'the file is empty']
+
+
 def test_unreadable_folder(photos, monkeypatch):
     scandir = os.scandir
 
@@ -453,7 +481,7 @@ def test_the_main_process_lists_for_all(photos, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0
     assert [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)] == [[1, 6], [0, 6]]
 
@@ -466,6 +494,16 @@ class Log(list):
 
 def fake_runner(work_dir: Path) -> SimpleNamespace:
     return SimpleNamespace(work_dir=str(work_dir), logger=Log())
+
+
+@pytest.mark.parametrize('kind', [list, tuple])
+def test_views_of_test_time_augmentation_count_once(kind, tmp_path):
+    hook, runner = CorruptImagesHook(), fake_runner(tmp_path)
+    hook.before_run(runner)
+    samples = batch({}, {'a.jpg': 'truncated'}, {})['data_samples']
+    hook.after_test_iter(runner, 0, dict(data_samples=[kind(samples), kind(samples)]))  # of each of two views, a batch
+    hook.after_test_epoch(runner)
+    assert (hook.drawn, hook.replaced) == (3, 1)
 
 
 def batch(*corrupt: dict) -> dict:
@@ -630,7 +668,7 @@ def test_run_with_too_many_unreadable_images(place, pretrained):
     cfg = stage1(spoilt(place / 'data', b'', 1, 4), 'folder', pretrained, workers=2)
     cfg.train_cfg.max_iters = 3
     cfg.default_hooks.corrupt.max_corrupt = 0
-    with pytest.raises(ValueError, match=r'^2 of 6 images drawn .*\d.jpg \(no whole image\).*Mend the data'):
+    with pytest.raises(ValueError, match=r'^2 of 6 images drawn .*\d.jpg \(the file is empty\).*Mend the data'):
         losses(cfg)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from adala_mm.models.algorithms.task_model_alignment import logits_divergence, outputs_of
+from adala_mm.models.attentions import blocks_by_attention
 from adala_mm.registry import MODELS
 
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
@@ -494,3 +495,15 @@ def test_configs(path):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert {name.split('.')[0] for name, p in ours.named_parameters() if p.requires_grad} == (
         {name.split('.')[0] for name, _ in theirs.named_parameters()} if keepattn else {'backbone'})
+
+
+def test_options_of_the_linear_attention_are_not_the_teachers():
+    """From a config, whose dicts merge where plain ones replace: the teacher is softmax without them."""
+    cfg = Config.fromfile(ROOT / 'configs/adala_plus/task_linear_dinov2l_in1k.py')
+    cfg.model.backbone.update(depth=2)
+    cfg.model.backbone.attention = dict(type='adala_mm.HedgehogAttention', variant='exp', dwconv=3)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert blocks_by_attention(model) == {'backbone': '2 of 2 blocks HedgehogAttention',
+                                          'frozen teacher': '2 of 2 blocks SoftmaxAttention'}
+    assert model.backbone.blocks[0].attn.dwconv is not None

@@ -265,7 +265,7 @@ def test_validation_before_training(iteration, runs):
         model.eval()  # as every validation loop does
         calls.append(runner.iter)
 
-    runner = SimpleNamespace(iter=iteration, model=model, val_loop=SimpleNamespace(run=validate),
+    runner = SimpleNamespace(iter=iteration, model=model, hooks=[], val_loop=SimpleNamespace(run=validate),
                              logger=logging.getLogger('test'))
     HOOKS.build({'type': 'adala_mm.ValBeforeTrainHook'}).before_train(runner)
     assert calls == [0] * runs

@@ -410,7 +410,7 @@ def together(sharp_pretrained, tmp_path_factory) -> tuple[Path, list[dict]]:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(timeout=120)
+            process.join(timeout=600)
         assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:

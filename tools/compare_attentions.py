@@ -31,7 +31,6 @@ from mmengine.runner import Runner  # noqa: E402
 
 from adala_mm.models.attentions import build_attention  # noqa: E402
 from adala_mm.registry import ATTENTIONS  # noqa: E402
-from adala_mm.utils.checkpoint import use_safe_loading  # noqa: E402
 from adala_mm.utils.cli import relocate  # noqa: E402
 from adala_mm.utils.cost import multiply_adds, peak_bytes  # noqa: E402
 from adala_mm.utils.records import cores, curve, machine  # noqa: E402
@@ -88,7 +87,6 @@ def mean_iou(out: Path, data_root: str, teacher: Path, attention: dict, backbone
 def run_row(name: str, seed: int, out: Path, data_root: str, teacher: str, iterations: dict) -> dict:
     """Swap, stage 1 and stage 2 of one attention; in a process of its own."""
     torch.set_num_threads(1)
-    use_safe_loading()
     began, attention, source = time.time(), dict(type=f'adala_mm.{name}'), Path(teacher)
     out.mkdir(parents=True, exist_ok=True)
     miou, errors = [], []
@@ -231,7 +229,6 @@ def main() -> None:
             parser.error('--iterations must be at least 2 each')
         iterations = dict(zip(FULL, args.iterations, strict=True))
     began = time.time()
-    use_safe_loading()
 
     print(f'Teacher, then {len(names)} attentions x {len(args.seeds)} seeds, {args.jobs} at a time: {out}', flush=True)
     teacher = train_teacher(out / 'teacher', data_root, iterations['teacher'])

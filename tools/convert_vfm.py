@@ -26,8 +26,9 @@ from adala_mm.conversion import (
     resample,
     write,
 )
-from adala_mm.conversion.output import sha256
+from adala_mm.engine.provenance import checkpoint_sha256
 from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.image_files import open_image
 
 PHOTO = 'the photograph of matplotlib'
 TOLERANCE = 1e-4  # of the greatest feature, or of 1 if that is smaller
@@ -35,8 +36,12 @@ TOLERANCE = 1e-4  # of the greatest feature, or of 1 if that is smaller
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('src', help='file of weights (.safetensors, .pth, .bin) or timm://NAME')
+    parser.add_argument('src', help='file of weights (.safetensors, .pth, .bin), folder of Hugging Face, or timm://NAME')
     parser.add_argument('out', type=Path, help='new .safetensors file')
+    parser.add_argument('--key', help='where in the file the weights are, if not at its top: teacher, or '
+                                      'teacher.backbone for the official checkpoints of DINOv2 in training')
+    parser.add_argument('--grid', type=int, nargs=2, metavar=('H', 'W'),
+                        help='grid of the position embeddings in the file, in patches, if it is not square')
     parser.add_argument('--family', choices=list(FAMILIES), help='needed where the weights do not show it')
     parser.add_argument('--patch-size', type=int, help='resample the patch kernel; unset: as it is')
     parser.add_argument('--patch-method', choices=PATCH_METHODS, default='flexi', help='how; %(default)s if unset')
@@ -71,15 +76,15 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Reads, converts, compares, writes; in that order, so that a failure leaves nothing behind."""
     name = args.src.removeprefix('timm://') if args.src.startswith('timm://') else None
-    state = read_state_dict(args.src, trust=args.trust_checkpoint)
+    state = read_state_dict(args.src, trust=args.trust_checkpoint, key=args.key)
     img_size = tuple((args.img_size * 2)[:2]) if args.img_size else None
-    native = convert(state, args.family, args.num_heads, img_size, name)
+    native = convert(state, args.family, args.num_heads, img_size, name, args.grid and tuple(args.grid))
     done = resample(native, args.patch_size, args.patch_method, img_size)
     print(f'family {native.family_name}: {native.family}; licence {native.licence}\n')
     print(report_table(done))
     if args.check:
         check(native, state, args.check, name)
-    count = write(done, args.out, metadata(done, Path(args.src).name, sha256(local_file(args.src, name))))
+    count = write(done, args.out, metadata(done, Path(args.src).name, checkpoint_sha256(args.src)))
     print(f'\n{args.out}: {count} tensors. The config that fits:\n\n{config_text(done, args.out)}')
 
 
@@ -99,18 +104,9 @@ def read_image(picture: str, native: Converted) -> Tensor:
         picture = get_sample_data('grace_hopper.jpg', asfileobj=False)
     patch = native.config['patch_size']
     height, width = (patch * side for side in native.grid)
-    with Image.open(picture) as image:
-        pixels = np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+    pixels = np.asarray(open_image(picture).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in native.family.normalise)
     return (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] - mean) / std
-
-
-def local_file(src: str, name: str | None) -> str:
-    """Where the weights lie; those of timm:// have just been downloaded."""
-    if name is None:
-        return src
-    from huggingface_hub import hf_hub_download
-    return hf_hub_download(f'timm/{name}', 'model.safetensors')
 
 
 if __name__ == '__main__':

@@ -1,19 +1,22 @@
 """Exports a trained model: ONNX, torch.export, timm or transformers, by the suffix of OUT; see docs/export.md.
 
-    python tools/export.py CONFIG [CHECKPOINT] OUT.onnx [--part model] [--size H W] [--fixed-size]
+    python tools/export.py CONFIG [CHECKPOINT] OUT.onnx [--part model] [--size H W] [--fixed-size] [--half]
     python tools/export.py CONFIG [CHECKPOINT] OUT.pt2
     python tools/export.py CONFIG [CHECKPOINT] OUT.safetensors     # timm
     python tools/export.py CONFIG [CHECKPOINT] FOLDER              # transformers
+    python tools/export.py LINEARIZED OUT.onnx                     # what adala_mm.save wrote: .onnx and .pt2
 
 What was written is read back and compared with the model; nothing is left if it differs.
 """
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
 import torch
 from mmengine.config import DictAction
 
+import adala_mm
 from adala_mm import export
 from adala_mm.conversion import FAMILIES
 from adala_mm.export.graphs import OPSET, require_packages
@@ -22,12 +25,13 @@ from adala_mm.export.speed import SIZES
 from adala_mm.utils.cli import load_config
 
 FORMATS = {'.onnx': 'ONNX', '.pt2': 'torch.export', '.safetensors': 'timm', '': 'transformers'}
-TOLERANCE = 1e-4
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file; or the file or folder of a linearized model of timm, transformers '
+                        'or mmpretrain, as adala_mm.load takes it')
     parser.add_argument('checkpoint', nargs='?', help="unset: what the backbone's init_cfg names")
     parser.add_argument('out', type=Path, help='new file: .onnx, .pt2, .safetensors for timm, or a folder for '
                         'transformers')
@@ -36,10 +40,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
                         help="size to trace and to compare at; the config's img_size if unset")
     parser.add_argument('--fixed-size', action='store_true', help='tie a graph to that size')
+    parser.add_argument('--half', action='store_true', help='graph in float16 with float32 images and outputs; what '
+                        'attention sums over tokens stays float32')
     parser.add_argument('--opset', type=int, default=OPSET, help='of ONNX; %(default)s if unset, no less')
     parser.add_argument('--family', choices=list(FAMILIES), help='of the ViT, for timm and transformers')
-    parser.add_argument('--tolerance', type=float, default=TOLERANCE,
-                        help='allowed difference, of the greatest output or of 1; %(default)g if unset')
+    parser.add_argument('--tolerance', type=float, help='allowed difference from the float32 model, of the greatest '
+                        f'output or of 1; {TOLERANCE:g} if unset, {HALF_TOLERANCE:g} with --half')
     parser.add_argument('--benchmark', type=int, nargs='+', default=list(SIZES), metavar='S',
                         help='sides at which ONNX Runtime is timed')
     parser.add_argument('--no-benchmark', action='store_true', help='do not time ONNX Runtime')
@@ -55,8 +61,14 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'{args.out}: the suffix says the format, and is one of .onnx, .pt2, .safetensors (timm), or none '
                      '(a folder for transformers)')
     args.format = FORMATS[args.out.suffix]
-    if args.format in ('timm', 'transformers') and args.part == 'model':
-        parser.error(f'--part model: {args.format} has no place for heads of OpenMMLab; .onnx and .pt2 have')
+    args.linearized = args.config.endswith('.safetensors') or Path(args.config).is_dir()
+    if args.linearized and (args.checkpoint or args.format in ('timm', 'transformers')):
+        parser.error(f'{args.config} is a model of its library, weights included: it becomes .onnx or .pt2, without a '
+                     'CHECKPOINT')
+    if args.half and args.format in ('timm', 'transformers'):
+        parser.error(f'--half: weights for {args.format} are float32, and model.half() makes them float16 there')
+    if args.tolerance is None:
+        args.tolerance = HALF_TOLERANCE if args.half else TOLERANCE
     if args.out.is_dir():
         parser.error(f'{args.out} is a folder that exists already; nothing is overwritten')
     if args.out.exists() and not args.overwrite:
@@ -76,9 +88,17 @@ def run(args: argparse.Namespace) -> None:
     """Builds, writes under another name, reads back, compares, renames; a failure leaves nothing behind."""
     if args.format == 'ONNX':
         require_packages()
-    cfg = load_config(args)
-    target = export.assemble(cfg, args.part, args.size)
-    export.load(target, cfg, args.checkpoint)
+    if args.linearized:
+        target = export.of_linearized(adala_mm.load(args.config), args.part, args.size, args.fixed_size)
+    else:
+        cfg = load_config(args)
+        target = export.assemble(cfg, args.part, args.size, fixed=args.fixed_size)
+        export.load(target, cfg, args.checkpoint)
+        export.name_classes(target, args.checkpoint)
+    model = target.module
+    if args.half:
+        target = dataclasses.replace(target, module=export.HalfPrecision(model), notes=target.notes | {
+            'precision': 'float16'})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = args.out.with_name(f'{args.out.stem}.partial{args.out.suffix}')
     dynamic = not args.fixed_size
@@ -92,8 +112,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             exported = export.export_transformers(target, partial, args.family)
             dynamic = False  # transformers resizes positions in its own way
-        model = target.module
-        if args.format in ('timm', 'transformers'):
+        if args.format in ('timm', 'transformers') and args.part == 'backbone':
             def model(image: torch.Tensor) -> tuple[torch.Tensor]:
                 return (target.backbone.forward_features(image),)
         size = target.size
@@ -110,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'{args.out}: {args.format}, {args.part} with {target.notes["attention"]}, '
           + (f'any batch, sizes: {"multiples of " + str(target.multiple) if dynamic else target.size}'
              if args.format in ('ONNX', 'torch.export') else 'see docs/export.md for how to load it'))
-    if args.format != 'ONNX' or args.no_benchmark:
+    if args.format != 'ONNX' or args.no_benchmark or args.linearized:
         return
     if not target.attentions or target.is_softmax:
         print('no linear attention to compare with softmax')

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from study_report import ALIGNMENT, SEGMENTATION, read_plan, seeds_of, shown, table
+from study_report import ALIGNMENT, SEGMENTATION, chain, compute, lengths, read_plan, seeds_of, shown, spread, table
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
@@ -22,7 +23,7 @@ from adala_mm.utils.tables import ablation_table, attention_table, markdown_tabl
 from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'docs/results.md', 'docs/performance.md', 'configs/baselines/README.md']
+PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'configs/baselines/README.md']
 
 
 def demo() -> str:
@@ -114,6 +115,71 @@ def layers() -> str:
                            'reference'], rows)
 
 
+def recorded(name: str) -> dict:
+    return json.loads((ROOT / f'docs/results/{name}.json').read_text())
+
+
+def priced() -> tuple[list[dict], str]:
+    """Recipes with what they cost: counted, and in GPU-days as the paper says, or at the rate that its times imply."""
+    data, paper = recorded('datasets'), recorded('paper_times')
+    rows = {row['config']: row | data[row['config'].rpartition('_')[2]] for row in recorded('costs')['rows']}
+    for row in rows.values():
+        row['epoch'] = row['images'] * row['training_multiply_adds']
+    rates = {config.partition('_')[0]: rows[config]['epoch'] / seconds / paper['gpus']  # of one GPU, a second
+             for config, seconds in paper['seconds_per_epoch'].items()}
+    for config, row in rows.items():
+        stated = paper['seconds_per_epoch'].get(config)
+        rate = rates.get(config.partition('_')[0], rates['stage2'])
+        days = row['epochs'] / 86400 * (stated * paper['gpus'] if stated else row['epoch'] / rate)
+        row.update(days=days, about='' if stated else '≈ ' if config.startswith('stage') else '> ')
+    return list(rows.values()), (
+        f'Days: {paper["source"]}; ≈ at the multiply-adds a second that its time of stage 1 '
+        f'({rates["stage1"] / 1e12:.0f} · 10¹² a GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) implies; > the '
+        'same for matrix products alone, of which heads are but a part.')
+
+
+def costs() -> str:
+    rows, footnote = priced()
+    return markdown_table(
+        ['config', 'epochs x images', '10¹⁸ multiply-adds', 'H100-days', 'GiB a GPU, float32 / bfloat16',
+         'GB of checkpoints'],
+        [[f'`{row["config"]}`', f'{row["epochs"]} x {row["images"]:,}', f'{row["epochs"] * row["epoch"] / 1e18:,.3f}',
+          f'{row["about"]}{row["days"]:,.2f}', ' / '.join(map(str, row['gib'])),
+          f'{math.prod(row["checkpoints"]) / 1e9:.1f}'] for row in rows]) + f'\n\n{footnote}'
+
+
+def five_commands() -> str:
+    """The same in short, for the runs of the README."""
+    rows = {row['config']: row for row in priced()[0]}
+    chosen = [(f'stage {number}', rows[config]) for number, config in enumerate(
+        ('stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'mask2former_dinov2l_ade20k'), 1)]
+    header = ['', 'days on 8 H100', 'GiB a GPU, float32 / bfloat16', 'GB of checkpoints', 'images to fetch']
+    return markdown_table(header, [
+        [name, f'{row["about"]}{row["days"] / 8:.2f}', ' / '.join(map(str, row['gib'])),
+         f'{math.prod(row["checkpoints"]) / 1e9:.1f}', f'{row["name"]}, {row["download"]}'] for name, row in chosen])
+
+
+def downloads() -> str:
+    return markdown_table(['data', 'for', 'training images', 'download, about', 'from', 'size according to'], [
+        [row['name'], row['for'], f'{row["images"]:,}', row['download'], row['place'], row['source']]
+        for row in recorded('datasets').values()])
+
+
+def study_costs() -> str:
+    """What the study's two recipes cost on a CPU, as far as each was trained."""
+    records, plan, rows = recorded('study'), read_plan(ROOT / 'configs/real/study.yml'), []
+    for name in ('paper_1', 'paper_250', 'paper_1200', 'plus_1', 'plus_250', 'plus_1200'):
+        chains = [chain(records, key) for key in seeds_of(records, name)]
+        scores = [runs[-1]['scores'][-1] for runs in chains]
+        steps = chains[0][-1]['iterations']
+        rows.append([plan[name]['label'], ' + '.join(map(str, lengths(chains[0], steps))),
+                     f'{compute(chains[0], steps):.1f}',
+                     spread([sum(run['minutes'] for run in runs) for runs in chains], 0),
+                     spread([score['align/top1_agreement'] for score in scores], 1), str(len(chains))])
+    header = ['recipe', 'iterations', '10¹² multiply-adds', 'minutes', 'top-1 agreement (%)', 'seeds']
+    return markdown_table(header, rows)
+
+
 def attentions() -> str:
     data = json.loads((ROOT / 'docs/results/attentions.json').read_text())
     m, it = data['machine'], data['iterations']
@@ -131,7 +197,9 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, attentions=attentions, real_alignment=real_alignment, real_camvid=real_camvid,
+TABLES = dict(demo=demo, layers=layers, attentions=attentions, costs=costs, downloads=downloads,
+              five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
+              real_camvid=real_camvid,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,

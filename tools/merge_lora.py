@@ -19,11 +19,12 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('out', type=Path)
     parser.add_argument('--alpha', type=float, default=16.0, help="numerator of the scale, as in the model's config")
+    parser.add_argument('--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds')
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f'{args.out} exists already; nothing is overwritten')
     with one_message():
-        state = read_state_dict(args.checkpoint)
+        state = read_state_dict(args.checkpoint, trust=args.trust_checkpoint)
         merged = merge_lora(state, args.alpha)
     torch.save({'state_dict': merged}, args.out)
     print(f'{args.out}: {len(state) - len(merged)} LoRA tensors merged, {len(merged)} tensors left')

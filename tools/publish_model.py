@@ -3,14 +3,19 @@
     python tools/publish_model.py work_dirs/mask2former_dinov2l_ade20k/epoch_20.pth published/mask2former_dinov2l_ade20k
 
 writes published/mask2former_dinov2l_ade20k-<first 8 digits of SHA-256>.pth.
+
+Of a run with MMEngine's EMAHook the averaged weights are published, which validation has scored: the hook saves them as
+`state_dict`, and those of the last step, of which they are the average, as `ema_state_dict`.
 """
 import argparse
 import hashlib
 from pathlib import Path
 
 import torch
+from mmengine.runner.checkpoint import weights_to_cpu
 
 from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.cli import one_message
 
 KEPT = ('state_dict', 'meta')  # not the optimizer, schedulers, log buffers
 
@@ -19,19 +24,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('checkpoint', type=Path, help='what tools/train.py wrote')
     parser.add_argument('out', type=Path, help='path of the result, without hash and suffix')
-    parser.add_argument('--ema', action='store_true', help='publish the averaged weights instead of the last')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument('--ema', action='store_true', help='refuse a checkpoint without averaged weights')
+    which.add_argument('--raw', action='store_true', help="publish the last step's weights instead of their average")
+    parser.add_argument('--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds')
     args = parser.parse_args()
-    checkpoint = load_checkpoint(args.checkpoint)
+    with one_message():
+        checkpoint = load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     if 'state_dict' not in checkpoint:
         parser.error(f'{args.checkpoint} has no state_dict: it is not a checkpoint of a training run')
+    last = {key.removeprefix('module.'): value for key, value in checkpoint.get('ema_state_dict', {}).items()
+            if key.startswith('module.')}
+    if (args.ema or args.raw) and not last:
+        parser.error(f'{args.checkpoint} holds no averaged weights (ema_state_dict)')
     kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
-    if args.ema:
-        averaged = {key.removeprefix('module.'): value for key, value in checkpoint.get('ema_state_dict', {}).items()
-                    if key.startswith('module.')}
-        if not averaged:
-            parser.error(f'{args.checkpoint} holds no averaged weights (ema_state_dict)')
-        kept['state_dict'] = averaged
-    kept['state_dict'] = {key: value.cpu() for key, value in kept['state_dict'].items()}
+    if args.raw:
+        kept['state_dict'].update(last)
+    kept['state_dict'] = weights_to_cpu(kept['state_dict'])  # keeps what state dicts record beside tensors
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(f'{args.out.name}.partial')
     torch.save(kept, part)
@@ -42,7 +51,8 @@ def main() -> None:
     part.rename(out)
     size = [path.stat().st_size / 2 ** 20 for path in (args.checkpoint, out)]
     dropped = sorted(set(checkpoint) - set(kept))
-    print(f'{out}: {len(kept["state_dict"])} tensors, {size[1]:.1f} MiB of {size[0]:.1f}; dropped {", ".join(dropped)}')
+    kind = 'tensors' if not last else 'tensors of the last step' if args.raw else 'averaged tensors'
+    print(f'{out}: {len(kept["state_dict"])} {kind}, {size[1]:.1f} MiB of {size[0]:.1f}; dropped {", ".join(dropped)}')
 
 
 if __name__ == '__main__':

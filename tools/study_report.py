@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ALIGNMENT = {'align/top1_agreement': ('top-1 agreement (%)', 1), 'align/rel_error': ('relative feature error', 3),
              'align/cosine': ('cosine', 3), 'knn/accuracy': ('1-NN accuracy (%)', 1)}
 DRAWN = {'align/top1_agreement': None, 'knn/accuracy': 'knn/teacher_accuracy'}  # with what the teacher has; 100 if None
+# Of the picture: colour, width of the line and legend of recipes whose label begins like that.
+FAMILIES = {'the paper: stages': ('C0', 2.0, "the paper's recipe"), 'plus:': ('C3', 2.0, 'plus'),
+            'plus,': ('C1', 1.0, 'plus with one change')}
+OTHERS = ('C7', 1.0, "the paper's recipe with one change")
 SEGMENTATION = {'mIoU': ('mIoU', 2), 'aAcc': ('pixel accuracy', 2)}
 
 
@@ -88,27 +92,30 @@ def progress(runs: list[dict], metric: str) -> list[tuple[float, float]]:
 
 
 def draw(path: Path, records: dict[str, dict], plan: dict[str, dict]) -> None:
-    """Scores at each validation over the compute spent by then: a line a seed, a colour a recipe.
+    """Scores at each validation over the compute spent by then: a line a seed, a colour a family of recipes.
 
-    Recipes are the alignments that no other alignment goes on from.
+    Recipes are the alignments that no other alignment goes on from; `FAMILIES` go by the beginning of their labels.
     """
     records = {key: run for key, run in records.items() if set(ALIGNMENT) <= set(run['scores'][-1])}
-    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    figure = Figure(figsize=(9, 4.2), layout='constrained')
     panels = figure.subplots(1, len(DRAWN))
     ends = [name for name in plan if not any(run['after'] in seeds_of(records, name) for run in records.values())]
-    for number, name in enumerate(name for name in ends if seeds_of(records, name)):
-        for index, key in enumerate(seeds_of(records, name)):
-            runs = chain(records, key)
-            label = f'{plan[name].get("label", name)}, {" + ".join(str(run["iterations"]) for run in runs)}'
+    for name in ends:
+        label = plan[name].get('label', name)
+        color, width, family = next((style for start, style in FAMILIES.items() if label.startswith(start)), OTHERS)
+        for key in seeds_of(records, name):
             for axis, metric in zip(panels, DRAWN, strict=True):
-                axis.plot(*zip(*progress(runs, metric), strict=True), marker='.', color=f'C{number % 10}',
-                          ls='-' if number < 10 else '--', lw=1, label=None if index else label)
+                axis.plot(*zip(*progress(chain(records, key), metric), strict=True), marker='.', color=color, lw=width,
+                          label=family)
     for axis, (metric, teacher) in zip(panels, DRAWN.items(), strict=True):
         for height in {run['scores'][-1].get(teacher, 100) for run in records.values()}:
-            axis.axhline(height, color='black', lw=0.8)
-        axis.set(xlabel='multiply-adds of teacher and student in training, 10¹²', ylabel=ALIGNMENT[metric][0])
+            axis.axhline(height, color='black', lw=1, ls=':', label='softmax teacher')
+        axis.set_xlabel('10¹² multiply-adds in training', fontsize=12)
+        axis.set_ylabel(ALIGNMENT[metric][0], fontsize=12)
+        axis.tick_params(labelsize=11)
         axis.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center', fontsize=7)
+    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))  # one of each label
+    figure.legend(lines.values(), lines, loc='outside upper center', fontsize=12, ncols=2)
     save_figure(figure, path)
 
 

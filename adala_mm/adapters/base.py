@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
+from adala_mm.models.attentions.marks import add_mark, last_of, options_of
 
 PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
 TESTED = 'timm 1.0.31, transformers 4.57 and 5.23, mmpretrain 1.3.6'
@@ -97,7 +98,7 @@ class Adapter:
 
         Raises:
             TypeError: for an attention with another width inside than outside, with grouped queries, or whose names
-                clash with those that the layer adds.
+                clash with those that the layer adds; for options that are no plain values.
             ValueError: for one that drops attention weights: a linear one has none.
         """
         proj, core = find_part(source, OUTPUTS), cls.core(source)
@@ -114,6 +115,7 @@ class Adapter:
             raise TypeError(f'{type(source).__name__} {problem}')
         heads = getattr(core, 'num_heads', None) or core.num_attention_heads
         layer = build_attention(cfg, proj.in_features, heads, grid=grid, num_prefix=layout.num_prefix)
+        options_of(*layer.built_from)  # raises for what no state dict could hold
         del layer.qkv, layer.proj
         layer.to(proj.weight)
         theirs = frozenset(name for kind in PARTS for name, part in getattr(source, kind).items()
@@ -157,6 +159,12 @@ class Adapter:
     def mixed(self, x: Tensor) -> Tensor:
         """Our layer, with its output projection, (B, N, C) to (B, N, C)."""
         return super().forward(x, *self.layout.of(x))
+
+    def state_dict(self, *args, prefix: str = '', keep_vars: bool = False, **kwargs) -> dict:
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if not self.is_softmax and not keep_vars:  # tracers ask for the parameters themselves
+            add_mark(state, prefix, self.adala_mm, last_of(self.proj, self))
+        return state
 
     def __reduce_ex__(self, protocol: int):  # the class is made at run time: copies and pickles name its two parts
         return _blank, type(self).__bases__, self.__dict__

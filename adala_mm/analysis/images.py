@@ -2,12 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine import fileio
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from PIL import Image, ImageOps
@@ -16,20 +14,7 @@ from torch import Tensor
 from adala_mm.datasets import ImageFiles
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data
-
-
-def open_image(path: str) -> Image.Image:
-    """All pixels of a file, as RGB.
-
-    Raises:
-        ValueError: if the file is not a whole image.
-    """
-    try:
-        return Image.open(BytesIO(fileio.get(path))).convert('RGB')
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # Pillow's, for what is truncated or no image
-        raise ValueError(f'cannot read the image {path}: {error}') from error
+from adala_mm.utils.image_files import open_image
 
 
 def read_image(path: str, size: tuple[int, int]) -> np.ndarray:

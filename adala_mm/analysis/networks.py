@@ -106,10 +106,10 @@ def teacher_config(cfg: Config) -> Config | None:
     cfg = copy.deepcopy(cfg)
     if kind == 'FeatureAlignment':
         cfg.model.backbone = cfg.model.teacher
-    elif kind == 'AttentionAlignment':
-        cfg.model.backbone.update(attention=SOFTMAX, trainable=None)
+    elif kind == 'AttentionAlignment':  # new dicts: MMEngine's `update` would keep the old ones' options
+        cfg.model.backbone = dict(cfg.model.backbone, attention=SOFTMAX, trainable=None)
     elif kind == 'TaskModelAlignment':  # the backbone of the fine-tuned model
-        cfg.model.backbone.update(attention=SOFTMAX, trainable=None, init_cfg=cfg.model.teacher)
+        cfg.model.backbone = dict(cfg.model.backbone, attention=SOFTMAX, trainable=None, init_cfg=cfg.model.teacher)
     else:
         attention = (model.get('backbone') or {}).get('attention')
         layers = [attention] if isinstance(attention, dict) else attention or []

@@ -12,13 +12,14 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from adala_mm.analysis.images import named_images, open_image
+from adala_mm.analysis.images import named_images
 from adala_mm.analysis.outputs import require_free
 from adala_mm.export import assemble, load
 from adala_mm.registry import DATASETS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import load_config
 from adala_mm.utils.fingerprint import file_sha256
+from adala_mm.utils.image_files import open_image
 
 KINDS = {'EncoderDecoder': 'segmentor', 'ImageClassifier': 'classifier'}
 

@@ -16,6 +16,7 @@ from adala_mm.conversion.from_timm import TIMM, facts, load_trunk, timm_vit
 from adala_mm.conversion.keys import recognise, refuse, rename, require, some
 from adala_mm.conversion.source import Source
 from adala_mm.models.backbones.vit import AdaLAViT
+from adala_mm.utils.checkpoint import recorded_grid
 
 PATCH_METHODS = ('flexi', 'bicubic')
 # Heads by (width, width of the MLP) of the published plain ViTs; no weight shows them.
@@ -52,15 +53,17 @@ class Converted:
 
 
 def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int | None = None,
-            img_size: tuple[int, int] | None = None, name: str | None = None) -> Converted:
+            img_size: tuple[int, int] | None = None, name: str | None = None,
+            grid: tuple[int, int] | None = None) -> Converted:
     """Weights of any of `SOURCES` at their native size.
 
     Args:
-        state: all tensors of the file.
+        state: all tensors of the file, as `read_state_dict` gives them.
         family: key of `FAMILIES`; needed where keys and shapes fit several.
         num_heads: needed for ViTs of unusual width only.
-        img_size: (height, width) in pixels; tells the grid of position embeddings that are not square.
+        img_size: (height, width) in pixels; tells the grid of position embeddings that cannot be square.
         name: timm's name of the model, whose facts are then timm's own.
+        grid: (h, w) of the position embeddings in patches; None for what the file records, or the numbers allow.
 
     Raises:
         ValueError: for weights of no source or of several, unexplained, missing or mis-shaped keys, an architecture
@@ -70,7 +73,7 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     source, prefix = recognise(state)
     ours, report = rename(state, source, prefix)
     known = facts(name) if name and source is TIMM else None
-    config, grid = read_structure(ours, source, img_size)
+    config, grid = read_structure(ours, source, img_size, grid or recorded_grid(state, prefix))
     family_name = choose_family(ours, grid, source, family, known)
     chosen = FAMILIES[family_name]
     width, hidden = config['embed_dim'], ours['blocks.0.mlp.fc1.weight'].shape[0]
@@ -93,26 +96,33 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     return Converted(ours, source, prefix, family_name, licence, config, grid, tuple(report))
 
 
-def read_structure(ours: dict[str, Tensor], source: Source,
-                   img_size: tuple[int, int] | None) -> tuple[dict[str, Any], tuple[int, int]]:
+def read_structure(ours: dict[str, Tensor], source: Source, img_size: tuple[int, int] | None,
+                   grid: tuple[int, int] | None = None) -> tuple[dict[str, Any], tuple[int, int]]:
     """Size of the ViT as arguments of `AdaLAViT`, and the grid of its position embeddings."""
     require(ours, ('patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'), source)
     kernel, positions = ours['patch_embed.proj.weight'], ours['pos_embed'].shape[1]
     width, hidden = kernel.shape[0], len(ours['blocks.0.mlp.fc1.weight'])
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f'{source.own_key("patch_embed.proj.weight")} has the shape {tuple(kernel.shape)}: not square '
-                         'patches of RGB images')
+                         'patches of RGB images (in_channels=3)')
     patch = kernel.shape[-1]
-    prefixes = sorted({0, int('cls_token' in ours)})
-    grids = [(side, side) for prefix in prefixes if (side := math.isqrt(positions - prefix)) ** 2 == positions - prefix]
-    if not grids and img_size is not None:
-        wanted = img_size[0] // patch, img_size[1] // patch
-        grids = [wanted for prefix in prefixes if math.prod(wanted) == positions - prefix]
-    if not grids or not grids[0][0]:
+    counts = [positions - prefix for prefix in sorted({0, int('cls_token' in ours)})]
+    squares = [(side, side) for count in counts if (side := math.isqrt(count)) ** 2 == count]
+    wanted = img_size and (img_size[0] // patch, img_size[1] // patch)
+    if grid is None:
+        fits = wanted is not None and math.prod(wanted) in counts
+        if fits and squares and wanted not in squares:
+            raise ValueError(f'{source.own_key("pos_embed")} has {positions} entries, which may be a grid of '
+                             f'{squares[0][0]}x{squares[0][1]} or, as --img-size has it, {wanted[0]}x{wanted[1]}: say '
+                             f'which the file has with --grid HEIGHT WIDTH, in patches')
+        grid = squares[0] if squares else wanted if fits else (0, 0)
+    if math.prod(grid) not in counts or not grid[0]:
         token = f'{"a" if "cls_token" in ours else "no"} class token ({source.own_key("cls_token")})'
-        raise ValueError(f'{source.own_key("pos_embed")} has {positions} entries, and there is {token}: that is no '
-                         'square grid. If the ViT is not square, say its native size with --img-size HEIGHT WIDTH')
-    grid = grids[0]
+        stated = f'not a grid of {grid[0]}x{grid[1]}' if grid[0] else (
+            'no square grid. If the ViT is not square, say its native size with --img-size HEIGHT WIDTH, or its grid '
+            'with --grid HEIGHT WIDTH')
+        raise ValueError(f'{source.own_key("pos_embed")} has {positions} entries, and there is {token}: that is '
+                         f'{stated}')
     depth = 1 + max(int(key.split('.')[1]) for key in ours if key.startswith('blocks.'))
     size = grid[0] * patch, grid[1] * patch
     config = {'img_size': size[0] if size[0] == size[1] else size, 'patch_size': patch, 'embed_dim': width,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from adala_mm.conversion.source import Source
+from adala_mm.utils.mmpretrain_compat import tolerate_transformers_5
 
 if TYPE_CHECKING:
     from adala_mm.conversion.convert import Converted
@@ -15,6 +16,7 @@ ACTIVATIONS = {'gelu': 'GELU', 'quick_gelu': 'mmpretrain.QuickGELU'}
 
 def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
     """mmpretrain's backbone, built from its registry; raises ImportError without it."""
+    tolerate_transformers_5()
     import mmpretrain
     from mmpretrain.registry import MODELS
     config, family = converted.config, converted.family

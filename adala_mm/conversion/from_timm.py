@@ -37,13 +37,19 @@ def facts(name: str) -> dict[str, Any] | None:
             'normalise': tuple(tuple(255 * value for value in cfg[part]) for part in ('mean', 'std'))}
 
 
-def timm_vit(converted: Converted) -> VisionTransformer:
-    """timm's ViT of the same structure and native size, without a head; images of other sizes may come."""
+def timm_vit(converted: Converted, num_classes: int = 0, global_pool: str = '') -> VisionTransformer:
+    """timm's ViT of the same structure and native size; images of other sizes may come.
+
+    Args:
+        num_classes: of a linear head, 0 for none.
+        global_pool: of normalised tokens, ``token`` or ``avg`` (over patches) before a head, or empty for none.
+    """
     config, family = converted.config, converted.family
     return VisionTransformer(
         img_size=config['img_size'], patch_size=config['patch_size'], embed_dim=config['embed_dim'],
-        depth=config['depth'], num_heads=config['num_heads'], mlp_ratio=config.get('mlp_ratio', 4.0), num_classes=0,
-        global_pool='', class_token=family.class_token, reg_tokens=config.get('num_registers', 0),
+        depth=config['depth'], num_heads=config['num_heads'], mlp_ratio=config.get('mlp_ratio', 4.0),
+        num_classes=num_classes, global_pool=global_pool, fc_norm=False,
+        class_token=family.class_token, reg_tokens=config.get('num_registers', 0),
         no_embed_class=family.no_embed_class, pre_norm=family.pre_norm, init_values=family.layer_scale,
         norm_layer=partial(nn.LayerNorm, eps=family.norm_eps), act_layer=get_act_layer(family.act),
         dynamic_img_size=True)

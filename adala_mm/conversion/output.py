@@ -1,7 +1,6 @@
 """What a conversion leaves: a safetensors file with metadata, a config, and tables."""
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,15 +11,6 @@ from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.keys import SOURCES
 from adala_mm.utils.tables import markdown_table
-
-
-def sha256(path: str | Path) -> str:
-    """Checksum of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def metadata(converted: Converted, origin: str, checksum: str) -> dict[str, str]:

@@ -66,7 +66,7 @@ class ImageFiles(BaseDataset):
             return
         source = Source(self.folder, self.ann_file, self.shards, self.extensions)
         # What MMEngine calls serialised data, with lines in the place of pickles: workers share it, subsets work.
-        self.data_bytes, self.data_address = load_index(source, self.index_dir)
+        self.data_bytes, self.data_address, self.problems = load_index(source, self.index_dir)
         self._fully_initialized = True
         if self._indices is not None:
             self.get_subset_(self._indices)
@@ -109,9 +109,10 @@ def read(transforms: list, info: dict) -> Any:
 
 def reason(error: Exception) -> str:
     """What is wrong with an image, in a line."""
-    if isinstance(error, (AssertionError, cv2.error)):  # LoadImageFromFile's own, and OpenCV's for an empty file
+    if isinstance(error, (AssertionError, cv2.error)):  # of mmcv's LoadImageFromFile, and OpenCV's for an empty file
         return 'no whole image'
-    return f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else "no message"}'
+    text = str(error).splitlines()[0] if str(error) else 'no message'
+    return text if isinstance(error, ValueError) else f'{type(error).__name__}: {text}'
 
 
 def marked(sample: Any, corrupt: dict[str, str]) -> Any:

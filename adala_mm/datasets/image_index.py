@@ -11,6 +11,7 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +24,11 @@ from mmengine.logging import print_log
 
 from adala_mm.datasets.tar_shards import expand_shards, has_wildcards, scan_shard
 
-VERSION = 1
+VERSION = 2
 LOOKED_UP = 1000  # lines of a file list whose files are looked for, spread over the list
+OTHERS = ('.avif', '.bmp', '.cr2', '.dcm', '.dng', '.exr', '.gif', '.hdr', '.heic', '.heif', '.j2k', '.jfif', '.jp2',
+          '.jpe', '.jpeg', '.jpg', '.jxl', '.nef', '.pbm', '.pgm', '.png', '.pnm', '.ppm', '.psd', '.tga', '.tif',
+          '.tiff', '.webp')  # of files that are images as well; a data set does not take them all
 
 
 class Source(NamedTuple):
@@ -36,20 +40,25 @@ class Source(NamedTuple):
     extensions: tuple[str, ...]
 
 
+class Index(NamedTuple):
+    """All images of a data set."""
+
+    lines: np.ndarray  # uint8: all lines, each ending in a newline
+    ends: np.ndarray  # (N,) int64: where the line after each one starts
+    problems: list[str]  # as in `Found`
+
+
 class Found(NamedTuple):
     lines: list[str]  # paths relative to the root; of a file in a shard, shard?offset+size#name
     origins: list[str]  # files and folders whose change makes the list obsolete
     problems: list[str]  # that do not stop a run, but cost images
 
 
-def load_index(source: Source, index_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """The index of a data set: all its lines in one array of bytes, and for each line where the next one starts.
+def load_index(source: Source, index_dir: str | None) -> Index:
+    """The index of a data set.
 
     With ``index_dir`` the lines are a memory-mapped file in it, written by the main process the first time and
     whenever folder, list or shards have changed since; else every process lists for itself and keeps it in memory.
-
-    Returns:
-        lines uint8, each ending in a newline, and ends (N,) int64.
 
     Raises:
         FileNotFoundError: if folder, list, shards or listed images are not there.
@@ -58,7 +67,7 @@ def load_index(source: Source, index_dir: str | None) -> tuple[np.ndarray, np.nd
     if index_dir is None:
         found = find(source)
         report(found.problems)
-        return with_ends(np.frombuffer(encode(found.lines), np.uint8))
+        return index_of(np.frombuffer(encode(found.lines), np.uint8), found.problems)
     key = hashlib.sha256(json.dumps([os.path.abspath(source.root), *source[1:]]).encode()).hexdigest()[:12]
     path = Path(index_dir) / f'{Path(source.root).absolute().name}-{key}.txt'
     if get_world_size() > 1:
@@ -78,7 +87,8 @@ def find(source: Source) -> Found:
     found = (list_file if source.ann_file else list_shards if source.shards else list_folder)(source)
     if not found.lines:
         raise ValueError(f'{what} has no images' + (
-            '' if source.ann_file else f': no file in it ends in {", ".join(source.extensions)}'))
+            '' if source.ann_file else '. '.join([f': no file in it ends in {", ".join(source.extensions)}',
+                                                  *found.problems])))
     odd = next((line for line in found.lines if '\n' in line), None)
     if odd is not None:
         raise ValueError(f'the file name {odd!r} has a line break in it: rename the file')
@@ -91,16 +101,33 @@ def is_image(name: str, extensions: tuple[str, ...]) -> bool:
     return name.lower().endswith(extensions) and not os.path.basename(name).startswith('.')
 
 
+TAKE = 'if they are meant, convert them, or name their suffix in the data set (`extensions`, `img_suffix`)'
+
+
+def passed_over(root: str, kinds: Counter[str]) -> list[str]:
+    """What to say of files that look like images, but are not taken: ``kinds`` counts them by their suffix."""
+    found = ', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())
+    return [f'{root} has files that look like images and are not taken, {found}: {TAKE}'] if kinds else []
+
+
+def kind_of(name: str) -> str:
+    """Its suffix."""
+    return os.path.splitext(name)[1].lower()
+
+
 def list_folder(source: Source) -> Found:
     if not os.path.isdir(source.root):
         raise FileNotFoundError(f'no folder of images at {source.root}')
-    lines, folders = [], []
+    lines, folders, others = [], [], Counter()
     for folder, _, files in os.walk(source.root, onerror=refuse, followlinks=True):
         place = os.path.relpath(folder, source.root)
         folders.append(place)
-        lines += [name if place == '.' else os.path.join(place, name) for name in files
-                  if is_image(name, source.extensions)]
-    return Found(sorted(lines), folders, [])
+        for name in files:
+            if is_image(name, source.extensions):
+                lines.append(name if place == '.' else os.path.join(place, name))
+            elif is_image(name, OTHERS):
+                others[kind_of(name)] += 1
+    return Found(sorted(lines), folders, passed_over(source.root, others))
 
 
 def refuse(error: OSError) -> None:
@@ -124,7 +151,7 @@ def list_file(source: Source) -> Found:
 
 def list_shards(source: Source) -> Found:
     shards = expand_shards(source.root, source.shards)
-    lines, problems = [], []
+    lines, problems, others = [], [], Counter()
     for shard in shards:
         for name, address in scan_shard(source.root, shard):
             if not name and address is not None:
@@ -132,6 +159,9 @@ def list_shards(source: Source) -> Found:
                                 'again')
             elif is_image(name, source.extensions):
                 lines.append(address)
+            elif is_image(name, OTHERS):
+                others[kind_of(name)] += 1
+    problems += passed_over(os.path.join(source.root, source.shards), others)
     folders = {'.', *(os.path.dirname(shard) or '.' for shard in shards)} if has_wildcards(source.shards) else ()
     return Found(lines, [*shards, *sorted(folders)], problems)  # a new shard may match
 
@@ -145,8 +175,8 @@ def encode(lines: list[str]) -> bytes:
     return os.fsencode('\n'.join(lines) + '\n')
 
 
-def with_ends(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return lines, np.flatnonzero(lines == ord('\n')) + 1
+def index_of(lines: np.ndarray, problems: list[str]) -> Index:
+    return Index(lines, np.flatnonzero(lines == ord('\n')) + 1, problems)
 
 
 def stamps(root: str, origins: list[str]) -> Iterator[list[int]]:
@@ -156,7 +186,7 @@ def stamps(root: str, origins: list[str]) -> Iterator[list[int]]:
         yield [facts.st_mtime_ns, facts.st_size]
 
 
-def read_or_write(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
+def read_or_write(path: Path, source: Source) -> Index:
     index = read_index(path, source.root)
     if index is None:
         write_index(path, source)
@@ -167,7 +197,7 @@ def read_or_write(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     return index
 
 
-def read_index(path: Path, root: str) -> tuple[np.ndarray, np.ndarray] | None:
+def read_index(path: Path, root: str) -> Index | None:
     """An index that was written before; None if there is none, or it no longer says how things are."""
     try:
         with open(path, 'rb') as file:
@@ -180,7 +210,7 @@ def read_index(path: Path, root: str) -> tuple[np.ndarray, np.ndarray] | None:
     if path.stat().st_size != start + head['bytes']:
         return None
     report(head['problems'])
-    return with_ends(np.memmap(path, np.uint8, 'r', offset=start))
+    return index_of(np.memmap(path, np.uint8, 'r', offset=start), head['problems'])
 
 
 def write_index(path: Path, source: Source) -> None:

@@ -54,7 +54,9 @@ class CorruptImagesHook(Hook):
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: object = None,
                     mode: str = 'train') -> None:
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
-        for sample in samples if isinstance(samples, list) else []:
+        if samples and isinstance(samples[0], (list, tuple)):  # test-time augmentation: views of the same images
+            samples = samples[0]
+        for sample in samples if isinstance(samples, (list, tuple)) else []:
             self.new.append(sample.get('corrupt', {}))
         if self.every_n_inner_iters(batch_idx, self.interval):
             self.look(runner)

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmpretrain.engine.optimizers import LearningRateDecayOptimWrapperConstructor
 from torch import nn
 
 from adala_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from adala_mm.utils.stack import import_quietly
+
+import_quietly('mmpretrain.datasets')
+
+from mmpretrain.engine.optimizers import LearningRateDecayOptimWrapperConstructor  # noqa: E402
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

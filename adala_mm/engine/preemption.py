@@ -11,6 +11,7 @@ from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from adala_mm.engine.ema import leave_validation
 from adala_mm.registry import HOOKS
 
 FILE = 'preempted.pth'
@@ -62,9 +63,9 @@ class PreemptionHook(Hook):
             self.leave_if_told(runner, done, done // accumulated)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.leave_if_told(runner, runner.iter, batch_idx + 1)
+        self.leave_if_told(runner, runner.iter, batch_idx + 1, validating=True)
 
-    def leave_if_told(self, runner: Runner, done: int, turn: int) -> None:
+    def leave_if_told(self, runner: Runner, done: int, turn: int, validating: bool = False) -> None:
         """All processes leave if one was told to, and must call this with the same ``turn``, counted from 1."""
         if get_world_size() > 1:
             if turn % self.interval:
@@ -73,6 +74,8 @@ class PreemptionHook(Hook):
             all_reduce(agreed, op='max')
             self.received = int(agreed)
         if self.received:
+            if validating:
+                leave_validation(runner)
             self.save_and_leave(runner, done)
 
     def save_and_leave(self, runner: Runner, done: int) -> None:

@@ -25,6 +25,7 @@ from adala_mm.utils.fingerprint import file_sha256
 from adala_mm.utils.records import git_state
 from adala_mm.utils.stack import stack_versions
 from adala_mm.utils.timing import default_device, hardware
+from adala_mm.utils.weight_files import weight_files
 
 FILE = 'run.json'
 
@@ -139,10 +140,10 @@ def named_checkpoints(node: Any) -> Iterator[str]:
 
 
 def checkpoint_sha256(name: str) -> str | None:
-    """SHA-256 of the file behind a checkpoint's name, if it is on this machine."""
+    """SHA-256 of the file (of each, if weights are in several) behind a checkpoint's name, if it is on this machine."""
     if '://' in name and not name.startswith('timm://'):  # MMEngine's downloads
         name = str(Path(torch.hub.get_dir(), 'checkpoints', name.rsplit('/', 1)[-1].split('?')[0]))
     try:
-        return file_sha256(local_file(name))
+        return ' '.join(map(file_sha256, weight_files(local_file(name))))
     except (OSError, ValueError):
         return None

@@ -3,6 +3,7 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from adala_mm.engine.ema import start_average
 from adala_mm.registry import HOOKS
 
 
@@ -18,5 +19,6 @@ class ValBeforeTrainHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if runner.val_loop is not None and runner.iter == 0:
             runner.logger.info('Validation before the first training step:')
+            start_average(runner)
             runner.val_loop.run()
             runner.model.train()

@@ -68,9 +68,6 @@ def export_onnx(target: Target, path: Path, dynamic: bool = True, opset: int = O
         with quiet():
             made = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=['image'],
                                      output_names=list(target.outputs), verbose=False)
-            if not dynamic:  # tables resampled to this size are constants: no Resize, which TensorRT cannot antialias
-                from onnxscript.optimizer import optimize
-                optimize(made.model, input_size_limit=LIMIT, output_size_limit=LIMIT)
     except Exception as error:  # the exporter's own, and those of each operator's translation
         cause = error.__cause__ or error
         raise ValueError(f'{target.notes["attention"]}: ONNX cannot hold this model ({last_line(cause)}); '

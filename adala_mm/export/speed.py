@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mmengine.config import Config
 
 from adala_mm.export.graphs import export_onnx
 from adala_mm.export.parity import Run
-from adala_mm.export.target import Target, assemble
+from adala_mm.export.target import HalfPrecision, Target, assemble
 from adala_mm.utils.records import machine
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import speedup, take_turns, total_memory, wall_timer
@@ -28,8 +29,10 @@ def measure(target: Target, cfg: Config, run: Run, sizes: Sequence[int], dynamic
         sizes: sides of square images, rounded up to what fits; the fixed size alone if not ``dynamic``.
         seconds: to measure at each size.
     """
-    twin = assemble(cfg, target.notes['part'], target.size, softmax=True)
+    twin = assemble(cfg, target.notes['part'], target.size, softmax=True, fixed=not dynamic)
     twin.model.load_state_dict(target.model.state_dict(), strict=False)
+    if target.notes.get('precision') == 'float16':
+        twin = replace(twin, module=HalfPrecision(twin.module))
     step, memory, rows = target.multiple, total_memory(CPU), []
     wanted = dict.fromkeys(-(-side // step) * step for side in sizes)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,10 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 import adala_mm
+from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones.weights import load_vit
 from adala_mm.registry import MODELS
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.checkpoint import load_checkpoint, local_file, read_state_dict
 
 PARTS = ('backbone', 'model')
 L2VIT_STRIDE = 32
@@ -95,7 +97,23 @@ class SegLogits(nn.Module):
         return (self.model.encode_decode(image, [dict(img_shape=Size(image.shape[2:]))]),)
 
 
-def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = None, softmax: bool = False) -> Target:
+class HalfPrecision(nn.Module):
+    """A copy of a target's module in float16, whose images and outputs stay float32.
+
+    What the model itself does in float32, such as the sums of linear attention over all tokens, stays there: the graph
+    says so, where a converter of finished graphs would not know.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).half()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.float() for output in self.module(image.half()))
+
+
+def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = None, softmax: bool = False,
+             fixed: bool = False) -> Target:
     """Builds what a config describes, without any weights.
 
     Args:
@@ -103,6 +121,8 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
         part: ``backbone``, or ``model`` for backbone and head.
         size: (H, W) of the example; the backbone's ``img_size`` if None.
         softmax: with softmax attention in all blocks.
+        fixed: a plain ViT is built for images of that size alone. Its positions and the tables over its grid are
+            resampled when weights are loaded, so that a graph of it resizes none.
 
     Raises:
         ValueError: for a model without a head, or a size that does not fit.
@@ -115,6 +135,8 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
     backbone_cfg.pop('compile', None)
     if softmax:
         backbone_cfg.attention = dict(type='adala_mm.SoftmaxAttention')
+    if fixed and size is not None and str(backbone_cfg.type).endswith('AdaLAViT'):
+        backbone_cfg.img_size = tuple(size)
     for holder in model_cfg.values():  # weights come later, all from one place
         if isinstance(holder, dict):
             holder.pop('init_cfg', None)
@@ -159,9 +181,8 @@ def load(target: Target, cfg: Config, checkpoint: str | Path | None) -> None:
     Raises:
         FileNotFoundError, ValueError: for a missing or unreadable file, one that does not fit, or if there is none.
     """
+    init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint)) if checkpoint else cfg.model.backbone.get('init_cfg')
     if target.model is target.backbone:
-        init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint)) if checkpoint else cfg.model.backbone.get(
-            'init_cfg')
         if not init_cfg:
             raise ValueError("the config's backbone names no weights (init_cfg): say a CHECKPOINT")
         target.model.init_cfg = init_cfg
@@ -170,9 +191,24 @@ def load(target: Target, cfg: Config, checkpoint: str | Path | None) -> None:
     if checkpoint is None:
         raise ValueError('a head has no weights without a CHECKPOINT: say the one that training wrote, or leave out '
                          '--part model')
+    state = read_state_dict(str(checkpoint))
+    if isinstance(target.backbone, AdaLAViT):  # it may be of another size than the weights
+        load_vit(target.backbone, init_cfg)
+        own = {f'backbone.{key}': value for key, value in target.backbone.state_dict().items()}
+        state = {**state, **own}  # and without what the file says of its grid
     try:
-        target.model.load_state_dict(read_state_dict(str(checkpoint)))
+        target.model.load_state_dict(state)
     except RuntimeError as error:
         problems = '\n'.join(line[:300] for line in str(error).splitlines()[1:9])
         raise ValueError(f'{checkpoint} does not fit the model of the config:\n{problems}\nIs it of another config, '
                          'or of a backbone alone (leave out --part model)?') from error
+
+
+def name_classes(target: Target, checkpoint: str | Path | None) -> None:
+    """Puts the names of the classes into ``target.notes``, if training wrote them into its checkpoint."""
+    if target.model is target.backbone or checkpoint is None:
+        return
+    meta = load_checkpoint(local_file(str(checkpoint))).get('meta')
+    classes = ((meta.get('dataset_meta') if isinstance(meta, dict) else None) or {}).get('classes')
+    if classes:
+        target.notes['classes'] = json.dumps(list(classes))

@@ -10,68 +10,134 @@ from safetensors.torch import load_file, save, save_file
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+import adala_mm
 from adala_mm.adapters import find_vit
 from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
 from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, in_files, pretrained
 from adala_mm.conversion.source import Source
+from adala_mm.export.linearized import OwnLogits
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
-from adala_mm.linearization import linearize
+from adala_mm.linearization import linearize_blocks
+from adala_mm.models.attentions.marks import add_mark
 from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones.weights import is_extra
 
-OWN_PARAMETERS = re.compile(r'blocks\.\d+\.attn\.(?!qkv\.|proj\.)')
+POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
+OWN_PARAMETERS = re.compile(r'(?!qkv\.|proj\.)')
+OUTPUT = re.compile(r'(.*\.(\d+)\.(?:attention|self_attn)\.)(output\.dense\.bias|out_proj\.bias)$')  # of an attention
 
 
 def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
-    """Writes a safetensors file with the keys of timm's ``VisionTransformer``, and returns timm's model with it.
+    """Writes a safetensors file with the weights of timm's ``VisionTransformer``, and returns timm's model with it.
 
-    Parameters of an attention's own stand beside its projections, where a linearized model has them.
+    With linear blocks, it is a state dict of `linearize`'s model, which the softmax model refuses.
 
     Returns:
-        Images to final tokens, as `AdaLAViT.forward_features`.
+        Images to final tokens, as `AdaLAViT.forward_features`, or to logits if the target is a classifier.
 
     Raises:
-        ValueError: for a backbone that is no plain ViT, or of a family that timm has not.
+        ValueError: for a backbone that is no plain ViT, or of a family that timm has not, or a head of another kind.
     """
     converted = describe(target, TIMM, tuple(FAMILIES), family)
+    head = linear_head(target)
     notes = {'format': 'pt', **target.notes, 'family': converted.family_name,
+             'position_grid': 'x'.join(map(str, converted.grid)),
              'architecture': json.dumps(converted.config), 'attentions': json.dumps(target.attentions)}
-    path.write_bytes(save({key: value.contiguous() for key, value in converted.state.items()}, notes))
-    model = timm_vit(converted)
-    linearize_like(model, target.attentions)
-    model.load_state_dict(load_file(path))
-    return features(model)
+    shape = () if head is None else (head.out_features, POOLING[target.backbone.out_type])
+    state = dict(converted.state)
+    if head is not None:
+        state |= {f'head.{key}': value for key, value in head.state_dict().items()}
+        notes['head'] = json.dumps(dict(zip(('num_classes', 'global_pool'), shape, strict=True), fc_norm=False))
+    model = linearized(timm_vit(converted, *shape), target)
+    model.load_state_dict(state)
+    path.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, notes))
+    twin = linearized(timm_vit(converted, *shape), target)
+    twin.load_state_dict(load_file(path))
+    return features(twin) if head is None else logits(twin)
 
 
 def export_transformers(target: Target, folder: Path, family: str | None = None) -> Run:
-    """Writes a folder for ``from_pretrained``, and returns the model of transformers that it gives.
+    """Writes a folder for `adala_mm.load`, without linear blocks for ``from_pretrained``, and returns its model.
+
+    A classifier becomes ``Dinov2ForImageClassification``, whose head sees the class token and the mean of the patches:
+    the weights of the one that ours does not see are 0.
 
     Returns:
-        Images of the native size to final tokens, as `AdaLAViT.forward_features`.
+        Images of the native size to final tokens, as `AdaLAViT.forward_features`, or to logits if it is a classifier.
 
     Raises:
         ImportError: without transformers.
-        ValueError: for a backbone that no model of transformers here is, or with parameters that none has.
+        ValueError: for a backbone that no model of transformers here is, or for the classifier of another family than
+            DINOv2.
     """
-    own = [key for key in target.backbone.state_dict() if OWN_PARAMETERS.match(key)]
-    if own:
-        raise ValueError(f'{target.notes["attention"]} has parameters of its own ({own[0]}), which no model of '
-                         'transformers loads: a .safetensors file for timm holds them')
+    head = linear_head(target)
     names = tuple(dict.fromkeys((*TRANSFORMERS_DINOV2.families, *TRANSFORMERS_CLIP.families, *CLASSES)))
     ours = describe(target, TRANSFORMERS_CLIP, names, family)
     if ours.family_name in TRANSFORMERS_DINOV2.families:
         ours = describe(target, TRANSFORMERS_DINOV2, names, ours.family_name)
     state = their_names(ours)
     written = pretrained(ours, state)
+    state = in_files(state)
+    if head is not None:
+        written, state = with_head(written, state, head, target)
     written.config.architectures = [type(written).__name__]
     written.config.save_pretrained(folder)
-    save_file(in_files(state), folder / 'model.safetensors', {'format': 'pt'})  # their own differs between versions
+    for key in [key for key in state if OUTPUT.match(key)]:
+        prefix, block, last = OUTPUT.match(key).groups()
+        layer = target.backbone.blocks[int(block)].attn
+        state |= {f'{prefix}{name}': value for name, value in layer.state_dict().items() if OWN_PARAMETERS.match(name)}
+        if not layer.is_softmax:
+            add_mark(state, prefix, layer.adala_mm, last)
+    # Not their own save_pretrained: its keys differ between versions.
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / 'model.safetensors', {'format': 'pt'})
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
-    model = type(written).from_pretrained(folder)
-    linearize_like(model, target.attentions)
-    return features(model)
+    read = type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder)
+    return features(read) if head is None else OwnLogits(read.eval())
+
+
+def with_head(model: nn.Module, state: dict[str, Tensor], head: nn.Linear,
+              target: Target) -> tuple[nn.Module, dict[str, Tensor]]:
+    """transformers' classifier for the ViT ``model``, without its weights, and all weights under the names of files."""
+    import transformers
+    kind = type(model).__name__.removesuffix('Model')
+    if not kind.startswith('Dinov2'):
+        raise ValueError(f'the classifier of transformers for {type(model).__name__} does not pool normalised tokens '
+                         f'as ours ({target.backbone.out_type}): leave out --part model, or write .onnx')
+    names = json.loads(target.notes.get('classes', '[]')) or [f'LABEL_{i}' for i in range(head.out_features)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    classifier = getattr(transformers, f'{kind}ForImageClassification')(model.config)
+    unseen = torch.zeros_like(head.weight)
+    halves = (head.weight, unseen) if target.backbone.out_type == 'cls_token' else (unseen, head.weight)
+    return classifier, {f'{classifier.base_model_prefix}.{key}': value for key, value in state.items()} | {
+        'classifier.weight': torch.cat(halves, dim=1), 'classifier.bias': head.bias}
+
+
+def linearized(model: nn.Module, target: Target) -> nn.Module:
+    """The softmax ViT, with the attentions of the backbone."""
+    linearize_blocks(model, [None if str(kind['type']).endswith('SoftmaxAttention') else kind
+                             for kind in target.attentions])
+    return model
+
+
+def linear_head(target: Target) -> nn.Linear | None:
+    """The linear layer of a classifier on pooled tokens; None if the target is a backbone.
+
+    Raises:
+        ValueError: for a head or neck of another kind.
+    """
+    model = target.model
+    if model is target.backbone:
+        return None
+    fc = getattr(getattr(model, 'head', None), 'fc', None)
+    pooling = target.backbone.out_type
+    if not isinstance(fc, nn.Linear) or getattr(model, 'neck', None) is not None or pooling not in POOLING:
+        raise ValueError(f'{type(model).__name__} on out_type={pooling!r}: timm and transformers have one linear layer '
+                         f'on {" or ".join(POOLING)}, and no other heads of OpenMMLab; .onnx and .pt2 hold any')
+    return fc
 
 
 def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
@@ -105,9 +171,14 @@ def describe(target: Target, source: Source, names: tuple[str, ...], family: str
 
 
 def their_names(ours: Converted) -> dict[str, Tensor]:
-    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards."""
+    """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards.
+
+    Without what attentions have of their own, of which the source knows nothing.
+    """
     state = {}
     for key, value in ours.state.items():
+        if is_extra(key):
+            continue
         parts = {key.replace('.qkv.', f'.{part}.'): value.chunk(3)[i] for i, part in enumerate('qkv')
                  } if '.qkv.' in key else {key: value}
         state |= {ours.source.own_key(name): part for name, part in parts.items()}
@@ -124,13 +195,10 @@ def their_names(ours: Converted) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def linearize_like(model: nn.Module, attentions: tuple[dict, ...]) -> None:
-    """Gives a softmax ViT of another library the attention of each block that ``attentions`` lists, in place."""
-    kinds = [kind for i, kind in enumerate(attentions) if kind not in attentions[:i]]
-    for kind in kinds:
-        if not str(kind['type']).endswith('SoftmaxAttention'):
-            linearize(model, kind, keep_softmax=[i for i, other in enumerate(attentions) if other != kind],
-                      inplace=True)
+def logits(model: nn.Module) -> Run:
+    """Images to class logits, in a tuple."""
+    model.eval()
+    return lambda image: (model(image),)
 
 
 def features(model: nn.Module) -> Run:

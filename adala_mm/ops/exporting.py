@@ -1,6 +1,8 @@
 """What watches: a tracer whose graph has to stand alone, or a transform that differentiates or batches."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -21,3 +23,9 @@ def exporting() -> bool:
 def transformed() -> bool:
     """Whether ``torch.func`` (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def same_grid(hw: Sequence[int], stored: Sequence[int]) -> bool:
+    """Whether (h, w) is what is stored; never for a graph with free sizes, which a branch would tie to one."""
+    free = exporting() and not all(isinstance(side, int) for side in hw)
+    return not free and tuple(hw) == tuple(stored)

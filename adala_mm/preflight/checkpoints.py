@@ -12,12 +12,12 @@ from torch import nn
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.models.algorithms.task_model_alignment import TaskModelAlignment
 from adala_mm.models.backbones import AdaLAViT, L2ViT
-from adala_mm.models.backbones.weights import misfits
+from adala_mm.models.backbones.weights import load_vit, misfits, positions_for
 from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, one_line
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.checkpoint import TIMM, hub_file, hub_url, read_state_dict
+from adala_mm.utils.normalisation import other_normalisation, stated_normalisation
 
-TIMM = 'timm://'
 FAMILY = 'name a file of the family that the config describes; tools/convert_vfm.py converts (docs/weights.md)'
 
 
@@ -36,7 +36,8 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
             if network is not None and (network.init_cfg or {}).get('type') != 'Pretrained':
                 nothing = False
                 yield Finding(f'checkpoint of {role}', ERROR, 'no pretrained weights: alignment would distil noise',
-                              f"--cfg-options model.{role}.init_cfg=\"dict(type='Pretrained', checkpoint=FILE)\"")
+                              f'--cfg-options model.{role}.init_cfg.type=Pretrained '
+                              f'model.{role}.init_cfg.checkpoint=FILE')
         if plan.model.head is not None:
             nothing = False
             yield teacher_head(plan, plan.model.head['checkpoint'])
@@ -50,13 +51,30 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
         yield Finding('checkpoint', OK, 'none: training starts from random weights')
 
 
+def normalisation(plan: Plan) -> Iterator[Finding]:
+    """The images are normalised as those were that the networks were pretrained on, where their files say it."""
+    preprocessor = plan.cfg.model.get('data_preprocessor') or plan.cfg.get('data_preprocessor') or {}
+    mean, std = preprocessor.get('mean'), preprocessor.get('std')
+    named = {str(init['checkpoint']) for network in plan.networks.values()
+             for init in [getattr(network, 'init_cfg', None)] if isinstance(init, dict) and init.get('checkpoint')}
+    stated = sorted(path for path in named if stated_normalisation(path))
+    found = [difference for path in stated if (difference := other_normalisation(path, mean, std))]
+    for difference, fix in found:
+        yield Finding('normalisation', WARNING, difference, fix)
+    if stated and mean is not None and not found:
+        yield Finding('normalisation', OK, f'mean and std are those of {", ".join(stated)}')
+
+
 def pretrained(plan: Plan, name: str, network: nn.Module, init: dict) -> Finding:
     """One network's ``init_cfg``: loaded for real, by the network's own rules, into memory that is freed again."""
     title, path = f'checkpoint of {name}', str(init.get('checkpoint'))
     if absent := not_here(plan, title, path):
         return absent
     try:
-        if isinstance(network, (AdaLAViT, L2ViT)):
+        if isinstance(network, AdaLAViT):
+            doubts = load_vit(copy.deepcopy(network).to_empty(device='cpu'), init)
+            return Finding(title, WARNING if doubts else OK, '; '.join([f'{path} fits', *doubts]))
+        if isinstance(network, L2ViT):
             copy.deepcopy(network).to_empty(device='cpu').init_weights()
             return Finding(title, OK, f'{path} fits')
         state, prefix = read_state_dict(path), init.get('prefix', '')
@@ -81,7 +99,7 @@ def fine_tuned(plan: Plan) -> Finding:
     title, path = 'checkpoint of the teacher', plan.model.checkpoint
     if absent := not_here(plan, title, path):
         return absent
-    state, wanted = read_state_dict(path), plan.model.frozen['teacher'].state_dict()
+    state, wanted = plan.model.read_teacher(), plan.model.frozen['teacher'].state_dict()
     if table := misfits(*({key: tuple(value.shape) for key, value in one.items()} for one in (state, wanted))):
         return Finding(title, ERROR, f'{path} does not fit:\n{table}', 'name the fine-tuned softmax model, as a whole, '
                        'of the same config: --cfg-options model.teacher.checkpoint=FILE')
@@ -95,7 +113,7 @@ def whole_model(plan: Plan, path: str) -> Finding:
     if absent := not_here(plan, title, path):
         return absent
     state = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    return fit(title, path, plan.model, state.get('state_dict', state))
+    return fit(title, path, plan.model, positions_for(plan.model, state.get('state_dict', state)))
 
 
 def fit(title: str, path: str, network: nn.Module, state: dict) -> Finding:
@@ -118,7 +136,7 @@ def not_here(plan: Plan, title: str, path: str) -> Finding | None:
     if path.startswith(TIMM):
         return not_downloaded(title, path)
     file = Path(path).expanduser()
-    if file.is_file():
+    if file.exists():
         return None
     made = sorted(file.parent.glob('*.pth'), key=lambda other: other.stat().st_mtime)
     config = writer(file, Path(plan.cfg.filename))
@@ -135,18 +153,22 @@ def not_here(plan: Plan, title: str, path: str) -> Finding | None:
 
 
 def not_downloaded(title: str, path: str) -> Finding | None:
-    repository = f'timm/{path.removeprefix(TIMM)}'
-    if isinstance(huggingface_hub.try_to_load_from_cache(repository, 'model.safetensors'), str):
+    name = path.removeprefix(TIMM)
+    try:
+        repository, file = hub_file(name)
+    except ValueError as error:
+        found, _, fix = str(error).partition('; ')
+        return Finding(title, ERROR, found, fix)
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str):
         return None
     try:
-        url = huggingface_hub.hf_hub_url(repository, 'model.safetensors')
-        size = huggingface_hub.get_hf_file_metadata(url, timeout=10).size
-    except Exception as error:  # no connection, no such model, offline mode: half a dozen types
+        size = huggingface_hub.get_hf_file_metadata(hub_url(name), timeout=10).size
+    except Exception as error:  # no connection, no such file, offline mode: half a dozen types
         return Finding(title, ERROR, f'{path} is not here and cannot be downloaded ({type(error).__name__})',
-                       f'fetch model.safetensors of https://huggingface.co/{repository} and name that file with '
-                       '--cfg-options model....init_cfg.checkpoint=FILE')
+                       f'fetch {hub_url(name)} and name that file with --cfg-options '
+                       'model....init_cfg.checkpoint=FILE')
     return Finding(title, WARNING, f'{path} is not here yet: {size / 1e9:.1f} GB come on first use, unchecked so far',
-                   f'huggingface-cli download {repository} model.safetensors')
+                   f'hf download {repository} {file}')
 
 
 def writer(file: Path, config: Path) -> tuple[Path, str] | None:

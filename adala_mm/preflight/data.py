@@ -1,6 +1,7 @@
 """Checks of the data: folders, counts, images, labels, classes, and the first batch."""
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from adala_mm.datasets import ImageFiles
+from adala_mm.datasets.image_index import OTHERS, is_image, kind_of, passed_over
 from adala_mm.engine import LabelCheckHook
-from adala_mm.preflight.images import Look, label_loader, look_at
+from adala_mm.preflight.images import label_loader
 from adala_mm.preflight.plan import TRAIN, VAL, Plan, Scan, draws_itself, leaves
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 from adala_mm.utils.cli import absent_data, data_advice
@@ -35,9 +38,10 @@ def folders(plan: Plan, loader: str) -> Iterator[Finding]:
 
 def counts(plan: Plan, loader: str) -> Iterator[Finding]:
     """How many images there are; which of them lack a file, or a label file."""
-    name, images, lost, unlabelled = f'{loader} counts', 0, [], []
+    name, images, lost, unlabelled, others = f'{loader} counts', 0, [], [], []
     for part in leaves(plan.dataset(loader)):
         images += len(part)
+        others += not_taken(part)
         labels, listed = label_loader(part) is not None, bool(getattr(part, 'ann_file', ''))
         if not labels and not listed:
             continue  # found by walking through the folder
@@ -54,8 +58,25 @@ def counts(plan: Plan, loader: str) -> Iterator[Finding]:
     if unlabelled:
         yield Finding(name, ERROR, f'{len(unlabelled)} of {images} images have no label file: {some(unlabelled)}',
                       'put the label files there, or take the images away')
-    if not lost and not unlabelled:
+    for problem in others:
+        yield Finding(name, WARNING, problem)
+    if not lost and not unlabelled and not others:
         yield Finding(name, OK, f'{images} images')
+
+
+def not_taken(dataset: Any) -> list[str]:
+    """What to say of files in a data set's folder that look like images, but are neither its images nor its labels."""
+    if isinstance(dataset, ImageFiles):
+        return dataset.problems
+    folder = str((getattr(dataset, 'data_prefix', None) or {}).get('img_path') or '')
+    if not Path(folder).is_dir() or getattr(dataset, 'ann_file', '') or dataset._indices is not None \
+            or len(dataset) > MANY:
+        return []
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    taken = {Path(info[key]) for info in infos for key in ('img_path', 'seg_map_path') if info.get(key)}
+    found = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names
+             if is_image(name, OTHERS))
+    return passed_over(folder, Counter(kind_of(path.name) for path in found if path not in taken))
 
 
 def images(plan: Plan, loader: str) -> Iterator[Finding]:
@@ -72,7 +93,16 @@ def images(plan: Plan, loader: str) -> Iterator[Finding]:
     if small:
         yield Finding(name, WARNING, f'{len(small)} have a side below {least} pixels, {share}: {some(small)}',
                       'take them away if they are not meant to be so small')
-    if sizes and not broken:
+    otherwise = [look.path for look in seen.looks if look.otherwise]
+    if otherwise:
+        yield Finding(name, WARNING, f'{len(otherwise)} are read in another way than in stages 1 and 2 and by the '
+                      f'tools, {share}: {some(otherwise)}', 'save WebP and AVIF files upright, and TIFF files as RGB '
+                      'without alpha (docs/data.md)')
+    dark = [look.path for look in seen.looks if look.dark]
+    if dark:
+        yield Finding(name, WARNING, f'{len(dark)} have 16 bits and are nearly black in 8, {share}: {some(dark)}',
+                      'scale their values to the range of 16 bits, 0 to 65535, or write 8 bits')
+    if sizes and not broken and not otherwise and not dark:
         (h, w), (height, width) = np.min(sizes, axis=0), np.max(sizes, axis=0)
         yield Finding(name, OK, f'all decode, {share}; heights {h} to {height}, widths {w} to {width}')
 
@@ -93,13 +123,25 @@ def labels(plan: Plan, loader: str) -> Iterator[Finding]:
     if looks and not found:
         ignored = {head.ignore_index for head in plan.heads.values() if hasattr(head, 'ignore_index')} or {255}
         classes = frozenset().union(*(look.values for look in looks)) - ignored
-        yield Finding(name, OK, f'{len(looks)} of {seen.total} looked at; {len(classes)} classes occur'
-                      + (f', {min(classes)} to {max(classes)}' if classes else ''))
+        share = f'{len(looks)} of {seen.total} looked at'
+        if len(classes) < 2 and any(head.num_classes > 1 for head in plan.heads.values()):
+            written = frozenset().union(*(look.written for look in looks))
+            yield Finding(name, WARNING, f'{share}; {f"class {min(classes)} alone" if classes else "no class"} occurs, '
+                          f'label files hold {some(list(map(str, sorted(written))))}',
+                          'write 0 and 1 instead of 0 and 255: 255 means that a pixel has no class'
+                          if written == {0, 255} else 'look at the label files, num_classes and reduce_zero_label')
+        else:
+            yield Finding(name, OK, f'{share}; {len(classes)} classes occur'
+                          + (f', {min(classes)} to {max(classes)}' if classes else ''))
 
 
 def wrong_labels(plan: Plan, name: str, loader: str, seen: Scan) -> Iterator[Finding]:
     """What is wrong with the label maps of a scan."""
     looks = [look for look in seen.looks if look.label_path]
+    no_ids = [f'{look.label_path} ({look.no_ids})' for look in looks if look.no_ids]
+    if no_ids:
+        yield Finding(name, ERROR, f'{len(no_ids)} are no maps of class ids: {some(no_ids)}',
+                      'write label files of one channel and 8 bits, with the classes from 0 on and 255 for none')
     unread = [f'{look.label_path} ({look.label_error})' for look in looks
               if look.label_error and Path(look.label_path).is_file()]  # the others are counted already
     if unread:
@@ -123,7 +165,8 @@ def wrong_labels(plan: Plan, name: str, loader: str, seen: Scan) -> Iterator[Fin
                           f'if labels run from 1 to {classes} and 0 means none, set reduce_zero_label=True in the '
                           f'data set and in LoadAnnotations; else correct num_classes' if shifted else
                           f'correct num_classes, or write {ignore} where a pixel has no class')
-        elif all(reduced) and reduced and values == set(range(classes - 1)) and zero_is_a_class(plan, loader, looks):
+        elif all(reduced) and reduced and values == set(range(classes - 1)) \
+                and any(0 in look.written for look in looks):
             yield Finding(name, ERROR, f'reduce_zero_label=True drops label 0, but labels run from 0 to {classes - 1}: '
                           f'all {classes} classes of {role}, and the last one never occurs',
                           'set reduce_zero_label=False in the data set and in LoadAnnotations')
@@ -133,18 +176,6 @@ def reduces_zero(dataset: Any) -> bool:
     """Whether label 0 becomes 'no class' when this data set is read."""
     step = getattr(label_loader(dataset), 'reduce_zero_label', None)
     return bool(getattr(dataset, 'reduce_zero_label', False) if step is None else step)
-
-
-def zero_is_a_class(plan: Plan, loader: str, looks: list[Look]) -> bool:
-    """Whether label files hold 0, which has become 255 with ``reduce_zero_label``."""
-    for part in leaves(plan.dataset(loader)):
-        paths = {look.label_path for look in looks if 255 in look.values}
-        load = label_loader(part)
-        plain = type(load)(reduce_zero_label=False, imdecode_backend=load.imdecode_backend)
-        for info in map(part.get_data_info, range(len(part))):
-            if info.get('seg_map_path') in paths and 0 in look_at(dict(info, reduce_zero_label=False), plain).values:
-                return True
-    return False
 
 
 def image_labels(plan: Plan, name: str, parts: list) -> Iterator[Finding]:

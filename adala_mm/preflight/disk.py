@@ -10,8 +10,12 @@ from adala_mm.preflight.plan import Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 
 
-def disk(plan: Plan) -> Iterator[Finding]:
-    """The work dir can be written, and has room for all checkpoints and the one that is written before one goes."""
+def checkpoints(plan: Plan) -> tuple[int, int]:
+    """How many a run holds at a time, the one included that is written before one goes, and the bytes of one.
+
+    Raises:
+        Skipped: if it writes none.
+    """
     hook = (plan.cfg.get('default_hooks') or {}).get('checkpoint')
     if not hook:
         raise Skipped('the config has no CheckpointHook')
@@ -23,7 +27,12 @@ def disk(plan: Plan) -> Iterator[Finding]:
         length = plan.cfg.train_cfg.get('max_iters') or plan.cfg.train_cfg.get('max_epochs') or 1
         kept = length // max(hook.get('interval', 1), 1)
     best = hook.get('save_best') or []
-    count = kept + 1 + (1 if isinstance(best, str) else len(best))
+    return kept + 1 + (1 if isinstance(best, str) else len(best)), one
+
+
+def disk(plan: Plan) -> Iterator[Finding]:
+    """The work dir can be written, and has room for all checkpoints."""
+    count, one = checkpoints(plan)
     work_dir = Path(plan.cfg.work_dir).absolute()
     there = next(folder for folder in (work_dir, *work_dir.parents) if folder.exists())
     free = shutil.disk_usage(there).free

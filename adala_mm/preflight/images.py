@@ -2,19 +2,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mmcv.transforms import LoadAnnotations
+from mmcv.transforms import LoadImageFromFile as MmcvLoadImageFromFile
 from mmengine.utils import ProgressBar
-from PIL import Image
 
+from adala_mm.datasets import LoadImageFromFile
 from adala_mm.preflight.report import Skipped, one_line
+from adala_mm.utils.image_files import as_it_is, decode_image, mmcv_may_differ
+from adala_mm.utils.label_files import label_ids
 
-TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange width and height, as OpenCV does on reading
+DARK = 16  # of 256: what 12 bits in a file of 16 become
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,14 @@ class Look:
     path: str
     size: tuple[int, int] | None = None
     error: str = ''
+    otherwise: bool = False  # the pipeline reads it in another way than the tools
+    dark: bool = False  # 16 bits of which only low ones are used
     label_path: str = ''
     label_size: tuple[int, ...] | None = None
     values: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()  # label values in the file
     label_error: str = ''
+    no_ids: str = ''  # why the label file is no map of class ids
 
 
 def spread(total: int, count: int | None) -> list[int]:
@@ -35,12 +42,25 @@ def spread(total: int, count: int | None) -> list[int]:
     return np.linspace(0, total - 1, total if count is None else min(count, total)).round().astype(int).tolist()
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width of an image, after all of it has been decoded: a truncated one raises OSError."""
-    with Image.open(path) as image:
-        image.load()
-        width, height = image.size
-        return (width, height) if image.getexif().get(0x0112) in TURNED else (height, width)
+def image_loader(dataset: Any) -> Callable[[dict], dict]:
+    """What reads the images in a data set's pipeline: the step itself, so that checking and training agree."""
+    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+    kinds = (MmcvLoadImageFromFile, LoadImageFromFile)
+    return next((step for step in steps if isinstance(step, kinds)), LoadImageFromFile())
+
+
+def look_at_image(path: str, load: Callable[[dict], dict]) -> dict[str, Any]:
+    """Facts of a `Look`."""
+    with open(path, 'rb') as file:
+        content = file.read()
+    try:
+        image = load(dict(img_path=path))['img']
+    except Exception:  # its reason is often not more than that there is none
+        decode_image(content)
+        raise
+    otherwise = mmcv_may_differ(content) and not np.array_equal(image, decode_image(content))
+    raw = as_it_is(content) if image.max() < DARK else None
+    return dict(size=image.shape[:2], otherwise=otherwise, dark=raw is not None and raw.dtype == np.uint16)
 
 
 def label_loader(dataset: Any) -> LoadAnnotations | None:
@@ -56,17 +76,23 @@ def values_of(label: np.ndarray) -> frozenset[int]:
     return frozenset(values.tolist())
 
 
-def look_at(info: dict[str, Any], load_label: LoadAnnotations | None) -> Look:
+def look_at(info: dict[str, Any], load: Callable[[dict], dict], load_label: LoadAnnotations | None) -> Look:
     """Image and, if ``load_label`` is given, label map of one entry of a data set."""
     path = info['img_path']
     facts: dict[str, Any] = {}
     try:
-        facts['size'] = image_size(path)
-    except Exception as error:  # Pillow's readers raise a dozen types for what is the same to the user
+        facts = look_at_image(path, load)
+    except Exception as error:  # readers raise a dozen types for what is the same to the user
         facts['error'] = one_line(error)
     label_path = info.get('seg_map_path')
     if load_label is not None and label_path:
         facts['label_path'] = label_path
+        try:
+            facts['written'] = label_ids(label_path)
+        except ValueError as error:
+            return Look(path, **facts, no_ids=one_line(error))
+        except OSError:
+            pass  # not there, damaged, or of a kind that another decoder knows: the pipeline says
         try:
             label = load_label(dict(info, seg_fields=[]))['gt_seg_map']
             facts.update(label_size=label.shape, values=values_of(label))
@@ -84,10 +110,10 @@ def scan(dataset: Any, name: str, count: int | None, workers: int) -> Iterator[L
     infos = [dataset.get_data_info(i) for i in spread(len(dataset), count)]
     if any('://' in str(info.get('img_path', '://')) for info in infos):
         raise Skipped('its images are no files of this machine')
-    load_label = label_loader(dataset)
+    load, load_label = image_loader(dataset), label_loader(dataset)
     bar = ProgressBar(len(infos), file=sys.stderr) if infos and sys.stderr.isatty() else None
     with ThreadPoolExecutor(workers) as pool:  # decoders let other threads run
-        for look in pool.map(lambda info: look_at(info, load_label), infos):
+        for look in pool.map(lambda info: look_at(info, load, load_label), infos):
             if bar:
                 bar.update()
             yield look

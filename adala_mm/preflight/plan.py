@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from adala_mm.preflight.images import Look, scan
 from adala_mm.preflight.report import Skipped, one_line
@@ -135,6 +137,17 @@ class Plan:
             return Scan(sum(map(len, parts)), looks)
         return self._once(('scan', loader), 'images were not looked at', make)
 
+    def dataloader(self, loader: str, processes: int = 1) -> DataLoader:
+        """A loader as one of so many processes has it, but without workers."""
+        settings = copy.deepcopy(self.cfg[loader])
+        for worker_option in ('persistent_workers', 'prefetch_factor', 'pin_memory'):
+            settings.pop(worker_option, None)
+        settings.update(num_workers=0)
+        settings['dataset'] = self.dataset(loader)
+        # Samplers ask MMEngine how many processes there are, and take no other word for it.
+        with patch('mmengine.dist.utils.get_world_size', return_value=processes):
+            return Runner.build_dataloader(settings, seed=0)
+
     def batch(self, loader: str) -> dict[str, Any]:
         """First batch of a loader, made by its own pipeline in this process.
 
@@ -143,15 +156,10 @@ class Plan:
         """
         def make() -> dict[str, Any]:
             dataset = self.dataset(loader)
-            settings = copy.deepcopy(self.cfg[loader])
-            for worker_option in ('persistent_workers', 'prefetch_factor', 'pin_memory'):
-                settings.pop(worker_option, None)
-            settings.update(num_workers=0)
-            settings['dataset'] = dataset
-            batch = next(iter(Runner.build_dataloader(settings, seed=0)), None)
+            batch = next(iter(self.dataloader(loader)), None)
             if batch is None:
                 raise ValueError(f'the loader gives no batch: {len(dataset)} images, batch_size='
-                                 f'{settings.batch_size}, and drop_last drops what does not fill a batch')
+                                 f'{self.cfg[loader].batch_size}, and drop_last drops what does not fill a batch')
             return batch
         return self._once(('batch', loader), 'there is no batch', make)
 

@@ -36,7 +36,8 @@ def one_line(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
-def findings_of(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def findings_of(name: str, check: Callable[[], Iterator[Finding]],
+                fix: str = 'correct what the message names') -> Iterator[Finding]:
     """What ``check`` yields; an error in it is one more finding, so that all other checks still run."""
     try:
         yield from check()
@@ -44,7 +45,7 @@ def findings_of(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[F
         yield Finding(name, SKIPPED, str(reason))
     except Exception as error:  # whatever goes wrong here would go wrong in training
         kind = '' if isinstance(error, (ValueError, FileNotFoundError)) else f'{type(error).__name__}: '
-        yield Finding(name, ERROR, kind + one_line(error), 'correct what the message names')
+        yield Finding(name, ERROR, kind + one_line(error), fix)
 
 
 def write_finding(finding: Finding, out: TextIO = sys.stdout) -> None:

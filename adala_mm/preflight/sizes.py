@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from adala_mm.models.heads.mask2former import MMSegMask2FormerHead
 from adala_mm.preflight.plan import TRAIN, VAL, Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 
@@ -63,8 +64,18 @@ def validation_size(plan: Plan) -> Iterator[tuple[str, Size]]:
                 yield look.path, look.size
 
 
+def crop_of(plan: Plan) -> Size | None:
+    """Height and width of the crops that a segmentor's sliding window sees, None if it sees whole images."""
+    test_cfg = plan.cfg.model.get('test_cfg') or {}
+    return pair(test_cfg['crop_size']) if test_cfg.get('mode') == 'slide' else None
+
+
 def sizes(plan: Plan) -> Iterator[Finding]:
-    """Everything that becomes an input of the backbone is a multiple of its patch."""
+    """What becomes an input of the backbone is a multiple of its patch, and the head can predict from crops of it."""
+    if crop_of(plan) and type(getattr(plan.model, 'decode_head', None)) is MMSegMask2FormerHead:
+        yield Finding('image sizes', ERROR, "test_cfg.mode='slide': mmseg's Mask2FormerHead answers to a crop with the "
+                      'size of the whole image, so that validation fails on the first image larger than crop_size',
+                      "--cfg-options model.decode_head.type=adala_mm.Mask2FormerHead: its weights have the same names")
     patch, cfg = plan.patch, plan.cfg
     if patch is None:
         raise Skipped('the backbone pads its images')
@@ -74,6 +85,8 @@ def sizes(plan: Plan) -> Iterator[Finding]:
         known.append(('data_preprocessor.size', pair(padded)))
     elif (size := cropped_size(pipeline_of(cfg[TRAIN].dataset))) is not None:
         known.append((f'{TRAIN} pipeline', size))
+    if crop := crop_of(plan):
+        known.append(('test_cfg.crop_size', crop))
     for hook in cfg.get('custom_hooks') or []:
         known += [(f'{hook["type"]}.sizes', pair(side)) for side in dict(hook.get('sizes') or {}).values()]
     preprocessor = cfg.model.get('data_preprocessor') or {}

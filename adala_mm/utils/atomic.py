@@ -42,7 +42,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def use_atomic_saving() -> None:
     """Makes MMEngine write checkpoints and other local files with `write_atomically`.
 
-    Called when `adala_mm.registry` is imported, so that it holds wherever a model of ours is trained.
+    Called by `adala_mm.openmmlab`.
     """
     from mmengine.fileio import LocalBackend  # here: benchmarks write files too, and need torch alone
 

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import multiprocessing
 import os
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +16,18 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 
-from adala_mm.utils.checkpoint import TRUST, use_safe_loading
-from adala_mm.utils.stack import require_stack
+import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every tool
+from adala_mm.utils.checkpoint import TRUST
+from adala_mm.utils.inert_lines import refuse_inert_lines
+from adala_mm.utils.stack import import_quietly, require_stack
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'  # a wheel has them in the package, a clone a link to them
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Parser with the options that both tools know."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of one of adala_mm, as stage1_dinov2l_coco')
     parser.add_argument('--work-dir', help='where logs, checkpoints and results go; ./work_dirs/<config name> if unset')
     parser.add_argument('--data-root', help='use this folder wherever the config says data/')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
@@ -33,24 +39,58 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def find_config(name: str) -> Path:
+    """A config file, or one of adala_mm's own by name: ``demo/stage1_demo_beacons.py``, or ``stage1_demo_beacons``.
+
+    A file comes first. What stands in a folder of another name than ours is a file, or a mistake.
+
+    Raises:
+        FileNotFoundError: if there is neither, with names that look alike.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    wanted = Path(name.removeprefix('adala_mm::').removeprefix('configs/'))
+    own = {path.relative_to(CONFIGS).with_suffix(''): path.resolve() for path in CONFIGS.glob('[!_]*/*.py')}
+    for short, path in own.items():
+        if wanted.with_suffix('') in (short, Path(short.name)):
+            print(f'config: {path}', flush=True)
+            return path
+    near = difflib.get_close_matches(wanted.stem, [short.name for short in own])
+    raise FileNotFoundError(f'no config at {name}, and adala_mm has none of that name'
+                            + (f'; names like it: {", ".join(near)}' if near else ''))
+
+
 def load_config(args: argparse.Namespace) -> Config:
-    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``; loading becomes safe.
+    """Config of the command line: file, then ``--data-root``, then ``--cfg-options``.
 
     Raises:
         FileNotFoundError: if there is no such config.
+        ValueError: if a line of it, or an option, would change nothing, or an option does not fit.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f'no config at {args.config}')
+    path = find_config(args.config)
     require_stack()
-    use_safe_loading()
     if args.trust_checkpoint:
         os.environ[TRUST] = '1'
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(path)
+    except NameError as error:
+        if error.name != 'backbone':
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{place.filename}, line {place.lineno}: {error}. A finished config has its network in model['backbone'] "
+            "and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
+    refuse_inert_lines(cfg, args.cfg_options or ())
+    scopes = dict.fromkeys(('mmpretrain', 'mmseg', cfg.get('default_scope', 'mmseg')))  # every run imports these
+    import_quietly('adala_mm.registry', *(f'{scope}.datasets' for scope in scopes))
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    for key, value in (args.cfg_options or {}).items():
+        try:
+            cfg.merge_from_dict({key: value})
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f'--cfg-options {key}={value} does not fit the config: {error}') from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
     join_cpu_processes(cfg)

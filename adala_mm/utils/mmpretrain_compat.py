@@ -26,11 +26,16 @@ class _CloseGate(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.WITH_MULTIMODAL = False
 
 
+def too_new_transformers() -> str | None:
+    """Version of the installed transformers if mmpretrain cannot be imported beside it, else None."""
+    try:
+        found = version('transformers')
+    except PackageNotFoundError:
+        return None
+    return found if int(found.split('.')[0]) >= 5 else None
+
+
 def tolerate_transformers_5() -> None:
     """Has an effect only with transformers >= 5, and before mmpretrain is imported."""
-    try:
-        too_new = int(version('transformers').split('.')[0]) >= 5
-    except PackageNotFoundError:
-        return
-    if too_new and not any(isinstance(finder, _CloseGate) for finder in sys.meta_path):
+    if too_new_transformers() and not any(isinstance(finder, _CloseGate) for finder in sys.meta_path):
         sys.meta_path.insert(0, _CloseGate())

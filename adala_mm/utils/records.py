@@ -95,9 +95,17 @@ def git_state() -> dict[str, str | bool | None]:
 
 
 def git(*words: str) -> str | None:
-    """What git says of the code that runs, wherever one happens to stand; None if it fails or is not there."""
-    try:
-        done = subprocess.run(['git', *words], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return None
-    return None if done.returncode else done.stdout.strip()
+    """What git says of the code that runs, wherever one happens to stand; None if it fails or is not there.
+
+    An installed package may lie in a repository that is not its own, as an environment inside of one: git does not
+    track it there, and has nothing to say.
+    """
+    here = Path(__file__)
+    for command in (['ls-files', '--error-unmatch', here.name], words):
+        try:
+            done = subprocess.run(['git', *command], capture_output=True, text=True, cwd=here.parent)
+        except OSError:
+            return None
+        if done.returncode:
+            return None
+    return done.stdout.strip()

@@ -1,8 +1,11 @@
 """Which versions of the stack are tested, and what to install when they are not there."""
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 # import name -> (names of the distributions that provide it, tested versions).
@@ -17,7 +20,6 @@ STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), ('1.3.6',)),
 }
 CORE = ('torch', 'timm', 'mmengine')  # what layers, backbones and alignment import
-INSTALL = 'pip install -c requirements/constraints.txt -e ".[onedl]"   (in a clone of adala_mm)'
 
 
 def installed_version(distributions: tuple[str, ...]) -> str | None:
@@ -47,20 +49,44 @@ def stack_problems() -> tuple[list[str], list[str]]:
     return missing, untested
 
 
+def install_line(names: Iterable[str]) -> str:
+    """Command that installs a tested version of these packages of the stack, wherever adala_mm comes from."""
+    wanted = [(distributions[0], tested[0]) for distributions, tested in map(STACK.get, names)]
+    return ' '.join(['pip install', *(f'"{distribution}=={version}.*"' for distribution, version in wanted)])
+
+
 def warn_about_stack() -> None:
     """Warns once about missing packages and untested versions."""
     missing, untested = stack_problems()
     if missing:
         warnings.warn(f'adala_mm: not installed: {", ".join(missing)}. adala_mm.ops needs torch alone, linearize and '
-                      f'align need {", ".join(CORE)}, configs and tools the whole stack. Install it with: {INSTALL}',
-                      stacklevel=3)
+                      f'align need {", ".join(CORE)}, configs and tools the whole stack. Install with: '
+                      f'{install_line(missing)}', stacklevel=3)
     if untested:
-        warnings.warn(f'adala_mm: untested versions: {"; ".join(untested)}. For the tested ones: {INSTALL}',
-                      stacklevel=3)
+        warnings.warn(f'adala_mm: untested versions: {"; ".join(untested)}. For the tested ones: '
+                      f'{install_line(line.split()[0] for line in untested)}', stacklevel=3)
 
 
 def require_stack(names: Iterable[str] = STACK) -> None:
     """Raises ImportError naming every package of ``names`` that is missing, and the line that installs them."""
     missing = [name for name in stack_problems()[0] if name in names]
     if missing:
-        raise ImportError(f'adala_mm needs {", ".join(missing)}, which cannot be found. Install with: {INSTALL}')
+        raise ImportError(f'adala_mm needs {", ".join(missing)}, which cannot be found. Install with: '
+                          f'{install_line(missing)}')
+
+
+def import_quietly(*names: str) -> None:
+    """Imports modules, and keeps to itself that they found no OneDL.
+
+    The onedl builds print so for each folder of data sets of a service that nobody here has asked for; it is meant as
+    a message of the level DEBUG, but printed whatever the level is. Everything else that is printed stays.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            for name in names:
+                import_module(name)
+    finally:
+        for line in said.getvalue().splitlines():
+            if not line.startswith('Could not import OneDL'):
+                print(line)

@@ -169,7 +169,7 @@ def attention_speed_table(data: dict) -> str:
     table = []
     for key in dict.fromkeys(key[:2] for key in cells):
         own, sdpa = (cells.get((*key, name), {}) for name in ('ours', 'sdpa'))
-        texts = [time_cell(cells[*key, name], sdpa) for name in names]
+        texts = [time_cell(cells[(*key, name)], sdpa) for name in names]
         share = [f'{own["gb_per_s"]:.1f}', f'{100 * own["copy_share"]:.0f} %'] if 'ms' in own else ['', '']
         memory = ' / '.join(f'{row["mib"]:,.1f}' if 'mib' in row else '-' for row in (own, sdpa))
         table.append([key[0], f'{key[1]:,}', *texts, *share, memory])

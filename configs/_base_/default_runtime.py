@@ -1,4 +1,9 @@
 # Shared by every config: MMEngine's usual hooks, and quiet, resumable runs.
+# Tools and inferencers of mmseg, mmpretrain and mmdet know nothing of adala_mm until they build a model, and mmdet
+# cannot be imported without mmcv's compiled ops: what stands in for them has to be there when a config is read. MMEngine
+# heeds custom_imports in a dumped config only, so that this file does it itself.
+custom_imports = dict(imports=['adala_mm.openmmlab'])
+__import__('adala_mm.openmmlab')
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -17,6 +22,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    config=dict(type='adala_mm.ConfigCheckHook'),
     labels=dict(type='adala_mm.LabelCheckHook'),
     weights=dict(type='adala_mm.WeightsCheckHook'),
     corrupt=dict(type='adala_mm.CorruptImagesHook'),

@@ -11,5 +11,6 @@ with read_base():
 backbone.update(out_type='cls_token')
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_clipl_in22k/epoch_15.pth'))
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(preprocessor)
 default_hooks.update(visualization=visualization_hook)

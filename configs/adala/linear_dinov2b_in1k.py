@@ -11,6 +11,7 @@ with read_base():
 backbone.update(out_type='cls_token')
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2b_in22k/epoch_30.pth'))
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(preprocessor)
 default_hooks.update(visualization=visualization_hook)
 model['head'].update(in_channels=768)

@@ -11,6 +11,7 @@ with read_base():
 backbone.update(out_indices=[11] * 4)
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2b_in22k/epoch_30.pth'))
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(size=crop_size, **preprocessor)
 model['decode_head'].update(num_classes=num_classes)
 model['decode_head']['loss_cls'].update(class_weight=[1.0] * num_classes + [0.1])

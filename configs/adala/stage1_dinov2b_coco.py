@@ -11,3 +11,4 @@ model = dict(
     type='adala_mm.AttentionAlignment',
     backbone=backbone,
     data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **preprocessor))
+del backbone  # from here on it is model['backbone']

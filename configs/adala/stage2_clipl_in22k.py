@@ -13,5 +13,6 @@ model = dict(
     backbone=dict(backbone, init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_clipl_coco/epoch_4.pth')),
     loss_scale=4000.0,
     data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **preprocessor))
+del backbone  # from here on it is model['backbone']
 train_cfg.update(max_epochs=15)
 param_scheduler.update(end=15)

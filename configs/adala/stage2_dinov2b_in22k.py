@@ -13,3 +13,4 @@ model = dict(
     backbone=dict(backbone, init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_dinov2b_coco/epoch_4.pth')),
     loss_scale=5.0,
     data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **preprocessor))
+del backbone  # from here on it is model['backbone']

@@ -12,6 +12,7 @@ with read_base():
 epochs = 200
 backbone.update(img_size=224, out_type='cls_token', drop_path_rate=0.1, init_cfg=None)
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(preprocessor)
 default_hooks.update(visualization=visualization_hook)
 optim_wrapper = dict(

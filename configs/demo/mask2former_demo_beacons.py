@@ -10,6 +10,7 @@ with read_base():
 
 stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_50.pth')
 model.update(backbone=dict(backbone, attention=linear, out_indices=[-1] * 4, init_cfg=stage2_init))
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'] = dict(
     type='SegDataPreProcessor', size=(80, 80), seg_pad_val=255, test_cfg=dict(size_divisor=8), **image_norm)
 model['neck'].update(embed_dim=96)

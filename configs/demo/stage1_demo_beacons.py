@@ -12,6 +12,7 @@ model = dict(
     type='adala_mm.AttentionAlignment',
     backbone=dict(backbone, attention=linear, init_cfg=teacher_init),
     data_preprocessor=dict(type='ImgDataPreprocessor', **image_norm))
+del backbone  # from here on it is model['backbone']
 optim_wrapper['optimizer'].update(lr=3e-3)
 train_cfg.update(max_iters=80, val_interval=80)
 param_scheduler[-1].update(end=80)

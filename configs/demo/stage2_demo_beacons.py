@@ -14,6 +14,7 @@ model = dict(
     teacher=dict(backbone, init_cfg=teacher_init),
     backbone=dict(backbone, attention=linear, init_cfg=stage1_init),
     data_preprocessor=dict(type='ImgDataPreprocessor', **image_norm))
+del backbone  # from here on it is model['backbone']
 train_cfg.update(max_iters=50, val_interval=50)
 param_scheduler[-1].update(end=50)
 default_hooks.update(checkpoint=dict(checkpoint_hook, interval=50), logger=logger_hook)

@@ -15,6 +15,7 @@ model = dict(
         type='FCNHead', in_channels=96, channels=96, num_convs=0, concat_input=False, num_classes=6,
         dropout_ratio=0.0, align_corners=False, loss_decode=dict(type='CrossEntropyLoss')),
     test_cfg=dict(mode='whole'))
+del backbone  # from here on it is model['backbone']
 optim_wrapper['optimizer'].update(lr=1.5e-3)
 custom_hooks = []
 train_cfg.update(max_iters=500, val_interval=500)

@@ -11,6 +11,7 @@ with read_base():
 backbone.update(img_size=1024, drop_path_rate=0.4)
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_in22k/epoch_30.pth'))
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(preprocessor)
 model['roi_head']['bbox_head'].update(num_classes=num_classes)
 model['roi_head']['mask_head'].update(num_classes=num_classes)

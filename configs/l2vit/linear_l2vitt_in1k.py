@@ -10,6 +10,7 @@ with read_base():
 
 backbone.update(out_indices=(3,), out_type='avg_featmap', drop_path_rate=0.1)
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(preprocessor)
 model['head'].update(in_channels=widths[3])
 default_hooks.update(visualization=visualization_hook)

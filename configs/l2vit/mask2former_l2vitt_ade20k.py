@@ -11,6 +11,7 @@ with read_base():
 backbone.update(drop_path_rate=0.3)
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/linear_l2vitt_in1k/epoch_300.pth'))
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model.pop('neck')  # the stages have strides 4, 8, 16 and 32 by themselves
 model['data_preprocessor'].update(size=crop_size, **preprocessor)
 model['decode_head'].update(in_channels=widths, num_classes=num_classes)

@@ -11,6 +11,7 @@ with read_base():
 backbone.update(drop_path_rate=0.3)
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/linear_l2vitt_in1k/epoch_300.pth'))
 model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(size=crop_size, **preprocessor)
 train_dataloader.update(batch_size=2, sampler=dict(type='InfiniteSampler', shuffle=True))
 default_hooks.update(checkpoint=checkpoint_hook, logger=logger_hook)

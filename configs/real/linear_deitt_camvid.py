@@ -20,6 +20,7 @@ model = dict(
         num_classes=num_classes, align_corners=False, loss_decode=dict(type='CrossEntropyLoss')),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
+del backbone  # from here on it is model['backbone']
 optim_wrapper['optimizer'].update(lr=1e-2)
 optim_wrapper.update(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
 custom_hooks = []

@@ -10,6 +10,7 @@ with read_base():
 
 stage2_init = dict(type='Pretrained', checkpoint='work_dirs/stage2_deitt_caltech/iter_1200.pth')
 model.update(backbone=dict(backbone, out_indices=[-1] * 4, init_cfg=stage2_init))
+del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(size=crop_size, **preprocessor)
 model['decode_head'].update(num_classes=num_classes)
 model['decode_head']['loss_cls'].update(class_weight=[1.0] * num_classes + [0.1])

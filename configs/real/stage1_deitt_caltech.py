@@ -11,6 +11,7 @@ model = dict(
     backbone=backbone,
     head=dict(checkpoint=pretrained['checkpoint']),  # scores top-1 agreement with the teacher
     data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **preprocessor))
+del backbone  # from here on it is model['backbone']
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05))
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
 custom_hooks = [dict(type='adala_mm.ValBeforeTrainHook')]

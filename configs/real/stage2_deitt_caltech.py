@@ -6,9 +6,9 @@ with read_base():
 
 model = dict(
     type='adala_mm.FeatureAlignment',
-    teacher=dict(backbone, attention=dict(type='adala_mm.SoftmaxAttention')),
+    teacher=dict(model['backbone'], attention=softmax),
     backbone=dict(
-        backbone,
+        model['backbone'],
         init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_deitt_caltech/iter_200.pth')),
     loss_scale=1.0,
     head=dict(checkpoint=pretrained['checkpoint']),

@@ -29,7 +29,8 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader, Dataset
 
 from adala_mm.registry import DATASETS
-from adala_mm.utils.cli import check_data, one_message, relocate
+from adala_mm.utils.cli import check_data, find_config, one_message, relocate
+from adala_mm.utils.inert_lines import refuse_inert_lines
 from adala_mm.utils.records import cores
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import hardware, save, settings
@@ -51,9 +52,10 @@ def open_dataset(config: str, data_root: str | None, options: dict | None = None
 
     Raises:
         FileNotFoundError: if the data are not there.
-        ValueError: if the config has no training data.
+        ValueError: if the config has no training data, or an option would change nothing.
     """
-    cfg = Config.fromfile(config)
+    cfg = Config.fromfile(find_config(config))
+    refuse_inert_lines(cfg, options or ())
     if data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), data_root))
     cfg.merge_from_dict(options or {})
@@ -140,7 +142,7 @@ def verdict(name: str, wanted: float, rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='config file; its train_dataloader is measured')
+    parser.add_argument('config', help='config, as of tools/train.py; its train_dataloader is measured')
     parser.add_argument('--workers', nargs='+', type=int, help='0, 1, 2, 4 ... up to the number of cores')
     parser.add_argument('--batch', type=int, help="images in a batch; the config's if unset")
     parser.add_argument('--seconds', type=float, default=10.0, help='of measurement for each number of workers')
@@ -149,8 +151,6 @@ def main() -> None:
     parser.add_argument('--training', help='record of benchmark_training.py; says whether its steps would wait')
     parser.add_argument('--out', default='work_dirs/benchmarks/loader.json')
     args = parser.parse_args()
-    if not Path(args.config).is_file():
-        parser.error(f'no config at {args.config}')
     if args.training and not Path(args.training).is_file():
         parser.error(f'--training: no record at {args.training}; tools/analysis_tools/benchmark_training.py writes one')
     args.workers = args.workers or [0] + [2 ** i for i in range(cores().bit_length())]

@@ -15,6 +15,7 @@ import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ from adala_mm.analysis import (
     write,
 )
 from adala_mm.analysis.images import spread
+from adala_mm.engine import LabelCheckHook
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data, one_message
 from adala_mm.utils.pictures import save_figure, size_axis
@@ -75,7 +77,7 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, progress: 
     """mIoU and pixel accuracy in percent, and median milliseconds of an image; or a ``note`` why there are none.
 
     Raises:
-        ValueError: if the config's test evaluator gives something else.
+        ValueError: if the config's test evaluator gives something else, or labels are no classes of the model.
     """
     evaluator, timer, samples, seconds = Evaluator(model.cfg.test_evaluator), wall_timer(device), [], []
     evaluator.dataset_meta = model.dataset_meta
@@ -84,6 +86,7 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, progress: 
         seconds.append(timer(lambda: samples.append(model.test_step(batch))))
 
     for batch in loader:
+        LabelCheckHook().before_test_iter(SimpleNamespace(model=model), 0, batch)
         if note := failure(functools.partial(step, batch), device):
             return dict(note=note)
         evaluator.process(data_samples=samples.pop(), data_batch=batch)

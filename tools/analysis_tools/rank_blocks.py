@@ -41,7 +41,7 @@ def draw_images(folder: str, side: int, count: int, seed: int = 0) -> list[Tenso
     Raises:
         FileNotFoundError: if there are none.
     """
-    pipeline = [dict(type='LoadImageFromFile'),
+    pipeline = [dict(type='adala_mm.LoadImageFromFile'),
                 dict(type='mmpretrain.ResizeEdge', scale=math.ceil(side * 8 / 7), edge='short'),
                 dict(type='mmpretrain.CenterCrop', crop_size=side), dict(type='mmpretrain.PackInputs')]
     dataset = DATASETS.build(dict(type='adala_mm.ImageFiles', data_root=folder, pipeline=pipeline))

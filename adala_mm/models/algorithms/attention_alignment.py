@@ -162,16 +162,18 @@ class AttentionAlignment(Alignment):
         backbone: the linear ViT, with ``init_cfg`` naming the pretrained *softmax* checkpoint.
         target: ``output`` compares after the output projection (Y = softmax attention module's output, our reading of
             eq. 3 and that of follow-up work), ``heads`` before it, ``weights`` the attention matrices (`weights_loss`),
-            of which values learn nothing: it needs a ``trainable`` that leaves ``qkv`` out.
+            of which values learn nothing: it needs a ``trainable`` that leaves ``qkv`` out. So does ``heads`` for what
+            an attention has behind its projection.
         head, data_preprocessor: see `Alignment`.
 
     Logs ``rel_error``, the mean over blocks of ``||linear - softmax|| / ||softmax||``, and ``rel_error_worst``, the
     largest of them; all are in ``block_errors`` until the next batch.
 
     Raises:
-        ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them or of one whose values
-            would learn, a backbone of softmax blocks only, or a ``trainable`` that leaves nothing to learn; before the
-            first loss or score, if the backbone around its attentions is not that of its ``init_cfg``.
+        ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them, a ``target`` that is
+            blind to something that would learn, a backbone of softmax blocks only, or a ``trainable`` that leaves
+            nothing to learn; before the first loss or score, if the backbone around its attentions is not that of its
+            ``init_cfg``.
     """
 
     def __init__(self, backbone: dict, target: str = 'output', head: dict | None = None,
@@ -195,6 +197,13 @@ class AttentionAlignment(Alignment):
             if target == 'weights' and parameter.requires_grad and VALUES.search(name):
                 raise ValueError(f"target='weights' does not read values, and {name} would learn: on them weight decay "
                                  "would act alone. Let the backbone's trainable leave it out, as 'feature_map' does")
+        for prefix, attn in learners.items() if target == 'heads' else ():
+            late = tuple(prefix + name for name in attn.after_proj)
+            for name, parameter in self.backbone.named_parameters():
+                if parameter.requires_grad and name.startswith(late):
+                    raise ValueError(f"target='heads' compares before the output projection, and {name} comes after "
+                                     "it: on it weight decay would act alone. Use target='output', or let the "
+                                     "backbone's trainable leave it out")
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             raise ValueError(f'trainable={self.backbone.trainable!r} leaves nothing to learn: in stage 1 only '
                              'attentions do, without their output projections')

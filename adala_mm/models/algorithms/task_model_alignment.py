@@ -17,7 +17,7 @@ from adala_mm.models.algorithms.base import Distillation, relative_error
 from adala_mm.models.algorithms.feature_alignment import check_attention_weight, check_last_block
 from adala_mm.models.algorithms.feature_terms import feature_terms, term_weights, weighted_sum
 from adala_mm.models.backbones.vit import AdaLAViT
-from adala_mm.models.backbones.weights import misfits, note_loaded
+from adala_mm.models.backbones.weights import misfits, note_loaded, positions_for
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import read_state_dict
 
@@ -137,8 +137,9 @@ class TaskModelAlignment(Distillation):
             raise ValueError("teacher must be dict(type='Pretrained', checkpoint=<that of the whole fine-tuned softmax "
                              f'model>), got {teacher}')
         twin = copy.deepcopy(model)
-        twin['backbone'].update(attention=dict(type='adala_mm.SoftmaxAttention'), init_cfg=None, trainable=None,
-                                with_cp=False)
+        # A new dict: MMEngine's `update` would keep the options of the linear attention.
+        twin['backbone'] = dict(twin['backbone'], attention=dict(type='adala_mm.SoftmaxAttention'), init_cfg=None,
+                                trainable=None, with_cp=False)
         if attention_weight:
             twin['backbone'].update(compile=False)  # see `attention_mse`
         task = MODELS.build(ConfigDict(model, type=task_model))  # mmseg reads attributes of test_cfg
@@ -202,8 +203,13 @@ class TaskModelAlignment(Distillation):
         self.load_state_dict(behind, strict=False)  # the backbone's are missing, and the teacher has no others
         self._is_init = True
 
+    def read_teacher(self) -> dict[str, Tensor]:
+        """The weights of the teacher's file, with positions for the grid of this model."""
+        state = read_state_dict(self.checkpoint)
+        return positions_for(self.frozen['teacher'], state)
+
     def load_teacher(self) -> None:
-        teacher, state = self.frozen['teacher'], read_state_dict(self.checkpoint)
+        teacher, state = self.frozen['teacher'], self.read_teacher()
         if table := misfits({key: tuple(value.shape) for key, value in state.items()},
                             {key: tuple(value.shape) for key, value in teacher.state_dict().items()}):
             raise ValueError(f'{self.checkpoint} does not fit the teacher, which is this model with softmax attention:'

@@ -1,7 +1,9 @@
 from adala_mm.models.attentions.agent import AgentAttention
-from adala_mm.models.attentions.base import Attention, build_attention
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.build import build_attention
 from adala_mm.models.attentions.castling import CastlingAttention
 from adala_mm.models.attentions.cosformer import CosformerAttention
+from adala_mm.models.attentions.counts import blocks_by_attention
 from adala_mm.models.attentions.fcvit import FCViTAttention
 from adala_mm.models.attentions.focused import FocusedAttention
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
@@ -25,4 +27,5 @@ __all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CosformerAttenti
            'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'L2ViTAttention', 'LinearAttention',
            'LinformerAttention', 'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention',
            'PerformerAttention', 'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention',
-           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'build_attention']
+           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'blocks_by_attention',
+           'build_attention']

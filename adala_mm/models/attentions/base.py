@@ -1,12 +1,11 @@
 """What every attention of a plain ViT shares: the projections, and the place for its mixing rule."""
 from __future__ import annotations
 
-import difflib
-import pkgutil
+from typing import Any
 
 from torch import Tensor, nn
 
-from adala_mm.registry import ATTENTIONS
+from adala_mm.models.attentions.marks import describe, last_of, options_of, take_mark
 
 
 class Attention(nn.Module):
@@ -27,10 +26,12 @@ class Attention(nn.Module):
 
     is_softmax = False  # whether this is the teacher's own attention, of which stage 1 has nothing to learn
     needs: tuple[str, ...] = ()  # of 'grid' and 'num_prefix' of the ViT: what the constructor wants beside its options
+    after_proj: tuple[str, ...] = ()  # parameters, by the beginning of their names, of which `attend` knows nothing
     formula = ''  # in one line
     cost = ''  # multiply-adds of its matrix products per head: N tokens, D channels of a head, h x w patches
     positional = False  # whether it matters where a token stands
     reference = ''
+    built_from: tuple[type[Attention], dict[str, Any]] | None = None  # class and options that `build_attention` used
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -65,6 +66,26 @@ class Attention(nn.Module):
         """Attention with its output projection, (B, N, C) to (B, N, C)."""
         return self.proj(self.attend(x, hw, num_prefix))
 
+    @property
+    def adala_mm(self) -> dict[str, Any] | None:
+        """``dict(type=..., <all options>)`` if known; what state dicts of linearized models have under this key."""
+        return self.built_from and options_of(*self.built_from)
+
+    def take_mark(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Takes off, in place, what a linearized model adds to weights; says so if they are another attention's."""
+        saved = take_mark(state, prefix, last_of(self.proj, self))
+        if saved is not None and self.built_from is not None and saved != self.adala_mm:
+            return f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} here'
+        return None
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        """Weights of a linearized model load into the same attention with the same options only."""
+        if problem := self.take_mark(state_dict, prefix):
+            error_msgs.append(problem)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
+
     def __prepare_scriptable__(self):
         raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
                         'for other batches and sizes, or torch.export')
@@ -78,44 +99,3 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) to (B, N, C)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True,
-                    grid: tuple[int, int] | None = None, num_prefix: int = 0) -> Attention:
-    """Builds one attention layer from ``dict(type=..., <own arguments>)``.
-
-    ``type`` is a registered name (``adala_mm.LinearAttention``), the path of any importable subclass
-    (``my_module.MyAttention``), or the class itself. A layer with tables over tokens `needs` the ViT's ``grid`` and
-    ``num_prefix`` and gets them here, unless its config names others.
-
-    Raises:
-        ValueError: for an unknown type; the message lists the registered ones.
-        TypeError: for an option that the type does not have.
-    """
-    options = dict(cfg)
-    layer = _find(options.pop('type', None))
-    layout = dict(grid=grid, num_prefix=num_prefix)
-    return layer(dim, num_heads, qkv_bias=qkv_bias, **{name: layout[name] for name in layer.needs} | options)
-
-
-def _find(kind: str | type | None) -> type[Attention]:
-    ATTENTIONS.import_from_location()
-    known = ATTENTIONS.module_dict
-    name = str(kind).removeprefix('adala_mm.')
-    if name in known:
-        return known[name]
-    if isinstance(kind, str) and '.' in kind:
-        try:
-            kind = pkgutil.resolve_name(kind)
-        except AttributeError:
-            pass
-        except ModuleNotFoundError as error:
-            if not f'{kind}.'.startswith(f'{error.name}.'):
-                raise  # the module is there, and what it imports is not
-    if isinstance(kind, type) and issubclass(kind, Attention):
-        return kind
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f' Did you mean adala_mm.{close[0]}?' if close else ''
-    raise ValueError(f'unknown attention type {kind!r}.{hint} Registered: '
-                     f'{", ".join(f"adala_mm.{n}" for n in sorted(known))}; or give the path of an importable '
-                     'subclass of adala_mm.models.attentions.Attention, such as my_module.MyAttention')

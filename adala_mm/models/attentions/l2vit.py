@@ -48,6 +48,7 @@ class L2ViTAttention(Attention):
         ValueError: for a ``denom_floor`` that is not positive.
     """
 
+    after_proj = ('local',)
     formula = 'τ relu(q)·Σrelu(k)ᵀv / max(relu(q)·Σrelu(k), 100), τ learnt'
     cost = '2ND²'
     reference = 'Zheng 2025'

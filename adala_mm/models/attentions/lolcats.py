@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class LoLCATSAttention(HedgehogAttention):
         alpha: numerator of the scale.
     """
 
+    after_proj = ('lora.a.o', 'lora.b.o')
     formula = 'Hedgehog; W + (α/r)BA for q, k, v, o'
     reference = 'Zhang et al., ICLR 2025'
 
@@ -87,7 +89,8 @@ def merge_lora(state: dict[str, Tensor], alpha: float = 16.0) -> dict[str, Tenso
     Raises:
         ValueError: if there are none.
     """
-    merged = {key: value for key, value in state.items() if '.lora.' not in f'.{key}'}
+    merged = OrderedDict((key, value) for key, value in state.items() if '.lora.' not in f'.{key}')
+    merged._metadata = getattr(state, '_metadata', OrderedDict())  # the position grid, for one
     found = [key.removesuffix('lora.a.q') for key in state if f'.{key}'.endswith('.lora.a.q')]
     if not found:
         raise ValueError('there is no LoRA to merge: no key ends in lora.a.q')

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.ops import exporting
+from adala_mm.ops import exporting, same_grid
 
 
 def require_grid(kind: str, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -45,7 +45,7 @@ class GridTable(nn.Module):
 
     def fit(self, table: Tensor, hw: tuple[int, int]) -> Tensor:
         """``table`` (K, h0, w0) as (K, h, w)."""
-        if not exporting() and table.shape[-2:] == torch.Size(hw):  # a branch would tie a graph to hw
+        if same_grid(hw, table.shape[-2:]):
             return table
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         fitted = F.interpolate(table[None], size=tuple(hw), mode=self.mode, align_corners=False)[0]

@@ -5,7 +5,7 @@ from math import pi
 import torch
 from torch import Tensor, nn
 
-from adala_mm.models.attentions.base import Attention, merge_heads
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.cosformer import cosine_weighted_sums
 from adala_mm.models.attentions.parts import grid_places
 from adala_mm.ops import in_float32
@@ -20,10 +20,11 @@ class VicinityAttention(Attention):
 
     ``out_i = sum_j w_ij v_j / (sum_j w_ij + eps)`` with ``w_ij = relu(q_i)·relu(k_j) g(a, b)``, where
     ``a = pi / 2 (y_i - y_j) / h``, ``b = pi / 2 (x_i - x_j) / w`` and g is ``cos a + cos b`` (``sum``) or
-    ``cos a cos b`` (``product``). Then each channel is scaled by ``1 + sigmoid(W2 relu(W1 mean_n x))``, x being the
-    layer's input; at first by about 1.5. Any grid. Published models have no class token: ours, and registers, have no
-    place and see all with cosines of 1. The published halving of q, k, v (a width that no pretrained ViT has) and its
-    clamps for float16 are left out; in float32 throughout.
+    ``cos a cos b`` (``product``). Each channel is scaled after the output projection: the layer gives
+    ``proj(out) * (1 + sigmoid(W2 relu(W1 mean_n x)))``, x being its input; at first about 1.5 times. Any grid.
+    Published models have no class token: ours, and registers, have no place and see all with cosines of 1. The
+    published halving of q, k, v (a width that no pretrained ViT has) and its clamps for float16 are left out; in
+    float32 throughout.
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
@@ -35,7 +36,8 @@ class VicinityAttention(Attention):
         ValueError: for an unknown ``form``, or a ``se_reduction`` that leaves no channel.
     """
 
-    formula = 'Σw v / Σw, w = relu(q)·relu(k) (cos πΔy/2h + cos πΔx/2w); SE gate'
+    after_proj = ('se',)
+    formula = 'proj(Σw v / Σw) ⊙ (1 + SE(x)), w = relu(q)·relu(k) (cos πΔy/2h + cos πΔx/2w)'
     cost = '8ND²'
     positional = True
     reference = 'Sun et al., TPAMI 2023'
@@ -64,6 +66,6 @@ class VicinityAttention(Attention):
             total, weight = (s / 2 for s in cosine_weighted_sums(q, k, v, [a + b, a - b], num_prefix))
         return total / (weight + self.eps)
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        out = merge_heads(self.mix(*self.project(x), hw, num_prefix))
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        out = super().forward(x, hw, num_prefix)
         return out if self.se is None else out * (1 + self.se(x.mean(dim=1, keepdim=True)))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions import build_attention
-from adala_mm.models.backbones.weights import is_extra, load_vit
+from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_grid
+from adala_mm.ops import same_grid
 from adala_mm.registry import MODELS
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
@@ -62,6 +63,7 @@ class AdaLAViT(BaseModule):
         img_size: side, or (height, width), in pixels, for which ``pos_embed`` is stored. Other sizes are resampled
             on the fly (bicubic with antialiasing, as timm does).
         patch_size: P; images must have sides that P divides.
+        in_channels: of the images; a pretrained kernel of RGB is fitted to it, as timm does (`load_vit`).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the usual.
         class_token: whether there is a class token.
         num_registers: register tokens between the class token and the patches.
@@ -79,7 +81,8 @@ class AdaLAViT(BaseModule):
             all tokens (B, N, C), class and registers first.
         trainable: regular expression; parameters whose names it does not find are frozen. ``attn\\.qkv\\.`` tunes only
             the projections (ViT-AdaLA A.7), ``\\.lora\\.`` only LoRA's matrices. None trains everything.
-        init_cfg: ``dict(type='Pretrained', checkpoint=<file or timm://name>)``.
+        init_cfg: ``dict(type='Pretrained', checkpoint=<file or timm://name>)``; ``key``, ``prefix`` and ``grid`` of
+            `load_vit` say what the file does not show.
 
     Every output has passed the final LayerNorm, so blocks are comparable in scale (DINOv2's own convention for dense
     tasks).
@@ -134,6 +137,8 @@ class AdaLAViT(BaseModule):
                   mlp_ratio, act, norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.register_state_dict_post_hook(record_grid)
+        self.register_load_state_dict_pre_hook(read_grid)
         if compile:
             for block in self.blocks:
                 block.compile()  # in place: keys and classes stay what they are
@@ -185,12 +190,18 @@ class AdaLAViT(BaseModule):
                 nn.init.normal_(token, std=1e-6)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, 3, H, W) to the input of the first block: tokens (B, N, C) and the patch grid (h, w)."""
+        """Image (B, in_channels, H, W) to the input of the first block: tokens (B, N, C) and the patch grid (h, w)."""
+        channels = self.patch_embed.proj.in_channels
+        if image.shape[1] != channels:
+            raise ValueError(f'images of {image.shape[1]} channels for a ViT of {channels}: set in_channels='
+                             f'{image.shape[1]} (weights of RGB are fitted to it), or load images as RGB')
         hw = self._grid(*image.shape[-2:])
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, hw, C)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        position = resample_abs_pos_embed(self.pos_embed, list(hw), old_size=list(self.pos_grid),
-                                          num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
+        position = self.pos_embed
+        if not same_grid(hw, self.pos_grid):
+            position = resample_abs_pos_embed(position, list(hw), old_size=list(self.pos_grid),
+                                              num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
         if self.no_embed_class:
             x = torch.cat([*prefix, x + position], dim=1)
         else:

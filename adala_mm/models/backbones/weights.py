@@ -1,16 +1,21 @@
 """Loads a checkpoint into `AdaLAViT`: every key is used, dropped by a named rule, or an error."""
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import GridTable
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.checkpoint import read_state_dict, recorded_grid, under
 from adala_mm.utils.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -19,6 +24,12 @@ if TYPE_CHECKING:
 LINES = 24  # of a table of keys
 # What a timm or mmpretrain ViT has behind its last block and a backbone has not.
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
+# Names in files of other libraries, which tools/convert_vfm.py reads.
+CONVERTED = {re.compile(names): library for names, library in {
+    r'mask_token$|register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
+    r'(\w+\.)?embeddings\.': 'transformers',
+    r'(visual\.)?class_embedding$': 'OpenAI / OpenCLIP',
+    r'(\w+\.)?patch_embed\.projection\.': 'mmpretrain'}.items()}
 
 
 def read_backbone(init_cfg: dict) -> tuple[str, dict[str, Tensor], bool]:
@@ -29,40 +40,63 @@ def read_backbone(init_cfg: dict) -> tuple[str, dict[str, Tensor], bool]:
     """
     options = dict(init_cfg)
     kind, path = options.pop('type', None), options.pop('checkpoint', None)
-    prefix = options.pop('prefix', 'backbone.')
+    prefix, key = options.pop('prefix', 'backbone.'), options.pop('key', None)
     if kind != 'Pretrained' or not path or options:
-        raise ValueError("init_cfg must be dict(type='Pretrained', checkpoint=<file or timm://name>, "
-                         f'prefix=<optional>), got {init_cfg}')
-    state = read_state_dict(path)
-    own = any(key.startswith(prefix) for key in state)
-    if own:
-        state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-    return path, state, own
+        raise ValueError("init_cfg must be dict(type='Pretrained', checkpoint=<file or timm://name>, key=<where in the "
+                         'file, optional>, prefix=<of its names, optional>), and of a ViT also grid=<(h, w) of its '
+                         f'positions, optional>; got {init_cfg}')
+    state = read_state_dict(path, key=key)
+    own = under(state, prefix)
+    return path, own or state, bool(own)
 
 
-def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
+def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     """Loads ``init_cfg['checkpoint']`` into ``model``.
 
     Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
-    state dict without its head and pooling keys. The patch kernel is resampled to the model's patch size (FlexiViT's
-    pseudo-inverse, as in timm), position embeddings to its grid (bicubic, antialiased), and so are the tables over the
-    grid that some attentions have. Parameters that only this
-    attention variant has may be missing; nothing else may, and nothing may be left over.
+    state dict without its head and pooling keys; ``key`` says where in the file they are, as of `read_state_dict`. The
+    patch kernel is resampled to the model's patch size (FlexiViT's pseudo-inverse, as in timm) and, from RGB, to its
+    ``in_channels`` (for one channel the sum, as in timm: what a grey image normalised by one mean and std is to RGB).
+    Position embeddings are resampled to its grid (bicubic, antialiased), and so are the tables over the grid that some
+    attentions have. Parameters that only this attention variant has may be missing; nothing else may, and nothing may
+    be left over.
+
+    The grid of the positions in the file is ``init_cfg['grid']``, else the one that the file records (all that are
+    written here do). Else it is assumed to be square, or if it cannot be, or stood under the prefix, the model's own.
+
+    Returns:
+        What was assumed though it might be otherwise; logged as a warning, too.
 
     Raises:
         FileNotFoundError, ValueError: for a missing or unreadable file.
-        ValueError: for any other ``init_cfg`` type, and for missing, unexpected or mis-shaped keys.
+        ValueError: for any other ``init_cfg`` type, for a grid that the positions do not have, for missing, unexpected
+            or mis-shaped keys, and for the weights of a linearized model with another attention.
     """
+    init_cfg = dict(init_cfg)
+    said = init_cfg.pop('grid', None)
     path, state, own = read_backbone(init_cfg)
+    if said is not None and (isinstance(said, str) or len(said) != 2 or not all(isinstance(n, int) for n in said)):
+        raise ValueError(f'init_cfg.grid={said!r} must be (height, width) in patches, (16, 64) for instance')
+    grid = recorded_grid(state) if said is None else tuple(said)
+    if library := next((name for pattern, name in CONVERTED.items() if any(map(pattern.match, state))), None):
+        place = '.'.join(filter(None, (init_cfg.get('key'), own and init_cfg.get('prefix', 'backbone.').rstrip('.'))))
+        raise ValueError(f'{path} holds weights of {library}, whose names and shapes are not those of AdaLAViT. '
+                         f'Convert it, and name the result: python tools/convert_vfm.py {path} '
+                         f'{Path(path).stem}_converted.safetensors{f" --key {place}" if place else ""}')
     dropped = [key for key in state if HEAD_KEYS.match(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
-    notes = _resample(model, state, own)
+    problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
+                if isinstance(layer, Attention)]
+    if problem := next(filter(None, problems), None):
+        raise ValueError(f'{path} is of a linearized model: {problem}')
+    notes = _resample(model, state)
+    doubts = _fit_positions(model, state, grid, own, notes)
 
     wanted = model.state_dict()
     if table := misfits({key: tuple(value.shape) for key, value in state.items()},
                         {key: tuple(value.shape) for key, value in wanted.items()}):
         raise ValueError(f'{path} does not fit this ViT:\n{table}\nIs it the model family that the config describes '
-                         '(width, depth, class token, registers, LayerScale)?')
+                         '(width, depth, class token, registers, LayerScale, in_channels)?')
     model.load_state_dict(state, strict=False)
     note_loaded(model, state)
     new = [key for key in wanted if key not in state]
@@ -71,6 +105,9 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> None:
               + (f'; {"; ".join(notes)}' if notes else '')
               + (f'; new in this variant: {len(new)} tensors' if new else '')
               + f'; fingerprint {model.loaded[1]}', logger='current')
+    for doubt in doubts:
+        print_log(f'{path}: {doubt}', logger='current', level=logging.WARNING)
+    return doubts
 
 
 def misfits(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
@@ -108,15 +145,15 @@ def is_extra(key: str) -> bool:
     return re.match(r'blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
-def _resample(model: AdaLAViT, state: dict[str, Tensor], own: bool) -> list[str]:
-    """Fits patch kernel, position embeddings and attentions' tables to the model, in place; says what was done.
-
-    A file does not record its position grid. A square number of positions is read as a square grid, except in a file
-    of our own (``own``) with as many as the model has: those lie on the model's grid, square or not.
-    """
+def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
+    """Fits patch kernel and attentions' tables to the model, in place; says what was done."""
     notes = []
     size, grid = model.patch_size, model.pos_grid
-    kernel = state.get('patch_embed.proj.weight')
+    kernel, channels = state.get('patch_embed.proj.weight'), model.patch_embed.proj.in_channels
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3 != channels:
+        kernel = state['patch_embed.proj.weight'] = adapt_input_conv(channels, kernel)
+        notes.append('patch kernel summed over RGB for in_channels=1' if channels == 1 else
+                     f'patch kernel of RGB repeated and scaled for in_channels={channels}')
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != size:
         state['patch_embed.proj.weight'] = resample_patch_embed(kernel, [size, size])
         notes.append(f'patch kernel {kernel.shape[-1]} -> {size}')
@@ -128,20 +165,73 @@ def _resample(model: AdaLAViT, state: dict[str, Tensor], own: bool) -> list[str]
             tables += 1
     if tables:
         notes.append(f'{tables} tables over the grid -> {grid[0]}x{grid[1]}')
-    position = state.get('pos_embed')
-    prefix = 0 if model.no_embed_class else model.num_prefix
-    if position is None:
-        return notes
-    patches = position.shape[1] - prefix
-    side = round(max(patches, 0) ** 0.5)
-    if position.shape[1] == model.pos_embed.shape[1] and (own or side * side != patches):
-        return notes
-    if side * side != patches or side == 0:
-        raise ValueError(f'pos_embed of the checkpoint has {position.shape[1]} entries: not a square grid plus '
-                         f'{prefix} class and register tokens, so it cannot be resized. Check class_token, '
-                         'num_registers and no_embed_class')
-    if (side, side) != grid:
-        state['pos_embed'] = resample_abs_pos_embed(position, list(grid), old_size=[side, side],
-                                                    num_prefix_tokens=prefix)
-        notes.append(f'positions {side}x{side} -> {grid[0]}x{grid[1]}')
     return notes
+
+
+def _fit_positions(model: AdaLAViT, state: dict[str, Tensor], grid: tuple[int, int] | None, own: bool,
+                   notes: list[str]) -> list[str]:
+    """Fits position embeddings of ``grid``, None if nobody says it, to the model, in place; returns what is in doubt.
+
+    Without one they are read as of a square grid, or, if that cannot be or the file is of our own (``own``) and has as
+    many as the model, as of the model's grid.
+    """
+    position = state.get('pos_embed')
+    if position is None:
+        return []
+    prefix = 0 if model.no_embed_class else model.num_prefix
+    patches, wanted = position.shape[1] - prefix, model.pos_grid
+    side = math.isqrt(max(patches, 0))
+    square, doubts = (side, side), []
+    if grid is None:
+        fits = patches == math.prod(wanted)
+        if side * side != patches or side == 0:
+            grid = wanted if fits else None
+        else:
+            grid = wanted if fits and own else square
+            if fits and wanted != square:
+                other = square if own else wanted
+                doubts.append(f'its {patches} positions are read as a grid of {grid[0]}x{grid[1]}, and might be '
+                              f'{other[0]}x{other[1]}: the file does not record it. Say init_cfg.grid={grid}, or '
+                              f'{other}')
+        if grid is not None and not doubts:
+            notes.append(f'positions read as {grid[0]}x{grid[1]}, as no grid is recorded (init_cfg.grid)')
+    if grid is None or math.prod(grid) != patches:
+        stated = 'no square grid' if grid is None else f'not the grid of {grid[0]}x{grid[1]} that is said or recorded,'
+        raise ValueError(f'pos_embed of the checkpoint has {position.shape[1]} entries: {stated} plus {prefix} class '
+                         'and register tokens, so it cannot be resized. Check class_token, num_registers and '
+                         'no_embed_class; init_cfg.grid=(height, width) in patches says a grid that is not square')
+    resize_positions(model, state, 'pos_embed', grid, notes)
+    return doubts
+
+
+def resize_positions(model: AdaLAViT, state: dict[str, Any], key: str, grid: tuple[int, int],
+                     notes: list[str]) -> None:
+    """``state[key]``, position embeddings of ``grid``, for the model's grid, in place."""
+    if tuple(grid) == model.pos_grid:
+        return
+    state[key] = resample_abs_pos_embed(state[key], list(model.pos_grid), old_size=list(grid),
+                                        num_prefix_tokens=0 if model.no_embed_class else model.num_prefix)
+    notes.append(f'positions {grid[0]}x{grid[1]} -> {model.pos_grid[0]}x{model.pos_grid[1]}')
+
+
+def positions_for(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole model's state dict with positions for the grid of its ``backbone``, if it records another one."""
+    grid, fitted, backbone = recorded_grid(state, 'backbone'), dict(state), getattr(model, 'backbone', None)
+    if grid is not None and hasattr(backbone, 'pos_grid'):
+        resize_positions(backbone, fitted, 'backbone.pos_embed', grid, [])
+    return fitted
+
+
+def record_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    """A hook of ``state_dict()``: the numbers of positions alone do not show which grid they lie on."""
+    metadata['grid'] = model.pos_grid
+
+
+def read_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
+    """A hook of ``load_state_dict()``, MMEngine's as well: positions of another recorded grid are resampled."""
+    key, notes = f'{prefix}pos_embed', []
+    grid, prefixed = metadata.get('grid'), 0 if model.no_embed_class else model.num_prefix
+    if grid is not None and key in state and state[key].shape[1] == math.prod(grid) + prefixed:
+        resize_positions(model, state, key, grid, notes)
+    for note in notes:
+        print_log(f'AdaLAViT: {note}', logger='current')

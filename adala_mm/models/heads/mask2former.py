@@ -1,4 +1,4 @@
-"""Mask2Former of mmseg and mmdet, with what half precision cannot hold in float32."""
+"""Mask2Former of mmseg and mmdet, with what half precision cannot hold in float32, and for sliding windows."""
 from __future__ import annotations
 
 import functools
@@ -46,6 +46,8 @@ class Mask2FormerHead(MMSegMask2FormerHead):
 
     Without a cost the matching itself would raise an error, on one process of many; so logits that are not finite
     count as 0 in it, and the loss, which is not finite either, says so (`NonFiniteHook`).
+
+    ``test_cfg=dict(mode='slide', ...)`` works: mmseg's head gives its answer to a crop the size of the whole image.
     """
 
     _forward_head = outside_autocast(MMSegMask2FormerHead._forward_head)
@@ -55,3 +57,14 @@ class Mask2FormerHead(MMSegMask2FormerHead):
                             img_meta: dict) -> tuple[Tensor]:
         logits = (logits.nan_to_num(0, 0, 0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT) for logits in (cls_score, mask_pred))
         return super()._get_targets_single(*logits, gt_instances, img_meta)
+
+    def forward(self, x: list[Tensor], batch_data_samples: list | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """As mmdet's, which takes samples and does not read them: what counts FLOPs has none."""
+        return super().forward(x, batch_data_samples)
+
+    def predict(self, x: tuple[Tensor], batch_img_metas: list[dict], test_cfg: dict) -> Tensor:
+        """Logits (B, K, H, W), sums of mask probabilities, at the size of the image or crop that ``x`` is of."""
+        first, *others = batch_img_metas
+        if isinstance(first['img_shape'], torch.Size):  # how mmseg tells its heads the size of a crop
+            first = first | dict(pad_shape=first['img_shape'])
+        return super().predict(x, [first, *others], test_cfg)

@@ -1,5 +1,7 @@
 # DeiT-tiny (Touvron et al. 2021): ViT-Ti/16 at 224 px, ImageNet-1K, Apache-2.0.
 # timm deit_tiny_patch16_224.fb_in1k; its model.safetensors goes to data/weights/deit_tiny_patch16_224.safetensors
+softmax = dict(type='adala_mm.SoftmaxAttention')
+linear = dict(type='adala_mm.LinearAttention')
 preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 pretrained = dict(type='Pretrained', checkpoint='data/weights/deit_tiny_patch16_224.safetensors')
 backbone = dict(
@@ -10,5 +12,5 @@ backbone = dict(
     depth=12,
     num_heads=3,
     norm_eps=1e-6,
-    attention=dict(type='adala_mm.LinearAttention'),
+    attention=linear,
     init_cfg=pretrained)

@@ -7,7 +7,7 @@ train_dataloader = dict(
     dataset=dict(
         type='mmpretrain.CustomDataset', data_root='data/beacons', data_prefix='images/train', with_label=False,
         pipeline=[
-            dict(type='LoadImageFromFile'),
+            dict(type='adala_mm.LoadImageFromFile'),
             dict(type='mmpretrain.RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
             dict(type='mmpretrain.PackInputs'),
         ]))
@@ -17,7 +17,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='mmpretrain.CustomDataset', data_root='data/beacons', data_prefix='images/val', with_label=False,
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='mmpretrain.PackInputs')]))
+        pipeline=[dict(type='adala_mm.LoadImageFromFile'), dict(type='mmpretrain.PackInputs')]))
 val_evaluator = dict(type='adala_mm.AlignmentMetric')
 val_cfg = dict(type='ValLoop')
 test_dataloader, test_evaluator, test_cfg = val_dataloader, val_evaluator, dict(type='TestLoop')

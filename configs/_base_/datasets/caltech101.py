@@ -1,13 +1,13 @@
 # Photographs of Caltech-101 as plain images: alignment needs no labels. Lists are relative to data/caltech101.
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='adala_mm.LoadImageFromFile'),
     dict(type='mmpretrain.RandomResizedCrop', scale=224, crop_ratio_range=(0.25, 1.0), interpolation='bicubic'),
     dict(type='mmpretrain.RandomFlip', prob=0.5),
     dict(type='mmpretrain.ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
     dict(type='mmpretrain.PackInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='adala_mm.LoadImageFromFile'),
     dict(type='mmpretrain.ResizeEdge', scale=256, edge='short', interpolation='bicubic'),
     dict(type='mmpretrain.CenterCrop', crop_size=224),
     dict(type='mmpretrain.PackInputs'),

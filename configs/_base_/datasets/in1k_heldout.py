@@ -6,7 +6,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='mmpretrain.CustomDataset', data_root='data/imagenet', data_prefix='val', pipeline=[
-            dict(type='LoadImageFromFile'),
+            dict(type='adala_mm.LoadImageFromFile'),
             dict(type='mmpretrain.ResizeEdge', scale=585, edge='short', interpolation='bicubic'),
             dict(type='mmpretrain.CenterCrop', crop_size=512),
             dict(type='mmpretrain.PackInputs'),

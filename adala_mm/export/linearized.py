@@ -1,0 +1,98 @@
+"""A linearized model of timm, transformers or mmpretrain as something to export: it needs no config."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+import adala_mm
+from adala_mm.adapters import Family, find_vit
+from adala_mm.export.target import Target
+from adala_mm.models.attentions import Attention
+
+
+class Tokens(nn.Module):
+    """Final normalised tokens (B, N, C) of the ViT inside."""
+
+    def __init__(self, vit: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.vit = vit
+        self.features = family.features
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        return (self.features(self.vit, image),)
+
+
+class OwnLogits(nn.Module):
+    """What the model itself answers with: a tensor, or the ``logits`` of transformers' results."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        found = self.model(image)
+        return (found if isinstance(found, Tensor) else found.logits,)
+
+
+def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] | None = None,
+                  fixed: bool = False) -> Target:
+    """A model from `adala_mm.load` or `linearize`, put into evaluation mode.
+
+    Args:
+        part: ``backbone`` for the final normalised tokens of the ViT, ``model`` for class logits.
+        size: (H, W) of the example; what the model was built for if None.
+        fixed: whether the graph will be tied to that size.
+
+    Raises:
+        TypeError: for a model without a supported ViT inside.
+        ValueError: for a model without a classifier, a size that does not fit, or a free size of a model of timm that
+            takes one only.
+    """
+    model.eval()
+    model.requires_grad_(False)
+    vit, family = find_vit(model)
+    side = vit.patch_size if family.patches is None else vit.get_submodule(family.patches).kernel_size[0]
+    native = tuple(cells * side for cells in family.grid(vit))
+    size = native if size is None else tuple(size)
+    if any(pixels % side or pixels < side for pixels in size):
+        raise ValueError(f'{size[0]} x {size[1]} pixels are not a multiple of the patch, {side}')
+    if getattr(vit, 'dynamic_img_size', True) is False:  # timm's
+        if not fixed:
+            raise ValueError(f'{type(vit).__name__} takes images of {native[0]} x {native[1]} only: say --fixed-size, '
+                             'or make it with dynamic_img_size=True before adala_mm.save')
+        if size != native:
+            vit.set_input_size(img_size=size)
+    if part == 'model' and not has_classes(model):
+        raise ValueError(f'{type(model).__name__} has no classifier, so there are only its tokens to export: leave out '
+                         '--part model')
+    module, outputs = (OwnLogits(model), ('logits',)) if part == 'model' else (Tokens(vit, family), ('features',))
+    attentions = tuple(attn.adala_mm if isinstance(attn, Attention) else {'type': 'adala_mm.SoftmaxAttention'}
+                       for attn in family.attentions_of(vit))
+    kinds = sorted({kind['type'].removeprefix('adala_mm.') for kind in attentions})
+    notes = {'adala_mm': adala_mm.__version__, 'part': part, 'multiple': str(side), 'attention': ', '.join(kinds),
+             'preprocessing': json.dumps(preprocessing(model)), **names_of_classes(model)}
+    return Target(model, module, outputs, side, size, attentions, notes)
+
+
+def has_classes(model: nn.Module) -> bool:
+    """Whether the model ends in a classifier: timm's, or one of transformers' ``...ForImageClassification``."""
+    return getattr(model, 'num_classes', 0) > 0 or type(model).__name__.endswith('ForImageClassification')
+
+
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Mean and std of pixels from 0 to 255, in RGB, as timm's model tells them; nothing if it does not."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if not cfg.get('mean') or not cfg.get('std'):
+        return {}
+    return {part: [255 * value for value in cfg[part]] for part in ('mean', 'std')} | {'to_rgb': True}
+
+
+def names_of_classes(model: nn.Module) -> dict[str, str]:
+    """Those of a config of transformers, unless they are its LABEL_0, LABEL_1, ..."""
+    names = getattr(getattr(model, 'config', None), 'id2label', None) or {}
+    if not has_classes(model) or all(str(name).startswith('LABEL_') for name in names.values()):
+        return {}
+    return {'classes': json.dumps([names[i] for i in sorted(names)])}

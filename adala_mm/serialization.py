@@ -1,0 +1,353 @@
+"""`save` and `load`: a linearized model in one file that says what it is."""
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+import adala_mm
+from adala_mm.adapters import FAMILIES, Adapter, find_vit
+from adala_mm.linearization import Model, linearize_blocks, say
+from adala_mm.models.attentions import Attention
+from adala_mm.models.attentions.marks import MARK, add_mark, decode, last_of, take_mark
+from adala_mm.registry import ATTENTIONS
+from adala_mm.utils.atomic import write_atomically
+from adala_mm.utils.checkpoint import load_checkpoint
+
+# What is set on a model and not built into it.
+SWITCHES = ('training', 'num_linear_blocks', 'grad_checkpointing', 'gradient_checkpointing', 'with_cp',
+            'compile_blocks', 'trainable', 'loaded', 'built_from')
+MODELS = tuple(name for family in FAMILIES for name in family.models)
+TRANSFORMERS = tuple(dict.fromkeys(name.rpartition('.')[0] for name in MODELS if name.startswith('transformers.')))
+
+
+def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None = None) -> None:
+    """Writes a linearized model to a safetensors file: weights, attention of each block, and how to build its base.
+
+    No library takes the file for the softmax model: see `adala_mm.models.attentions.marks`. The base is built again and
+    compared with ``model``, so what the file says of it is true. If it cannot be built, which a warning tells, `load`
+    has to be given a model.
+
+    Args:
+        model: from `linearize`; or `AdaLAViT`.
+        path: new file; an existing one is replaced once the new one is whole.
+        model_args: further arguments with which the model was made, plain values: of ``timm.create_model``, or of the
+            class, for a ``VisionTransformer`` of timm or mmpretrain that was called directly.
+
+    Raises:
+        TypeError: for a model without a supported ViT inside.
+        ValueError: if it has no linear block, or ``model_args`` do not give such a model.
+        OSError: if there is no space.
+    """
+    from safetensors.torch import save as to_bytes
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Attention) and not layer.is_softmax and not isinstance(layer, Adapter):
+            add_mark(state, f'{name}.' if name else '', layer.adala_mm, last_of(layer.proj, layer))
+    if not any(name.endswith(f'.{MARK}') for name in state):
+        raise ValueError(f'{type(model).__name__} has no linear block: its own library saves it')
+    base = describe_base(model, model_args or {})
+    problem = base if isinstance(base, str) else difference(model, base, state)
+    if problem and model_args:
+        raise ValueError(f'model_args={model_args} do not make this {type(model).__name__}: {problem}')
+    if problem:
+        say(f'{path}: {type(model).__name__} cannot be built from what it tells of itself ({problem}): load will need '
+            'one, as in load(path, model), unless you give save its arguments as model_args')
+    about = {'base': None if problem else base, 'problem': problem, 'version': adala_mm.__version__}
+    write_atomically(path, to_bytes(state, {'format': MARK, MARK: json.dumps(about)}))
+
+
+@overload
+def load(path: str | Path, model: Model, attentions: Iterable[type[Attention]] = ()) -> Model: ...
+
+
+@overload
+def load(path: str | Path, model: None = None, attentions: Iterable[type[Attention]] = ()) -> Any: ...
+
+
+def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[type[Attention]] = ()) -> nn.Module:
+    """The linearized model of a file or folder, in evaluation mode, on the CPU.
+
+    Nothing is unpickled, imported or called by the word of the file, but supported models of timm, transformers,
+    mmpretrain and this package, and registered attentions.
+
+    Args:
+        path: a file of `save`; a folder that transformers' ``save_pretrained`` or timm's ``save_for_hf`` wrote of a
+            linearized model; or, if ``model`` is given, any file of its ``state_dict``.
+        model: the softmax model of the same making, for a base that the file cannot tell. It is changed in place, and
+            stays on its device and in its dtype.
+        attentions: attention classes of your own that the model has and that are not registered.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for a file that is not of a linearized model, tells no base, names what is not supported, or does
+            not fit.
+    """
+    path = Path(path).expanduser()
+    state, base = read_folder(path) if path.is_dir() else read_file(path)
+    marks = {name[:-len(MARK)]: decode(value) for name, value in state.items() if name.endswith(f'.{MARK}')}
+    if not marks:
+        raise ValueError(f'{path} holds no linearized model: nothing in it has a key .{MARK}. Its own library loads it')
+    own = model is None
+    if model is None:
+        if isinstance(base, str):
+            raise ValueError(f'{path} does not tell how to build its model ({base}): give load one, as in '
+                             'load(path, model)')
+        model = build(base)
+    kinds = {block_of(prefix): trusted(kind, attentions) for prefix, kind in marks.items()}
+    softmax_names = model.state_dict().keys()
+    linearize_as(model, kinds)
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    try:
+        if own and base['library'] == 'transformers' and state.keys() - model.state_dict().keys():
+            model, state = renamed(model, kinds, state, softmax_names)
+        for name, layer in model.named_modules():
+            if isinstance(layer, Attention):
+                take_mark(state, f'{name}.' if name else '', last_of(layer.proj, layer))
+        if own and len(dtypes) == 1:
+            model.to(*dtypes)
+        model.load_state_dict(state, assign=own and len(dtypes) > 1)
+    except RuntimeError as error:
+        first = '\n'.join(str(error).splitlines()[:4])  # it has a line for each parameter
+        raise ValueError(f'{path} does not fit {type(model).__name__}, or was written with another version of its '
+                         f'library: {first}') from error
+    model.eval()  # not in a chain: mmpretrain's returns None
+    return model
+
+
+# --- what a base is ---------------------------------------------------------------------------------------------------
+
+def describe_base(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any] | str:
+    """How `build` gets the softmax model again: library, name and arguments; or why it cannot."""
+    vit, _ = find_vit(model)
+    cls = type(model)
+    name = f'{cls.__module__}.{cls.__qualname__}'
+    if architecture := (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
+        now = {'num_classes': getattr(model, 'num_classes', None), 'global_pool': getattr(model, 'global_pool', None),
+               'img_size': vit.patch_embed.img_size, 'in_chans': vit.patch_embed.proj.in_channels}
+        args = getattr(model, '_model_args', {}) | {key: value for key, value in now.items() if value is not None}
+        base = {'library': 'timm', 'name': architecture, 'args': args | model_args}
+    elif cls.__module__ in TRANSFORMERS:
+        base = {'library': 'transformers', 'name': name, 'args': model.config.to_dict() | model_args}
+    elif name in MODELS:
+        base = {'library': cls.__module__.partition('.')[0], 'name': name,
+                'args': ARGUMENTS.get(name, lambda vit: {})(vit) | model_args}
+    else:
+        return f'{name} is a class of your own'
+    try:
+        return json.loads(json.dumps(base))
+    except TypeError as error:
+        return f'its arguments are not plain values: {error}'
+
+
+def build(base: Mapping[str, Any]) -> nn.Module:
+    """The softmax model, with random weights, that a file tells of.
+
+    Raises:
+        ValueError: for anything but the supported models.
+    """
+    known, told = False, base if isinstance(base, dict) else {}
+    library, name, args = (told.get(key) for key in ('library', 'name', 'args'))
+    if isinstance(name, str) and isinstance(args, dict):
+        if library == 'timm' and '.' not in name:
+            import timm
+            known = timm.is_model(name)
+        elif library == 'transformers':
+            known = name.rpartition('.')[0] in TRANSFORMERS
+        else:
+            known = name in MODELS and not names_classes(args)
+    if not known:
+        raise ValueError(f'the file asks for {library} {name!r} with {args!r}, which is none of the models that can be '
+                         'linearized')
+    with torch.random.fork_rng(devices=[]):
+        if library == 'timm' and '.' not in name:
+            return timm.create_model(name, pretrained=False, checkpoint_path='', **args)
+        module, _, kind = name.rpartition('.')
+        cls = getattr(importlib.import_module(module), kind, None)
+        if library == 'transformers':
+            from transformers import PreTrainedModel
+            if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None):
+                raise ValueError(f'the file asks for {name}, which is no model of transformers')
+            return cls(cls.config_class.from_dict(without_private(args)))
+        softmax = {'attention': {'type': 'adala_mm.SoftmaxAttention'}} if library == MARK else {}
+        return cls(**args, **softmax)
+
+
+def names_classes(args: Any) -> bool:
+    """Whether a registry of MMEngine would be asked for a class, which it imports from anywhere."""
+    if isinstance(args, dict):
+        return 'type' in args or any(map(names_classes, args.values()))
+    return isinstance(args, list) and any(map(names_classes, args))
+
+
+def without_private(config: Any) -> Any:
+    """A config of transformers without what is no part of the architecture, such as kernels from the hub."""
+    if not isinstance(config, dict):
+        return config
+    return {key: without_private(value) for key, value in config.items()
+            if not key.startswith('_') and 'attn_implementation' not in key and key != 'quantization_config'}
+
+
+def difference(model: nn.Module, base: dict[str, Any], state: dict[str, Tensor]) -> str | None:
+    """Where the model that ``base`` gives, with the same attentions, is another one than ``model``; None if nowhere."""
+    try:
+        twin = build(base)
+        linearize_as(twin, {block_of(name): module_kind(model, name) for name in state if name.endswith(f'.{MARK}')})
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f'{type(error).__name__}: {error}'
+    names, others = (dict(net.named_modules()) for net in (model, twin))
+    if missing := sorted(names.keys() ^ others.keys()):
+        return f'{missing[0]} is only in one of them'
+    for name, module in names.items():
+        here, there = facts(module), facts(others[name])
+        for key in here.keys() | there.keys():
+            if here.get(key) != there.get(key):
+                return f'{f"{name}." if name else ""}{key} is {here.get(key)}, not {there.get(key)}'
+    return None
+
+
+def module_kind(model: nn.Module, name: str) -> dict[str, Any]:
+    """What `linearize` takes for the attention that has the key ``name``."""
+    cls, options = model.get_submodule(name.rpartition('.')[0]).built_from
+    return {'type': cls, **options}
+
+
+def facts(module: nn.Module) -> dict[str, Any]:
+    """Class, plain attributes and shapes of a module."""
+    plain = {key: json.dumps(value) for key, value in vars(module).items()
+             if not key.startswith('_') and key not in SWITCHES and is_plain(value)}
+    shapes = {key: tuple(value.shape) for key, value in [*module.named_parameters(recurse=False),
+                                                         *module.named_buffers(recurse=False)]}
+    return {'class': type(module).__qualname__, **plain, **shapes}
+
+
+def is_plain(value: Any) -> bool:
+    return all(map(is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(
+        value, (bool, int, float, str, type(None)))
+
+
+def adala_arguments(vit: nn.Module) -> dict[str, Any]:
+    from adala_mm.conversion.from_timm import ACTIVATIONS
+    block, patch, act = vit.blocks[0], vit.patch_size, type(vit.blocks[0].mlp.act).__name__
+    return dict(
+        img_size=[side * patch for side in vit.pos_grid], patch_size=patch,
+        in_channels=vit.patch_embed.proj.in_channels, embed_dim=vit.embed_dim, depth=len(vit.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim, qkv_bias=block.attn.qkv.bias is not None,
+        class_token=vit.class_token, num_registers=vit.num_prefix - vit.class_token, no_embed_class=vit.no_embed_class,
+        pre_norm=isinstance(vit.norm_pre, nn.LayerNorm), act=ACTIVATIONS.get(act, act), norm_eps=vit.norm.eps,
+        layer_scale=None if isinstance(block.ls1, nn.Identity) else 1.0,
+        drop_path_rate=vit.blocks[-1].drop_path.drop_prob, out_indices=vit.out_indices, out_type=vit.out_type)
+
+
+def mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
+    return dict(arch=vit.arch_settings, img_size=vit.img_size, patch_size=vit.patch_embed.projection.kernel_size[0],
+                in_channels=vit.patch_embed.projection.in_channels, out_type=vit.out_type, out_indices=vit.out_indices,
+                final_norm=vit.final_norm, with_cls_token=vit.cls_token is not None,
+                layer_scale_init_value=1.0 if hasattr(vit.layers[0].attn.gamma1, 'weight') else 0.0)
+
+
+ARGUMENTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
+    'adala_mm.models.backbones.vit.AdaLAViT': adala_arguments,
+    'mmpretrain.models.backbones.vision_transformer.VisionTransformer': mmpretrain_arguments}
+
+
+# --- what a file says -------------------------------------------------------------------------------------------------
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
+    """Tensors, and the base or why there is none."""
+    state, about = dict(load_checkpoint(path)), {}
+    if path.suffix == '.safetensors' or not state:
+        from safetensors import safe_open
+        with safe_open(path, 'pt') as file:
+            about = json.loads((file.metadata() or {}).get(MARK, '{}'))
+    return state, about.get('base') or about.get('problem') or 'it was not written by adala_mm.save'
+
+
+def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
+    """The same for a folder of transformers or of timm."""
+    config = path / 'config.json'
+    weights = sorted(path.glob('*.safetensors')) or sorted(path.glob('pytorch_model*.bin'))
+    if not config.is_file() or not weights:
+        raise FileNotFoundError(f'{path} has no {"weights" if config.is_file() else "config.json"}: it is no folder of '
+                                'save_pretrained or save_for_hf')
+    state = {name: value for file in weights for name, value in load_checkpoint(file).items()}
+    about = json.loads(config.read_text(encoding='utf-8'))
+    if 'architecture' in about:
+        return state, {'library': 'timm', 'name': about['architecture'], 'args': about.get('model_args', {})}
+    name, = about.get('architectures') or ['']
+    module = next((module for module in TRANSFORMERS if hasattr(importlib.import_module(module), name)), None)
+    if module is None:
+        return state, f'config.json names the class {name!r}'
+    return state, {'library': 'transformers', 'name': f'{module}.{name}', 'args': about}
+
+
+def renamed(model: nn.Module, kinds: dict[int, dict[str, Any]], state: dict[str, Tensor],
+            softmax_names: Iterable[str]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Model and state dict for a file whose names are not those in memory: transformers maps them while it loads.
+
+    Raises:
+        RuntimeError: if it does not know all of them.
+    """
+    inside, names, added = prefixes(model), model.state_dict().keys() - softmax_names, {}
+    theirs = dict(state)
+    for prefix in [name[:-len(MARK)] for name in state if name.endswith(f'.{MARK}')]:
+        here = inside[block_of(prefix)]
+        for name in [name for name in state if name.startswith(prefix)]:
+            value = theirs.pop(name)
+            if f'{here}{name[len(prefix):]}' in names:
+                added[f'{here}{name[len(prefix):]}'] = value
+            else:
+                theirs[name] = value.squeeze(0) if value.ndim > (1 if name.endswith('bias') else 2) else value
+    plain, info = type(model).from_pretrained(None, config=model.config, state_dict=theirs, output_loading_info=True)
+    if problems := {what: sorted(names) for what, names in info.items() if names}:
+        raise RuntimeError(f'transformers does not load these weights: {problems}')
+    linearize_as(plain, kinds)
+    return plain, {**plain.state_dict(), **added}
+
+
+def trusted(kind: dict[str, Any], attentions: Iterable[type[Attention]]) -> dict[str, Any]:
+    """``kind`` with a class that is registered here or that the caller has named.
+
+    Raises:
+        ValueError: for any other.
+    """
+    own = {f'{cls.__module__}.{cls.__qualname__}': cls for cls in attentions}
+    if kind['type'] in own:
+        return kind | {'type': own[kind['type']]}
+    ATTENTIONS.import_from_location()
+    if kind['type'].removeprefix('adala_mm.') in ATTENTIONS.module_dict:
+        return kind
+    raise ValueError(f'the file has blocks with {kind["type"]}, which is not registered here: pass the class, as in '
+                     'load(path, attentions=[MyAttention])')
+
+
+def linearize_as(model: nn.Module, kinds: dict[int, dict[str, Any]]) -> None:
+    """Gives blocks of the softmax model, by their index, the attentions that a file names."""
+    vit, family = find_vit(model)
+    linearize_blocks(model, [kinds.get(i) for i in range(len(family.blocks_of(vit)))])
+
+
+def prefixes(model: nn.Module) -> list[str]:
+    """What the names of parameters begin with in the attention of each block."""
+    vit, family = find_vit(model)
+    names = {module: f'{name}.' for name, module in model.named_modules()}
+    return [names[attn] for attn in family.attentions_of(vit)]
+
+
+def block_of(prefix: str) -> int:
+    """Index of the block whose attention has its parameters there; what stands before differs between versions.
+
+    Raises:
+        ValueError: if no block has.
+    """
+    numbers = re.findall(r'\.(\d+)\.', prefix)
+    if not numbers:
+        raise ValueError(f'{prefix} is no attention of a block')
+    return int(numbers[-1])

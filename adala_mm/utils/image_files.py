@@ -1,0 +1,99 @@
+"""Image files to pixels: opened in one way by stages 1 and 2, tools/check.py and the tools (docs/data.md)."""
+from __future__ import annotations
+
+from io import BytesIO
+
+import cv2
+import numpy as np
+from mmengine import fileio
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+TIFF = b'II*\0', b'MM\0*'
+RANGES = np.uint8, np.uint16
+FLOATING = (*TIFF, b'#?', b'PF', b'Pf')  # TIFF, Radiance and PFM may hold numbers of unknown range
+
+
+def decode_image(content: bytes) -> np.ndarray:
+    """Pixels of an image file, (H, W, 3) uint8 in OpenCV's order of channels, BGR.
+
+    As mmcv's ``LoadImageFromFile`` decodes it, but for `by_pillow`: upright in every format, grey, palettes and CMYK
+    become colours, alpha is dropped, of 16 bits the high 8 are taken, of several frames the first.
+
+    Raises:
+        ValueError: saying why it cannot be decoded.
+    """
+    if content.startswith(FLOATING) and (raw := as_it_is(content)) is not None and raw.dtype not in RANGES:
+        raise ValueError(f'its values are {raw.dtype}, of unknown range: write 8 or 16 bits')
+    image = by_pillow(content)
+    if image is None and content:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(what_is_wrong(content))
+    return image
+
+
+def open_image(path: str) -> Image.Image:
+    """`decode_image` of a file, as Pillow's RGB.
+
+    Raises:
+        ValueError: naming the file and why it cannot be decoded.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        return Image.fromarray(decode_image(fileio.get(path))[..., ::-1])
+    except ValueError as error:
+        raise ValueError(f'cannot read the image {path}: {error}') from error
+
+
+def is_webp_or_avif(content: bytes) -> bool:
+    return content[8:12] == b'WEBP' or content[4:8] == b'ftyp'
+
+
+def mmcv_may_differ(content: bytes) -> bool:
+    """Whether a file is of a format that mmcv's ``LoadImageFromFile`` can read in another way than `decode_image`."""
+    return content.startswith(FLOATING) or is_webp_or_avif(content)
+
+
+def by_pillow(content: bytes) -> np.ndarray | None:
+    """Pixels of what OpenCV reads in a way of its own; None for what it reads as other files.
+
+    It leaves WebP and AVIF files as they lie, whatever their EXIF orientation, darkens TIFF files by their alpha, and
+    takes CIELAB for RGB.
+
+    Raises:
+        ValueError: if such a file is damaged.
+    """
+    turnable = is_webp_or_avif(content)
+    if not turnable and not content.startswith(TIFF):
+        return None
+    try:
+        with Image.open(BytesIO(content)) as image:
+            odd = image.getexif().get(ORIENTATION, 1) != 1 if turnable else image.mode in ('RGBA', 'LAB')
+            if not odd:
+                return None
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    except UnidentifiedImageError:
+        return None
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def as_it_is(content: bytes) -> np.ndarray | None:
+    """Values of an image file without any change; None if OpenCV cannot read it."""
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def what_is_wrong(content: bytes) -> str:
+    """Why OpenCV does not make an image of 8 bits of a file."""
+    if not content:
+        return 'the file is empty'
+    try:
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+    except UnidentifiedImageError:
+        return 'no image of a kind that can be read'
+    except Exception as error:  # Pillow's readers raise a dozen types for damage
+        return ' '.join(str(error).split()) or type(error).__name__
+    return f'{image.format} of a kind ({image.mode}) that cannot be read: write 8 or 16 bits'

@@ -1,0 +1,71 @@
+"""Checkpoints of a plain training loop: all that a run needs to go on as if nothing had happened."""
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import barrier, is_main_process
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from adala_mm.utils.atomic import write_atomically
+from adala_mm.utils.batches import Batches
+from adala_mm.utils.checkpoint import load_checkpoint
+
+
+def write_run(path: str | Path, run: dict[str, Any], model: nn.Module, optimizer: Optimizer, schedule: LRScheduler,
+              data: Batches, progress: dict[str, Any]) -> None:
+    """Replaces the file once the new one is whole; called in every process, written by rank 0.
+
+    Raises:
+        OSError: if there is no space.
+    """
+    state = {'run': run, 'data': data.state(), 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+             'schedule': schedule.state_dict(), **progress}
+    if is_main_process():
+        torch.save(state, buffer := io.BytesIO())
+        write_atomically(path, buffer.getbuffer())
+    barrier()
+
+
+def read_run(path: str | Path | None, run: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What the run is to go on from; None if it starts.
+
+    Raises:
+        ValueError: for ``resume`` without a path, and for a file of another run.
+        FileExistsError: for a file that would be overwritten.
+    """
+    if path is None:
+        if resume:
+            raise ValueError('resume=True needs a checkpoint')
+        return None
+    if not Path(path).exists():
+        return None
+    if not resume:
+        raise FileExistsError(f'{path} exists: say resume=True to go on from it, or name another checkpoint')
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get('run'), dict):
+        raise ValueError(f'{path} is no checkpoint of align')
+    if other := [f'{name}={saved["run"].get(name)!r}, not {value!r}' for name, value in run.items()
+                 if saved['run'].get(name) != value]:
+        raise ValueError(f'{path} is of another run, with {"; ".join(other)}: name another checkpoint')
+    return saved
+
+
+def restore_run(saved: dict[str, Any], model: nn.Module, optimizer: Optimizer, schedule: LRScheduler,
+                data: Batches) -> None:
+    """Everything is where it was when ``saved`` was written.
+
+    Raises:
+        ValueError: for weights of another model.
+    """
+    try:
+        model.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f'the checkpoint is of another model: {error}') from error
+    schedule.load_state_dict(saved['schedule'])
+    data.seek(saved['data'])

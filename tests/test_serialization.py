@@ -1,0 +1,305 @@
+"""Linearized models in files: what comes back is what was saved, and nobody else takes it for softmax."""
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, tiny_vit
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_linearize import HF, MeanAttention, attentions, awaken, build, headless, own_vit, run, timm_vit
+from torch import nn
+
+import adala_mm
+from adala_mm import linearize
+from adala_mm.models.attentions.marks import encode
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5)
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def created(name: str = 'vit_tiny_patch16_224', **changes) -> nn.Module:
+    """A tiny ViT that timm's factory has made."""
+    return awaken(timm.create_model(name, **SMALL | changes))
+
+
+MODELS = {
+    'timm': created,
+    'timm, other options': lambda: created('vit_small_patch14_reg4_dinov2', init_values=0.1, drop_path_rate=0.2,
+                                           act_layer='quick_gelu', num_classes=0, global_pool='', in_chans=3),
+    'timm, dinov3': lambda: created('vit_small_patch16_dinov3', num_classes=0),
+    **{name: lambda name=name: build(name) for name in (*HF, 'mmpretrain', 'mmpretrain_no_class', 'adala')},
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_what_was_saved_comes_back(name, tmp_path):
+    model = linearize(MODELS[name](), 'hedgehog', keep_softmax=[0, 1])
+    linearize(model, dict(type='linear', feature_map='relu'), keep_softmax=[1], inplace=True)
+    for attn in attentions(model):
+        for parameter in attn.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    adala_mm.save(model, tmp_path / 'model.safetensors')
+    twin = adala_mm.load(tmp_path / 'model.safetensors')
+    assert type(twin) is type(model) and not twin.training
+    assert [type(layer) for layer in twin.modules()] == [type(layer) for layer in model.modules()]
+    assert torch.equal(run(twin, IMAGES), run(model, IMAGES))
+
+
+@torch.no_grad()
+def test_precision_and_a_changed_model_come_back(tmp_path):
+    model = linearize(created().bfloat16(), 'linear')
+    model.reset_classifier(7)
+    adala_mm.save(model.bfloat16(), tmp_path / 'a.safetensors')
+    twin = adala_mm.load(tmp_path / 'a.safetensors')
+    images = IMAGES.bfloat16()
+    assert twin(images).shape == (2, 7) and torch.equal(twin(images), model(images))
+
+
+def files_of(model: nn.Module, folder) -> dict:
+    files = {'save': folder / 'save.safetensors', 'state_dict': folder / 'state.pth'}
+    adala_mm.save(model, files['save'])
+    torch.save(model.state_dict(), files['state_dict'])
+    return files
+
+
+@pytest.mark.parametrize('kind', ['linear', 'hedgehog'])
+def test_plain_timm_refuses_the_weights(kind, tmp_path):
+    from timm.models import load_checkpoint, save_for_hf
+    model = linearize(created(), kind, keep_softmax=[0])
+    for file in files_of(model, tmp_path).values():
+        with pytest.raises(RuntimeError, match=r'Unexpected key.*blocks\.1\.attn\.adala_mm'):
+            timm.create_model('vit_tiny_patch16_224', checkpoint_path=str(file), **SMALL)
+        with pytest.raises(RuntimeError, match='size mismatch for blocks.1.attn.proj.bias'):
+            load_checkpoint(created(), str(file), strict=False)
+    save_for_hf(model, tmp_path / 'hub', safe_serialization=True)
+    for changes in ({}, dict(num_classes=0)):  # another number of classes, and timm no longer loads strictly
+        with pytest.raises(RuntimeError, match='size mismatch for blocks.1.attn.proj.bias'):
+            timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True, **changes)
+
+
+@pytest.mark.parametrize('name', HF)
+@pytest.mark.parametrize('kind', ['linear', 'hedgehog'])
+def test_plain_transformers_refuses_the_weights(name, kind, tmp_path):
+    model = linearize(build(name), kind, keep_softmax=[0])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match='size mismatch|ignore_mismatched_sizes'):
+        type(model).from_pretrained(tmp_path)
+    adala_mm.save(model, tmp_path / 'model.safetensors')  # under the name that transformers looks for
+    with pytest.raises((OSError, ValueError, RuntimeError), match='adala_mm|size mismatch|ignore_mismatched_sizes'):
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('name', [*HF, 'timm'])
+@torch.no_grad()
+def test_folders_of_timm_and_transformers_come_back(name, tmp_path):
+    model = linearize(MODELS[name](), 'hedgehog', keep_softmax=[-1])
+    for attn in attentions(model):
+        nn.init.normal_(list(attn.parameters())[0], std=0.2)
+    folders = [tmp_path / 'a', tmp_path / 'b']
+    for folder, options in zip(folders, ({}, dict(max_shard_size='20KB')), strict=True):
+        if name == 'timm':
+            timm.models.save_for_hf(model, folder, safe_serialization=not options)
+        else:
+            model.save_pretrained(folder, **options)
+        assert torch.equal(run(adala_mm.load(folder), IMAGES), run(model, IMAGES))
+        twin = linearize(MODELS[name](), 'hedgehog', keep_softmax=[-1])
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(run(twin, IMAGES), run(model, IMAGES))
+
+
+def test_another_attention_refuses_the_weights(tmp_path):
+    relu = dict(type='adala_mm.LinearAttention', feature_map='relu')
+    state = linearize(created(), relu).state_dict()
+    linearize(created(), relu).load_state_dict(state)
+    linearize(created(), relu | dict(eps=1e-6)).load_state_dict(state)  # the default, said aloud
+    wanted = r"blocks\.0\.attn was saved as LinearAttention\(feature_map='relu', .*LinearAttention\(feature_map='elu1'"
+    with pytest.raises(RuntimeError, match=wanted):
+        linearize(created()).load_state_dict(state)
+    torch.save(headless(linearize(timm_vit(), relu).state_dict()), tmp_path / 'relu.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'relu.pth'))
+    ours = own_vit('augreg', relu)
+    ours.init_cfg = init_cfg
+    ours.init_weights()
+    assert torch.equal(ours.blocks[0].attn.proj.bias, torch.load(tmp_path / 'relu.pth')['blocks.0.attn.proj.bias'][0])
+    for other in (dict(type='adala_mm.SoftmaxAttention'), dict(type='adala_mm.LinearAttention')):
+        vit = adala_mm.registry.MODELS.build(tiny_vit(depth=3, attention=other, init_cfg=init_cfg))
+        with pytest.raises(ValueError, match=r'is of a linearized model: blocks\.0\.attn was saved as LinearAtt'):
+            vit.init_weights()
+
+
+@torch.no_grad()
+def test_models_that_tell_no_base(tmp_path, caplog):
+    caplog.set_level(logging.INFO, 'adala_mm')
+
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = created(), nn.Linear(5, 2)
+
+        def forward(self, images):
+            return self.head(self.backbone(images))
+
+    plain, path = Segmenter(), tmp_path / 'a.safetensors'
+    model = linearize(plain, 'hedgehog')
+    adala_mm.save(model, path)
+    assert any('Segmenter cannot be built from what it tells of itself' in message for message in caplog.messages)
+    with pytest.raises(ValueError, match=r'how to build its model .*class of your own.*load\(path, model\)'):
+        adala_mm.load(path)
+    assert torch.equal(adala_mm.load(path, Segmenter())(IMAGES), model(IMAGES))
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    assert torch.equal(adala_mm.load(tmp_path / 'a.pth', Segmenter())(IMAGES), model(IMAGES))
+    with pytest.raises(ValueError, match='not written by adala_mm.save'):
+        adala_mm.load(tmp_path / 'a.pth')
+
+
+@torch.no_grad()
+def test_arguments_that_the_model_does_not_tell(tmp_path, caplog):
+    caplog.set_level(logging.INFO, 'adala_mm')
+    path, arguments = tmp_path / 'a.safetensors', dict(**SMALL, dynamic_img_size=True)
+    model = linearize(build('augreg'))
+    adala_mm.save(model, path)
+    assert any('cannot be built' in message for message in caplog.messages)
+    adala_mm.save(model, path, model_args=arguments)
+    assert torch.equal(adala_mm.load(path)(IMAGES), model(IMAGES))
+    for wrong in (dict(qk_norm=True), dict(num_heads=2), dict(dynamic_img_size=False)):
+        with pytest.raises(ValueError, match='do not make this VisionTransformer'):
+            adala_mm.save(model, path, model_args=arguments | wrong)
+
+
+@torch.no_grad()
+def test_attentions_of_ones_own(tmp_path):
+    model, path = linearize(created(), MeanAttention, keep_softmax=[0]), tmp_path / 'a.safetensors'
+    adala_mm.save(model, path)
+    with pytest.raises(ValueError, match=r'MeanAttention, which is not registered.*attentions=\[MyAttention\]'):
+        adala_mm.load(path)
+    assert torch.equal(adala_mm.load(path, attentions=[MeanAttention])(IMAGES), model(IMAGES))
+
+
+class Scaled(MeanAttention):
+    def __init__(self, dim, num_heads, qkv_bias=True, scale=None):
+        super().__init__(dim, num_heads, qkv_bias)
+
+
+def test_options_that_no_file_can_hold():
+    with pytest.raises(TypeError, match='options of Scaled are to be saved.*make anything else part of a subclass'):
+        linearize(created(), dict(type=Scaled, scale=abs))
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
+
+def run_page(page: str, folder, monkeypatch) -> dict:
+    """The code of a page as it stands, in a folder with a few images, in one step an epoch."""
+    for i in range(33):
+        (folder / 'images/class').mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 50 + i).convert('RGB').save(folder / f'images/class/{i}.png')
+    monkeypatch.chdir(folder)
+    code = re.findall(r'^```python\n(.*?)^```$', (ROOT / page).read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)
+    scope: dict = {}
+    for block in code:
+        exec(block.replace('epochs=30', 'epochs=1').replace('epochs=4', 'epochs=1'), scope)
+    return scope
+
+
+def test_page_for_timm(tmp_path, monkeypatch):
+    create = timm.create_model
+
+    def small(name, **options):
+        if not options.pop('pretrained'):
+            return create(name, **options)
+        model = awaken(create(name, **options | SMALL))
+        model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 32, 32)}
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', small)
+    scope = run_page('docs/timm.md', tmp_path, monkeypatch)
+    assert scope['model'].num_linear_blocks == 2 and scope['model'].num_classes == 10
+    wanted = adala_mm.load(tmp_path / 'folder')
+    assert torch.equal(wanted.forward_features(IMAGES), scope['model'].eval().forward_features(IMAGES))
+    assert callable(scope['stage_1'])
+
+
+def test_page_for_transformers(tmp_path, monkeypatch):
+    import transformers
+    load = transformers.Dinov2Model.from_pretrained
+    processor = transformers.BitImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+    monkeypatch.setattr(transformers.AutoImageProcessor, 'from_pretrained', lambda name: processor)
+    monkeypatch.setattr(transformers.Dinov2Model, 'from_pretrained',
+                        lambda name, **options: load(name, **options) if options else build('hf_dinov2'))
+    scope = run_page('docs/transformers.md', tmp_path, monkeypatch)
+    assert scope['model'].num_linear_blocks == scope['classifier'].num_linear_blocks == 2
+    assert torch.equal(scope['classifier'].dinov2(IMAGES)[0], scope['model'].eval()(IMAGES)[0])
+
+
+# --- files that lie ---------------------------------------------------------------------------------------------------
+
+def rewritten(path, about: dict | None = None, kind: dict | None = None) -> None:
+    """The file with another story of itself."""
+    with safe_open(path, 'pt') as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    if kind is not None:
+        state['blocks.0.attn.adala_mm'] = encode(kind)
+    if about is not None:
+        metadata['adala_mm'] = json.dumps({'base': about})
+    save_file(state, path, metadata)
+
+
+@pytest.mark.parametrize('base', [
+    dict(library='timm', name='local-dir:x', args={}), dict(library='timm', name='os.system', args={}),
+    dict(library='transformers', name='os.system', args={}), dict(library='os', name='os.system', args={}),
+    dict(library='transformers', name='transformers.models.clip.modeling_clip.logger', args={}),
+    dict(library='mmpretrain', name='mmpretrain.models.backbones.vision_transformer.VisionTransformer',
+         args=dict(norm_cfg=dict(type='os.system'))), 'timm', ['timm'], dict(library='timm')], ids=str)
+def test_files_call_nothing_but_supported_models(base, tmp_path):
+    path = tmp_path / 'a.safetensors'
+    adala_mm.save(linearize(created()), path)
+    rewritten(path, base)
+    with pytest.raises(ValueError, match='file asks for|does not tell how'):
+        adala_mm.load(path)
+
+
+def test_files_name_no_foreign_attention(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    adala_mm.save(linearize(created()), path)
+    for kind, message in ((dict(type='os.system'), 'has blocks with os.system, which is not registered'),
+                          (dict(kind=1), 'holds no attention of ours')):
+        rewritten(path, kind=kind)
+        with pytest.raises(ValueError, match=message):
+            adala_mm.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='VisionTransformer has no linear block'):
+        adala_mm.save(created(), tmp_path / 'a.safetensors')
+    save_file(created().state_dict(), tmp_path / 'a.safetensors')
+    timm.models.save_for_hf(created(), tmp_path / 'hub', safe_serialization=True)
+    for path in ('a.safetensors', 'hub'):
+        with pytest.raises(ValueError, match='holds no linearized model'):
+            adala_mm.load(tmp_path / path)
+    for path in (tmp_path, tmp_path / 'nothing.safetensors'):
+        with pytest.raises(FileNotFoundError):
+            adala_mm.load(path)
+    adala_mm.save(linearize(created()), tmp_path / 'b.safetensors')
+    with pytest.raises(ValueError, match=r'does not fit VisionTransformer[^$]*size mismatch'):
+        adala_mm.load(tmp_path / 'b.safetensors', created(embed_dim=16))
+
+
+def test_averages_and_tracers_see_the_parameters():
+    """timm's EMA runs through state dicts and rounds what is no float; tracers take the parameters from there."""
+    from timm.utils import ModelEmaV2
+    model = linearize(created(), 'hedgehog')
+    ema = ModelEmaV2(model, decay=0.9)
+    for _ in range(3):
+        ema.update(model)
+    for name, value in ema.module.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name])
+    assert model.state_dict(keep_vars=True)['blocks.0.attn.proj.bias'] is model.blocks[0].attn.proj.bias
+
+
