@@ -121,7 +121,8 @@ for split in ('train', 'val'):
     for number in range(4):
         Image.fromarray(draw_scene(numpy.random.default_rng(number))[0]).save(folder / f'{number}.png')
 Path('work_dirs/demo/teacher').mkdir(parents=True)
-torch.save(MODELS.build(cfg.backbone).state_dict(), cfg.teacher_init.checkpoint)
+backbone = cfg.model.backbone
+torch.save(MODELS.build(backbone).state_dict(), backbone.init_cfg.checkpoint)
 sys.argv[1:] = ['stage1_demo_beacons', '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
                 'default_hooks.checkpoint.interval=2', 'train_dataloader.batch_size=4']
 runpy.run_path(str(package / '.mim/tools/train.py'), run_name='__main__')

@@ -83,7 +83,7 @@ def load_config(args: argparse.Namespace) -> Config:
             "and nowhere else: model['backbone']['attention'] = dict(type=...)") from error
     refuse_inert_lines(cfg, args.cfg_options or ())
     scopes = dict.fromkeys(('mmpretrain', 'mmseg', cfg.get('default_scope', 'mmseg')))  # every run imports these
-    import_quietly('adala_mm.registry', *(f'{scope}.datasets' for scope in scopes))
+    import_quietly(*(f'{scope}.datasets' for scope in scopes))
     if args.data_root:
         cfg.merge_from_dict(relocate(cfg.to_dict(), args.data_root))
     for key, value in (args.cfg_options or {}).items():
