@@ -322,6 +322,7 @@ def test_processes_and_accumulation_equal_one_process(place, pretrained, stage):
         options = ['model.backbone.with_cp=True'] if name == 'four' and stage != 'stage1' else []
         folder, steps, log = run(name, processes, batch, accumulated, *options)
         assert ('MMDistributedDataParallel' in log) == (processes > 1)
+        assert '\n0 threads of gloo are left\n' in log
         if accumulated == 1:
             assert 'LR is set based on batch size of 8 and the current batch size is 4. Scaling the original LR by ' \
                    '0.5' in log

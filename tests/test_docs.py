@@ -238,7 +238,7 @@ def test_attention_of_the_page_works(tmp_path):
     codes = wait_for(start_script(tmp_path / 'check.py', place=tmp_path, log=log))
     out = log.read_text()
     assert codes == [0], out
-    assert out.splitlines()[-1] == '2 blocks, output (1, 17, 32), every weight of the softmax ViT in its place'
+    assert out.splitlines()[-2] == '2 blocks, output (1, 17, 32), every weight of the softmax ViT in its place'
 
 
 def test_family_of_the_page_converts(monkeypatch):
