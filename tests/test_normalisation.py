@@ -1,7 +1,6 @@
 """Weights that say by which mean and std their images were normalised, and a config with others: a warning."""
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from safetensors.torch import save_file
 
+from adala_mm.conversion import convert, metadata, write
 from adala_mm.engine import WeightsCheckHook
 from adala_mm.preflight import Plan
 from adala_mm.preflight.checkpoints import normalisation
@@ -34,10 +34,16 @@ class Net(BaseModel):
 
 @pytest.fixture
 def converted(tmp_path) -> str:
-    """A file with the metadata that tools/convert_vfm.py writes."""
-    state = {f'backbone.{key}': value for key, value in MODELS.build(tiny_vit()).state_dict().items()}
-    save_file(state, tmp_path / 'a.safetensors', {key: json.dumps(value) for key, value in IMAGENET.items()})
+    """A file of tools/convert_vfm.py."""
+    done = convert(MODELS.build(tiny_vit()).state_dict(), 'deit', num_heads=4)
+    write(done, tmp_path / 'a.safetensors', metadata(done, 'tiny', ''))
     return str(tmp_path / 'a.safetensors')
+
+
+def test_files_of_others_are_not_read_as_ours(tmp_path):
+    """Their metadata may have such names, and any text."""
+    save_file({'cls_token': torch.zeros(1)}, tmp_path / 'a.safetensors', dict(mean='0.485,0.456,0.406', std='0.2'))
+    assert other_normalisation(str(tmp_path / 'a.safetensors'), **IMAGENET) is None
 
 
 @pytest.mark.parametrize(('used', 'warned'), [(CLIP, True), (IMAGENET, False), (GREY, False), ({}, False)],

@@ -211,7 +211,7 @@ def test_vmap(kind):
 @some_kinds
 def test_functional_call_of_an_ensemble(kind):
     model, image = linear_vit(kind), images()
-    weights = {name: torch.stack([value, 1.1 * value]) for name, value in model.state_dict().items()}
+    weights = {name: torch.stack([value, 1.1 * value]) for name, value in model.named_parameters()}
     outputs = vmap(lambda member: functional_call(model, member, (image,)))(weights)
     for i, output in enumerate(outputs):
         close(output, functional_call(model, {name: value[i] for name, value in weights.items()}, (image,)))

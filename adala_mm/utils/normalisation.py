@@ -19,7 +19,8 @@ def stated_normalisation(checkpoint: str) -> tuple[Values, Values] | None:
         facts = get_pretrained_cfg(checkpoint.removeprefix('timm://'))
         return facts and tuple([255 * value for value in part] for part in (facts.mean, facts.std))
     notes = file_notes(Path(checkpoint).expanduser())
-    return (json.loads(notes['mean']), json.loads(notes['std'])) if {'mean', 'std'} <= notes.keys() else None
+    ours = {'adala_mm', 'mean', 'std'} <= notes.keys()  # others may write anything under these names
+    return (json.loads(notes['mean']), json.loads(notes['std'])) if ours else None
 
 
 def other_normalisation(checkpoint: str, mean: Values | None, std: Values | None) -> tuple[str, str] | None:

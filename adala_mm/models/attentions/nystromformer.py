@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import require_odd
-from adala_mm.ops import in_float32
+from adala_mm.ops import exporting, in_float32
 from adala_mm.registry import ATTENTIONS
 
 PINV_ITERATIONS = 6  # no more: the unconverged inverse regularises; converged, outputs grow a hundredfold
@@ -16,6 +16,8 @@ LANDMARKS = ('segments', 'grid')
 
 def segment_means(x: Tensor, count: int) -> Tensor:
     """Means (..., M, D) of M contiguous segments of the tokens (..., N, D): the last N mod M are one token longer."""
+    if exporting() and isinstance(x.shape[-2], torch.SymInt):
+        raise ValueError('segments are means of N / M tokens, so that a graph holds for one number of tokens')
     n = int(x.shape[-2])  # a traced graph holds for this number, and `split` refuses another
     size, longer = divmod(n, count)
     first, last = x.split([(count - longer) * size, longer * (size + 1)], dim=-2)
