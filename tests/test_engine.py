@@ -1,4 +1,5 @@
 """The check of labels stops a run before a wrong label reaches the loss, and says which file holds it."""
+import contextlib
 import copy
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
+from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.structures import SegDataSample
 from PIL import Image
 
@@ -134,6 +136,21 @@ def test_pictures_of_classes_are_no_label_maps(segmentor, shape, options, match,
         sample = read_by_mmseg(tmp_path / 'colours.png', np.zeros(shape, np.uint8), **options)
     with pytest.raises(ValueError, match=match):
         check(segmentor, sample)
+
+
+class OwnLoader(LoadAnnotations):
+    """Somebody's, who reads colours or 16 bits."""
+
+
+@pytest.mark.parametrize('loader', [OwnLoader, LoadAnnotations])
+def test_a_loader_of_ones_own_may_read_files_in_its_own_way(segmentor, loader, tmp_path):
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / 'colours.png')
+    sample = scene(1, 2)
+    sample.set_metainfo({'seg_map_path': str(tmp_path / 'colours.png')})
+    steps = SimpleNamespace(pipeline=SimpleNamespace(transforms=[loader()]))
+    runner = SimpleNamespace(model=segmentor, train_dataloader=SimpleNamespace(dataset=SimpleNamespace(dataset=steps)))
+    with contextlib.nullcontext() if loader is OwnLoader else pytest.raises(ValueError, match='a picture in colours'):
+        LabelCheckHook().before_train_iter(runner, 0, {'data_samples': [sample]})
 
 
 def test_palettes_are_read_as_indices(segmentor, tmp_path):

@@ -134,6 +134,22 @@ def test_older_kind_of_inheritance(mine):
     refuse_inert_lines(Config.fromfile('mine/child.py'))
 
 
+def test_lines_that_repeat_or_note_something(mine):
+    """mmseg's habit of saying the type of the data set again, and a note in a name that is a key elsewhere."""
+    (mine / 'base.py').write_text("dataset_type = 'ADE20KDataset'\nmodel = dict(head=dict(size=3))\n")
+    (mine / 'again.py').write_text("_base_ = './base.py'\ndataset_type = 'ADE20KDataset'\nsize = 512  # pixels\n")
+    load(mine / 'again.py')
+
+
+def test_values_of_the_base_count_as_used(mine):
+    (mine / 'base.py').write_text('crop_size = (512, 512)\nmodel = dict(test_cfg=dict(stride=crop_size))\n')
+    (mine / 'middle.py').write_text("_base_ = './base.py'\ncrop_size = (768, 768)\n")
+    (mine / 'child.py').write_text("_base_ = './middle.py'\nmodel = dict(test_cfg=dict(crop=_base_.crop_size))\n")
+    assert load(mine / 'child.py').model.test_cfg.crop == (768, 768)
+    with pytest.raises(ValueError, match='middle.py, line 2: this change of crop_size does nothing'):
+        load(mine / 'middle.py')
+
+
 def test_dumped_configs_are_left_alone(mine):
     """A run's own copy of its config has all names, and cannot be wrong about them."""
     cfg = load(write(mine / 'child.py', f'..{FLAGSHIP}', "model['backbone']['attention'] = softmax"), 'model.neck=None')

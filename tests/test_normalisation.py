@@ -40,6 +40,10 @@ def converted(tmp_path) -> str:
     return str(tmp_path / 'a.safetensors')
 
 
+def test_other_channels_are_not_those_of_the_weights(converted):
+    assert other_normalisation(converted, [*IMAGENET['mean'], 90.0], [*CLIP['std'], 50.0]) is None
+
+
 def test_files_of_others_are_not_read_as_ours(tmp_path):
     """Their metadata may have such names, and any text."""
     save_file({'cls_token': torch.zeros(1)}, tmp_path / 'a.safetensors', dict(mean='0.485,0.456,0.406', std='0.2'))

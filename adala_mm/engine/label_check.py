@@ -6,7 +6,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from adala_mm.registry import HOOKS
-from adala_mm.utils.label_files import require_byte_ids
+from adala_mm.utils.label_files import in_low_bytes, require_byte_ids
 
 
 @HOOKS.register_module()
@@ -28,6 +28,7 @@ class LabelCheckHook(Hook):
 
     def __init__(self, patience: int = 50) -> None:
         self.patience = patience
+        self.narrow: dict[str, bool] = {}  # by mode: whether the pipeline keeps the low byte of labels
         self.batches = 0  # of training that were looked at, all of one class
         self.classes: set[int] = set()
 
@@ -37,10 +38,13 @@ class LabelCheckHook(Hook):
         classes = getattr(head, 'num_classes', None)
         if classes is None:
             return
+        if mode not in self.narrow:
+            loader = getattr(runner, f'{mode}_dataloader', None)
+            self.narrow[mode] = loader is None or in_low_bytes(loader.dataset)
         maps = []
         for sample in (data_batch or {}).get('data_samples', []):
             if 'gt_sem_seg' in sample:
-                labels, key = label_map(sample), 'reduce_zero_label'
+                labels, key = label_map(sample, self.narrow[mode]), 'reduce_zero_label'
                 labels = labels[labels != getattr(head, 'ignore_index', 255)]
                 maps.append(labels)
             elif 'gt_label' in sample:
@@ -66,14 +70,18 @@ class LabelCheckHook(Hook):
                                   'and 255, write 0 and 1: 255 is no class')
 
 
-def label_map(sample: object) -> Tensor:
+def label_map(sample: object, narrow: bool) -> Tensor:
     """Class ids of a sample.
+
+    Args:
+        narrow: whether they are the low bytes of what the file holds, as mmseg's ``LoadAnnotations`` has it.
 
     Raises:
         ValueError: if they are not what the label file holds, or several for a pixel.
     """
     path, labels = sample.get('seg_map_path') or '', sample.gt_sem_seg.data
-    require_byte_ids(path)
+    if narrow:
+        require_byte_ids(path)
     if labels.ndim > 2 and labels.shape[0] != 1:
         raise ValueError(f'{path or "a label map"} is read as {" x ".join(map(str, labels.shape))}, and not as one '
                          "class id for each pixel: palettes need LoadAnnotations(imdecode_backend='pillow')")

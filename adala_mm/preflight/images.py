@@ -15,7 +15,7 @@ from mmengine.utils import ProgressBar
 from adala_mm.datasets import LoadImageFromFile
 from adala_mm.preflight.report import Skipped, one_line
 from adala_mm.utils.image_files import as_it_is, decode_image, mmcv_may_differ
-from adala_mm.utils.label_files import label_ids
+from adala_mm.utils.label_files import keeps_low_byte, label_ids
 
 DARK = 16  # of 256: what 12 bits in a file of 16 become
 
@@ -90,7 +90,8 @@ def look_at(info: dict[str, Any], load: Callable[[dict], dict], load_label: Load
         try:
             facts['written'] = label_ids(label_path)
         except ValueError as error:
-            return Look(path, **facts, no_ids=one_line(error))
+            if keeps_low_byte(load_label):
+                return Look(path, **facts, no_ids=one_line(error))
         except OSError:
             pass  # not there, damaged, or of a kind that another decoder knows: the pipeline says
         try:

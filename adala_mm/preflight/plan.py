@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from adala_mm.preflight.images import Look, scan
 from adala_mm.preflight.report import Skipped, one_line
 from adala_mm.utils.cli import absent_data
+from adala_mm.utils.label_files import leaves
 
 TRAIN, VAL = 'train_dataloader', 'val_dataloader'
 
@@ -182,14 +183,3 @@ def eager(model: Any) -> Any:
 
 def draws_itself(dataset: dict) -> bool:
     return dataset.get('type') == 'adala_mm.BeaconsDataset' and not Path(dataset['data_root']).exists()
-
-
-def leaves(dataset: Any) -> Iterator[Any]:
-    """The data sets below wrappers such as RepeatDataset and ConcatDataset."""
-    if hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
-            yield from leaves(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from leaves(dataset.dataset)
-    else:
-        yield dataset

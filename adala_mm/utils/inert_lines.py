@@ -32,8 +32,9 @@ def refuse_inert_lines(cfg: Config, options: Iterable[str] = ()) -> None:
     A run reads some top-level names of a config (``model``, ``train_dataloader`` ...). With all others a file only puts
     those together, and what it puts in is copied: after ``crop_size = (256, 256)`` in a file that inherits a finished
     recipe, its pipelines crop as before. Such a change is refused in the config's file and in all files that it
-    inherits from, unless that file, or one between it and ``cfg``, uses the name, or what is read has the same value.
-    Files that inherit nothing are left alone: there is nothing that they could have meant to change.
+    inherits from, unless that file, or one between it and ``cfg``, uses the name, or what is read or was inherited has
+    the same value. A number that nothing inherited had is a note of its author's. Files that inherit nothing are left
+    alone: there is nothing that they could have meant to change.
 
     Args:
         cfg: as its file says.
@@ -58,8 +59,11 @@ def refuse_inert_lines(cfg: Config, options: Iterable[str] = ()) -> None:
                                       for path, other in places):
             continue
         inherited = [base[name] for base in map(Config.fromfile, bases_of(file)) if name in base]
+        if content[name] in inherited:
+            continue
         found = instead(name, inherited[0] if inherited else None)
-        if inherited or (found and file == Path(cfg.filename)):
+        number = isinstance(content[name], (int, float))
+        if inherited or (found and not number and file == Path(cfg.filename)):
             python = [path[0] + ''.join(f'[{part!r}]' for part in path[1:]) for path in found]
             raise ValueError(f'{file}, line {line}: this change of {name} does nothing: a run does not read {name}, '
                              f'only what was made of it. {advice(python) or f"Use {name} in a line below"}, or delete '
@@ -125,6 +129,8 @@ def statements(text: str) -> list[Statement]:
                  for part in ast.walk(child) if isinstance(part, ast.Name)]
         roots = {id(root): root.id for target in targets(node) if isinstance(root := root_of(target), ast.Name)}
         used = {name.id for name in names if isinstance(name.ctx, ast.Load) and id(name) not in roots}
+        used |= {part.attr for child in ast.iter_child_nodes(node) for part in ast.walk(child)  # _base_.crop_size
+                 if isinstance(part, ast.Attribute) and getattr(part.value, 'id', None) == '_base_'}
         found.append(Statement(node.lineno, set(roots.values()), used))
     return found
 

@@ -29,10 +29,10 @@ def other_normalisation(checkpoint: str, mean: Values | None, std: Values | None
     Args:
         checkpoint: as of ``init_cfg``.
         mean, std: of a data_preprocessor; None if it does not normalise, which the pipeline may do. A single value is
-            compared with the mean over RGB.
+            compared with the mean over RGB; other channels are not those of the weights, and pass.
     """
     stated = stated_normalisation(checkpoint)
-    if stated is None or mean is None or std is None:
+    if stated is None or mean is None or std is None or not len(mean) == len(std) in (1, len(stated[0])):
         return None
     wanted = [[sum(right) / len(right)] if len(ours) == 1 else right
               for ours, right in zip((mean, std), stated, strict=True)]

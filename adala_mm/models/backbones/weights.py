@@ -26,7 +26,7 @@ LINES = 24  # of a table of keys
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
-    r'mask_token$|register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
+    r'register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
     r'(\w+\.)?embeddings\.': 'transformers',
     r'(visual\.)?class_embedding$': 'OpenAI / OpenCLIP',
     r'(\w+\.)?patch_embed\.projection\.': 'mmpretrain'}.items()}
@@ -78,7 +78,7 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     if said is not None and (isinstance(said, str) or len(said) != 2 or not all(isinstance(n, int) for n in said)):
         raise ValueError(f'init_cfg.grid={said!r} must be (height, width) in patches, (16, 64) for instance')
     grid = recorded_grid(state) if said is None else tuple(said)
-    if library := next((name for pattern, name in CONVERTED.items() if any(map(pattern.match, state))), None):
+    if library := other_library(state):
         place = '.'.join(filter(None, (init_cfg.get('key'), own and init_cfg.get('prefix', 'backbone.').rstrip('.'))))
         raise ValueError(f'{path} holds weights of {library}, whose names and shapes are not those of AdaLAViT. '
                          f'Convert it, and name the result: python tools/convert_vfm.py {path} '
@@ -108,6 +108,13 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     for doubt in doubts:
         print_log(f'{path}: {doubt}', logger='current', level=logging.WARNING)
     return doubts
+
+
+def other_library(state: dict[str, Tensor]) -> str | None:
+    """Whose names these are, if `CONVERTED` knows them."""
+    if 'mask_token' in state and any(key.endswith('.ls1.gamma') for key in state):  # MAE has no LayerScale
+        return 'official DINOv2'
+    return next((library for pattern, library in CONVERTED.items() if any(map(pattern.match, state))), None)
 
 
 def misfits(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
