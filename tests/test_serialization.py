@@ -372,7 +372,7 @@ def test_quantized_projections():
 def test_options_that_a_file_does_not_know_yet():
     model = linearize(created(), dict(type='linear', feature_map='relu'))
     for options, message in ((dict(feature_map='relu'), None), ({}, r'saved as LinearAttention\(\)')):
-        state = model.state_dict() | {f'blocks.{i}.attn.adala_mm': encode(dict(type='adala_mm.LinearAttention') | options)
-                                      for i in range(3)}
+        mark = encode(dict(type='adala_mm.LinearAttention') | options)
+        state = model.state_dict() | {f'blocks.{i}.attn.adala_mm': mark for i in range(3)}
         with nullcontext() if message is None else pytest.raises(RuntimeError, match=message):
             model.load_state_dict(state)
