@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adala_mm
+from adala_mm import linearize
 from adala_mm.conversion import FAMILIES, SOURCES, compare, convert, metadata, resample, weights_table, write
 from adala_mm.conversion.convert import choose_family
 from adala_mm.conversion.from_timm import TIMM, facts
@@ -410,6 +411,8 @@ REFUSED = {
     'OpenCLIP around timm': (lambda: {f'visual.trunk.{key}': value for key, value in plain().items()},
                              r'visual\.trunk\.state_dict'),
     'ours': (lambda: {f'backbone.{key}': value for key, value in plain().items()}, 'our own keys already'),
+    'linearized': (lambda: linearize(timm_model('deit')).state_dict(),
+                   r'linearized model .with keys such as blocks\.0\.attn\.adala_mm.*init_cfg.*adala_mm\.load'),
     'ResNet': (lambda: {'conv1.weight': ONE, 'layer1.0.conv1.weight': ONE}, 'no known source.*layer1.0.conv1.weight'),
     'two towers': (lambda: plain() | openai_clip(), 'several models.*timm.*OpenAI'),
     'grey-scale': (lambda: plain() | {'patch_embed.proj.weight': torch.ones(WIDTH, 1, 16, 16)}, 'patch_embed.*RGB'),

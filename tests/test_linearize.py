@@ -323,8 +323,9 @@ def test_transformers_call_signatures():
         with pytest.raises(ValueError, match=f'{next(iter(mask))} needs attention weights'):
             model(images, **mask)
     model.config.output_attentions = True
-    with pytest.raises(ValueError, match='output_attentions needs attention weights'):
-        model(images)
+    for asked in ({}, dict(output_attentions=None)):
+        with pytest.raises(ValueError, match='output_attentions needs attention weights'):
+            model(images, **asked)
 
 
 def test_timm_methods_and_checkpointing():

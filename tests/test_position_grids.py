@@ -245,6 +245,21 @@ def test_the_converter_asks(tmp_path, capsys):
         out.unlink()
 
 
+@pytest.mark.parametrize('write', WRITERS[:5], ids=lambda write: write.__name__)
+def test_linear_weights_do_not_pass_for_softmax(write, tmp_path, monkeypatch):
+    """The converter refuses them by what is recorded beside the grid, since keys are timm's; loading them tells."""
+    path = str(write(vit(img_size=WIDE, attention=LINEAR), tmp_path))
+    kind = 'LoLCATSAttention' if write is by_merging_lora else 'LinearAttention'
+    for key in ('backbone', None) if write in (by_runner, by_publishing) else (None,):
+        with pytest.raises(ValueError, match='weights of a linearized model .as the file records.*init_cfg.checkpoint'):
+            convert(read_state_dict(path, key=key), 'deit', 4)
+    said = []
+    monkeypatch.setattr('adala_mm.models.backbones.weights.print_log', lambda text, **_: said.append(text))
+    for attention, told in ((dict(type='adala_mm.SoftmaxAttention'), True), (dict(type=f'adala_mm.{kind}'), False)):
+        load_vit(vit(img_size=WIDE, attention=attention), dict(type='Pretrained', checkpoint=path))
+        assert (f'2 blocks of {kind} are SoftmaxAttention here' in said[-1]) == told
+
+
 def test_a_function_call_reads_what_is_recorded():
     """As above, without the command."""
     wide = vit(img_size=WIDE)

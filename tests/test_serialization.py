@@ -1,14 +1,18 @@
 """Linearized models in files: what comes back is what was saved, and nobody else takes it for softmax."""
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import re
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from conftest import ROOT, tiny_vit
+from mmengine.runner.checkpoint import get_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -303,3 +307,72 @@ def test_averages_and_tracers_see_the_parameters():
     assert model.state_dict(keep_vars=True)['blocks.0.attn.proj.bias'] is model.blocks[0].attn.proj.bias
 
 
+def test_runners_of_mmengine_save_the_marks():
+    """Its own walk over modules, also over copies, whose weights are theirs."""
+    model = linearize(created(), 'hedgehog', keep_softmax=[0])
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        nn.init.normal_(twin.blocks[1].attn.proj.bias)
+        state, wanted = get_state_dict(twin), twin.state_dict()
+        assert list(state) == list(wanted) and all(torch.equal(state[key], value) for key, value in wanted.items())
+        assert torch.equal(state['blocks.1.attn.proj.bias'][0], twin.blocks[1].attn.proj.bias)
+        assert sorted(key for key in state if key.endswith('adala_mm')) == [f'blocks.{i}.attn.adala_mm' for i in (1, 2)]
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*blocks\.1\.attn\.adala_mm'):
+        created().load_state_dict({key: value for key, value in state.items() if '.feature_map.' not in key})
+    assert get_state_dict(model, keep_vars=True)['blocks.1.attn.proj.bias'] is model.blocks[1].attn.proj.bias
+
+
+class Lora(nn.Linear):
+    """A projection with low-rank matrices inside, as peft and others have them."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+        self.lora_A, self.lora_B = nn.Linear(dim, 2, bias=False), nn.Linear(2, dim, bias=False)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_matrices_in_the_output_projection_are_saved_as_they_are(bias):
+    model, twin = (linearize(created()) for _ in range(2))
+    for net in (model, twin):
+        net.blocks[0].attn._modules['proj'] = Lora(32)
+        if not bias:
+            net.blocks[0].attn.proj.bias = None
+    state = model.state_dict()
+    changed = 'bias' if bias else 'weight'
+    assert {key for key, value in model.named_parameters() if state[key].shape != value.shape} == {
+        f'blocks.0.attn.proj.{changed}', 'blocks.1.attn.proj.bias', 'blocks.2.attn.proj.bias'}
+    lora = {key: value for key, value in state.items() if 'lora' in key}
+    assert len(lora) == 2 and not twin.load_state_dict(lora, strict=False).unexpected_keys
+    twin.load_state_dict(state)
+    assert torch.equal(twin.blocks[0].attn.proj.lora_B.weight, model.blocks[0].attn.proj.lora_B.weight)
+
+
+def test_weights_without_their_marks_are_loaded_by_linear_blocks_only():
+    """So torch.distributed.checkpoint gives those of rank 0 to the others: what is a parameter, in rank 0's shape."""
+    model = linearize(created())
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith('adala_mm')}
+    twin = linearize(created())
+    twin.load_state_dict(state)
+    assert torch.equal(twin.blocks[2].attn.proj.bias, model.blocks[2].attn.proj.bias)
+    softmax = adala_mm.registry.MODELS.build(tiny_vit(depth=3))
+    with pytest.raises(RuntimeError, match='size mismatch for blocks.0.attn.proj.bias'):
+        softmax.load_state_dict(headless(state))
+
+
+@torch.no_grad()
+def test_quantized_projections():
+    """They have no parameters: the mark alone tells what the layer is."""
+    model = torch.ao.quantization.quantize_dynamic(linearize(created()), {'blocks.0.attn.proj'})
+    state = model.state_dict()
+    assert 'blocks.0.attn.adala_mm' in state and state['blocks.1.attn.proj.bias'].shape == (1, 32)
+    twin = torch.ao.quantization.quantize_dynamic(linearize(created()), {'blocks.0.attn.proj'})
+    twin.load_state_dict(state)
+    assert torch.equal(twin(IMAGES), model(IMAGES))
+
+
+def test_options_that_a_file_does_not_know_yet():
+    model = linearize(created(), dict(type='linear', feature_map='relu'))
+    for options, message in ((dict(feature_map='relu'), None), ({}, r'saved as LinearAttention\(\)')):
+        mark = encode(dict(type='adala_mm.LinearAttention') | options)
+        state = model.state_dict() | {f'blocks.{i}.attn.adala_mm': mark for i in range(3)}
+        with nullcontext() if message is None else pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(state)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,7 @@ class Adapter:
         # The short cut of this one does not call `project`, and thus not `finish`.
         layer.long_way = cls.finishes(theirs) and type(layer).attend is LinearAttention.attend
         layer.__class__ = _join(cls, type(layer))
+        layer.register_state_dict_post_hook(mark_state)
         return layer.train(source.training)
 
     @property
@@ -160,14 +162,16 @@ class Adapter:
         """Our layer, with its output projection, (B, N, C) to (B, N, C)."""
         return super().forward(x, *self.layout.of(x))
 
-    def state_dict(self, *args, prefix: str = '', keep_vars: bool = False, **kwargs) -> dict:
-        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
-        if not self.is_softmax and not keep_vars:  # tracers ask for the parameters themselves
-            add_mark(state, prefix, self.adala_mm, last_of(self.proj, self))
-        return state
-
     def __reduce_ex__(self, protocol: int):  # the class is made at run time: copies and pickles name its two parts
         return _blank, type(self).__bases__, self.__dict__
+
+
+def mark_state(layer: Adapter, state: dict[str, Any], prefix: str, metadata: dict) -> None:
+    """A hook of ``state_dict()``, which MMEngine's ``get_state_dict`` calls, too: that walks over modules itself."""
+    own = (state.get(f'{prefix}{name}') for name, _ in layer.named_parameters())
+    if layer.is_softmax or any(isinstance(value, nn.Parameter) for value in own):
+        return  # with keep_vars, tracers ask for the parameters themselves
+    add_mark(state, prefix, layer.adala_mm, last_of(layer.proj, layer))
 
 
 @cache

@@ -100,7 +100,8 @@ def refuse_weights(vit: nn.Module, args: tuple, kwargs: dict) -> None:
     """
     given = inspect.signature(vit.forward).bind(*args, **kwargs)
     asked = given.arguments | given.arguments.get('kwargs', {})
-    asked.setdefault('output_attentions', vit.config.output_attentions)
+    if asked.get('output_attentions') is None:
+        asked['output_attentions'] = vit.config.output_attentions
     for name in ASK_FOR_WEIGHTS:
         refuse(name, asked.get(name))
 

@@ -14,6 +14,8 @@ from adala_mm.conversion.from_openai import OPENAI
 from adala_mm.conversion.from_timm import TIMM
 from adala_mm.conversion.from_transformers import TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2
 from adala_mm.conversion.source import Source, reason_to_drop
+from adala_mm.models.attentions.marks import MARK
+from adala_mm.utils.checkpoint import recorded_linear
 
 SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN)
 SWIGLU = 'its MLP is a SwiGLU (DINOv2 ViT-g), and that of AdaLAViT is not'
@@ -35,6 +37,12 @@ REFUSED = {re.compile(pattern): reason for pattern, reason in {
 
 def refuse(state: dict[str, Tensor]) -> None:
     """Raises ValueError, with the key and the reason, for what is known not to fit `AdaLAViT`."""
+    marked = [key for key in state if key.endswith(f'.{MARK}')]
+    if marked or recorded_linear(state):
+        told = f'with keys such as {marked[0]}' if marked else 'as the file records'
+        raise ValueError(f'cannot convert weights of a linearized model ({told}), which would pass for softmax. Name '
+                         'the file as init_cfg.checkpoint of an AdaLAViT with the same attention'
+                         + (', or give it to adala_mm.load' if marked else ''))
     for key, value in state.items():
         reason = next((reason for pattern, reason in REFUSED.items() if pattern.match(key)), None)
         if key.endswith('embeddings.patch_embedding.weight') and value.ndim == 2:

@@ -119,6 +119,12 @@ def recorded_grid(state: dict[str, Any], prefix: str = '') -> tuple[int, int] | 
     return None if grid is None else tuple(grid)
 
 
+def recorded_linear(state: dict[str, Any]) -> dict[int, str]:
+    """Linear attentions by block of the `AdaLAViT` in ``state``; {} if it has none, or the file records nothing."""
+    records = (about.get('linear_blocks') for about in getattr(state, '_metadata', {}).values())
+    return next(filter(None, records), {})
+
+
 def hub_file(name: str) -> tuple[str, str]:
     """Repository and file on the Hugging Face hub of timm's pretrained model ``name``, as timm's own table has them.
 

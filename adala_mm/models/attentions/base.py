@@ -73,10 +73,14 @@ class Attention(nn.Module):
 
     def take_mark(self, state: dict[str, Any], prefix: str) -> str | None:
         """Takes off, in place, what a linearized model adds to weights; says so if they are another attention's."""
-        if f'{prefix}{MARK}' not in state:  # FSDP may hold no parameter of the projection here
+        if self.is_softmax and f'{prefix}{MARK}' not in state:
             return None
+        # A broadcast from rank 0 (torch.distributed.checkpoint) gives parameters without their mark to the other ranks.
         saved = take_mark(state, prefix, last_of(self.proj, self))
-        if self.built_from is not None and saved != self.adala_mm:
+        if saved is None or self.built_from is None:
+            return None
+        # Options that are newer than the file have their defaults.
+        if options_of(self.built_from[0], saved) != self.adala_mm:
             return f'{prefix.rstrip(".")} was saved as {describe(saved)}, and is {describe(self.adala_mm)} here'
         return None
 

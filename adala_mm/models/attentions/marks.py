@@ -55,25 +55,30 @@ def decode(mark: Tensor) -> dict[str, Any]:
         raise ValueError(f'a key {MARK!r} holds no attention of ours: the file is damaged') from error
 
 
-def add_mark(state: dict[str, Any], prefix: str, kind: dict[str, Any], reshaped: str) -> None:
+def add_mark(state: dict[str, Any], prefix: str, kind: dict[str, Any], reshaped: str | None) -> None:
     """Marks the layer at ``prefix``, in place; ``reshaped`` is the parameter that gets one dimension more."""
     state[f'{prefix}{MARK}'] = encode(kind)
-    state[f'{prefix}{reshaped}'] = state[f'{prefix}{reshaped}'].unsqueeze(0)
+    if reshaped is not None:
+        state[f'{prefix}{reshaped}'] = state[f'{prefix}{reshaped}'].unsqueeze(0)
 
 
-def take_mark(state: dict[str, Any], prefix: str, reshaped: str) -> dict[str, Any]:
-    """Takes the mark of the layer at ``prefix`` off, in place, and returns what it says."""
-    mark = state.pop(f'{prefix}{MARK}')
-    value = state.get(f'{prefix}{reshaped}')
-    if value is not None and value.shape[:1] == (1,):
-        state[f'{prefix}{reshaped}'] = value.squeeze(0)
-    return decode(mark)
+def take_mark(state: dict[str, Any], prefix: str, reshaped: str | None) -> dict[str, Any] | None:
+    """Takes off, in place, what `add_mark` adds at ``prefix``, and returns what the mark says; None without one."""
+    mark, name = state.pop(f'{prefix}{MARK}', None), f'{prefix}{reshaped}'
+    value = None if reshaped is None else state.get(name)
+    if value is not None and value.ndim == (2 if name.endswith('bias') else 3) and value.shape[0] == 1:
+        state[name] = value.squeeze(0)
+    return None if mark is None else decode(mark)
 
 
-def last_of(output: nn.Module, layer: nn.Module) -> str:
-    """Name in ``layer`` of the last parameter of its output projection."""
-    last = list(output.parameters())[-1]
-    return next(name for name, parameter in layer.named_parameters() if parameter is last)
+def last_of(output: nn.Module, layer: nn.Module) -> str | None:
+    """Name in ``layer`` of its output projection's bias, or else weight; None if quantized or wrapped in adapters.
+
+    What adapters such as LoRA put inside it is never meant: those save and load their own parameters alone.
+    """
+    path = next(name for name, module in layer.named_modules() if module is output)
+    own = (name for name in ('bias', 'weight') if output._parameters.get(name) is not None)
+    return next((f'{path}.{name}' for name in own), None)
 
 
 def describe(kind: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions import build_attention
-from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_grid
+from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_facts
 from adala_mm.ops import same_grid
 from adala_mm.registry import MODELS
 
@@ -137,7 +137,7 @@ class AdaLAViT(BaseModule):
                   mlp_ratio, act, norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.register_state_dict_post_hook(record_grid)
+        self.register_state_dict_post_hook(record_facts)
         self.register_load_state_dict_pre_hook(read_grid)
         if compile:
             for block in self.blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import GridTable
-from adala_mm.utils.checkpoint import read_state_dict, recorded_grid, under
+from adala_mm.utils.checkpoint import read_state_dict, recorded_grid, recorded_linear, under
 from adala_mm.utils.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -84,12 +85,16 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
                          f'Convert it, and name the result: python tools/convert_vfm.py {path} '
                          f'{Path(path).stem}_converted.safetensors{f" --key {place}" if place else ""}')
     dropped = [key for key in state if HEAD_KEYS.match(key)]
+    linear = recorded_linear(state)
     state = {key: value for key, value in state.items() if key not in dropped}
     problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
                 if isinstance(layer, Attention)]
     if problem := next(filter(None, problems), None):
         raise ValueError(f'{path} is of a linearized model: {problem}')
     notes = _resample(model, state)
+    here = {i: type(block.attn).__name__ for i, block in enumerate(model.blocks)}
+    swapped = Counter((kind, here[i]) for i, kind in linear.items() if here.get(i, kind) != kind)
+    notes += [f'{count} blocks of {there} are {now} here' for (there, now), count in swapped.items()]
     doubts = _fit_positions(model, state, grid, own, notes)
 
     wanted = model.state_dict()
@@ -229,9 +234,11 @@ def positions_for(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return fitted
 
 
-def record_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    """A hook of ``state_dict()``: the numbers of positions alone do not show which grid they lie on."""
+def record_facts(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    """A hook of ``state_dict()``: keys and shapes show neither the grid of positions nor the linear blocks."""
     metadata['grid'] = model.pos_grid
+    metadata['linear_blocks'] = {i: type(block.attn).__name__ for i, block in enumerate(model.blocks)
+                                 if not block.attn.is_softmax}
 
 
 def read_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
