@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_size
+from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_size, is_main_process
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,10 +58,11 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
         loss_scale: of stage 2: 5 for DINOv2, 4000 for CLIP, 1 for SigLIP and supervised ViTs.
         bf16: run both under bfloat16 autocast; losses stay float32.
         log_interval: steps between progress lines; there is one with each checkpoint, too.
-        validate: called in every process with the model in eval mode, without gradients; what it returns is logged.
+        validate: called in every process with the model in eval mode, without gradients; what it returns
+            on rank 0 is logged.
         val_interval: steps between its calls; None: after the last step only. It is called after that in any case.
         checkpoint: file that holds all that `resume` needs, replaced every ``checkpoint_interval`` steps and at the
-            end. Rank 0 writes it.
+            end. Rank 0 writes it, and reads it for all.
         resume: go on from ``checkpoint``, if it is there, as if nothing had happened; else start. The data are read
             again up to where the run was, and have to come in an order drawn from PyTorch's generator, or always the
             same.
@@ -105,10 +106,11 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
             optimizer, lambda step: 1.0 if stage == 1 else (1 - step / total) ** 0.9)
         if saved:
             restore_run(saved, model, optimizer, schedule, data)
-            say(f'stage {stage}  {checkpoint}: goes on after step {begun}/{total}')
+            _report(f'stage {stage}  {checkpoint}: goes on after step {begun}/{total}')
         for step, images in zip(range(begun + 1, total + 1), data, strict=False):
             if step == 1:
-                _set_rate(schedule, stage, lr, len(images) * get_world_size())
+                all_reduce(batch := torch.tensor(len(images)))
+                _set_rate(schedule, stage, lr, int(batch))
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 since.append(measure(images.to(device, dtype, non_blocking=True), factor))
@@ -125,11 +127,11 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
                 history.append({'step': step, 'loss': loss, 'rel_error': error})
                 since, speed = [], seen / (time.perf_counter() - start)
                 eta = time.strftime('%H:%M:%S', time.gmtime(seen / (step - begun) * (total - step) / speed))
-                say(f'stage {stage}  step {step}/{total}  loss {loss:.4g}  rel_error {error:.4f}  '
-                    f'{speed:.1f} images/s  ETA {eta}')
+                _report(f'stage {stage}  step {step}/{total}  loss {loss:.4g}  rel_error {error:.4f}  '
+                        f'{speed:.1f} images/s  ETA {eta}')
             if validate and (step == total or (val_interval and step % val_interval == 0)):
                 history.append({'step': step, **_validated(validate, model)})
-                say('  '.join([f'stage {stage}', *(f'{name} {value}' for name, value in history[-1].items())]))
+                _report('  '.join([f'stage {stage}', *(f'{name} {value}' for name, value in history[-1].items())]))
             if keep:
                 write_run(checkpoint, run, model, optimizer, schedule, data, {'step': step, 'history': history})
     return history
@@ -142,7 +144,13 @@ def _set_rate(schedule: torch.optim.lr_scheduler.LRScheduler, stage: int, lr: fl
     schedule.base_lrs = [rate]
     schedule.optimizer.param_groups[0]['lr'] = rate
     why = f': {LEARNING_RATES[stage]:g} for batches of {reference}, times sqrt({batch} / {reference})' * (lr is None)
-    say(f'stage {stage}  lr {rate:.4g}{why}')
+    _report(f'stage {stage}  lr {rate:.4g}{why}')
+
+
+def _report(message: str) -> None:
+    """Says what is the same in all processes, once."""
+    if is_main_process():
+        say(message)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import adala_mm
 from adala_mm.adapters import FAMILIES, Adapter, find_vit
@@ -18,11 +19,12 @@ from adala_mm.models.attentions import Attention
 from adala_mm.models.attentions.marks import MARK, add_mark, decode, last_of, take_mark
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.atomic import write_atomically
-from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.checkpoint import file_notes, load_checkpoint
 
 # What is set on a model and not built into it.
 SWITCHES = ('name_or_path', 'training', 'num_linear_blocks', 'grad_checkpointing', 'gradient_checkpointing', 'with_cp',
             'compile_blocks', 'trainable', 'loaded', 'built_from')
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 MODELS = tuple(name for family in FAMILIES for name in family.models)
 TRANSFORMERS = tuple(dict.fromkeys(name.rpartition('.')[0] for name in MODELS if name.startswith('transformers.')))
 
@@ -35,7 +37,8 @@ def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None =
     has to be given a model.
 
     Args:
-        model: from `linearize`; or `AdaLAViT`.
+        model: from `linearize`; or `AdaLAViT`. Of a wrapper (``torch.compile``, DDP, ``DataParallel``, averaging) what
+            is inside is written.
         path: new file; an existing one is replaced once the new one is whole.
         model_args: further arguments with which the model was made, plain values: of ``timm.create_model``, or of the
             class, for a ``VisionTransformer`` of timm or mmpretrain that was called directly.
@@ -46,6 +49,7 @@ def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None =
         OSError: if there is no space.
     """
     from safetensors.torch import save as to_bytes
+    model = unwrapped(model)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     for name, layer in model.named_modules():
         if isinstance(layer, Attention) and not layer.is_softmax and not isinstance(layer, Adapter):
@@ -118,6 +122,13 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
         raise ValueError(f'{path} does not fit {type(model).__name__}, or was written with another version of its '
                          f'library: {first}') from error
     model.eval()  # not in a chain: mmpretrain's returns None
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whose names and class are its own."""
+    while isinstance(model, WRAPPERS) or '_orig_mod' in model._modules:
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod
     return model
 
 
@@ -262,22 +273,16 @@ ARGUMENTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
     """Tensors, and the base or why there is none."""
-    state, about = dict(load_checkpoint(path)), {}
-    if path.suffix == '.safetensors' or not state:
-        from safetensors import safe_open
-        with safe_open(path, 'pt') as file:
-            about = json.loads((file.metadata() or {}).get(MARK, '{}'))
+    state, about = dict(load_checkpoint(path)), json.loads(file_notes(path).get(MARK, '{}'))
     return state, about.get('base') or about.get('problem') or 'it was not written by adala_mm.save'
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
     """The same for a folder of transformers or of timm."""
     config = path / 'config.json'
-    weights = sorted(path.glob('*.safetensors')) or sorted(path.glob('pytorch_model*.bin'))
-    if not config.is_file() or not weights:
-        raise FileNotFoundError(f'{path} has no {"weights" if config.is_file() else "config.json"}: it is no folder of '
-                                'save_pretrained or save_for_hf')
-    state = {name: value for file in weights for name, value in load_checkpoint(file).items()}
+    if not config.is_file():
+        raise FileNotFoundError(f'{path} has no config.json: it is no folder of save_pretrained or save_for_hf')
+    state = dict(load_checkpoint(path))
     about = json.loads(config.read_text(encoding='utf-8'))
     if 'architecture' in about:
         return state, {'library': 'timm', 'name': about['architecture'], 'args': about.get('model_args', {})}

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import copy
-import logging
+import logging.handlers
 import multiprocessing
 import os
 import socket
+from datetime import timedelta
+from itertools import islice
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ import torch.distributed as dist
 from conftest import tiny_vit
 from test_linearize import batches, build, timm_vit
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 from adala_mm import align, linearize
 from adala_mm.registry import MODELS
+from adala_mm.utils.batches import Batches
 from adala_mm.utils.checkpoint import load_checkpoint
 
 PICTURES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -152,6 +155,31 @@ def test_processes_that_would_do_the_same_are_refused(monkeypatch):
         align(linearize(teacher), teacher, shuffled(), steps=1)
 
 
+class Halves(BatchSampler):
+    """Deals out whole batches to two processes, in an order of each epoch's own; what a library of one's own has."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        yield from (order[:2], order[4:6])
+
+
+def test_batch_samplers_deal_out_shares(monkeypatch):
+    monkeypatch.setattr('adala_mm.utils.batches.get_world_size', lambda: 2)
+    data = TensorDataset(PICTURES)
+    inside, whole = DistributedSampler(data, 2, 0), SequentialSampler(data)
+    for sampler, counts in ((BatchSampler(inside, 2, False), inside), (ours := Halves(whole, 2, False), ours)):
+        shares = Batches(DataLoader(data, batch_sampler=sampler))
+        assert len(list(islice(shares, 5))) == 5 and counts.epoch == 2  # passes of two batches
+    for same in (dict(batch_sampler=BatchSampler(whole, 2, False)), dict(batch_size=None), dict(shuffle=True)):
+        with pytest.raises(ValueError, match='processes would all read all images'):
+            Batches(DataLoader(data, **same))
+
+
 def pair() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     teacher = MODELS.build(tiny_vit())
@@ -164,10 +192,16 @@ def both_stages(student: nn.Module, teacher: nn.Module, data: DataLoader) -> lis
     return [align(student, teacher, data, stage=stage, epochs=2, log_interval=1, lr=1e-3) for stage in (1, 2)]
 
 
-def process(rank: int, port: int, results) -> None:
+def raised(error: type[Exception], student: nn.Module, teacher: nn.Module, **options) -> str:
+    with pytest.raises(error) as caught:
+        align(student, teacher, [PICTURES[:2]], steps=2, **options)
+    return str(caught.value)
+
+
+def process(rank: int, port: int, folder, results) -> None:
     torch.set_num_threads(1)
     os.environ |= dict(MASTER_ADDR='localhost', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    dist.init_process_group('gloo', rank=rank, world_size=2)
+    dist.init_process_group('gloo', timeout=timedelta(seconds=30), rank=rank, world_size=2)
     student, teacher = pair()
     if rank:  # what rank 0 has counts
         for value in student.state_dict(keep_vars=True).values():
@@ -175,18 +209,34 @@ def process(rank: int, port: int, results) -> None:
     data = TensorDataset(PICTURES)
     sampler = DistributedSampler(data, shuffle=False)
     history = both_stages(student, teacher, DataLoader(data, batch_size=2, sampler=sampler))
-    results.put((rank, history, {name: value.numpy() for name, value in student.state_dict().items()}, sampler.epoch))
+    state = {name: value.numpy() for name, value in student.state_dict().items()}
+
+    # Batches of 4 and 1, and a disk of its own for each: only rank 0 finds what it wrote.
+    said, (student, teacher), path = logging.handlers.BufferingHandler(1000), pair(), folder / f'{rank}' / 'run.pt'
+    (logger := logging.getLogger('adala_mm')).addHandler(said)
+    logger.setLevel(logging.INFO)
+    run = dict(steps=2, val_interval=1, validate=lambda model: {'accuracy': 1}, checkpoint=path)
+    uneven = align(student, teacher, [PICTURES[4:][:1 if rank else 4]], **run)
+    weights = {name: value.numpy() for name, value in student.state_dict().items()}
+    there = raised(FileExistsError, student, teacher, checkpoint=path)
+    other = raised(ValueError, student, teacher, checkpoint=path, resume=True, lr=1.0)
+    again = align(student, teacher, [PICTURES[:2]], **run, resume=True)
+    no_folder = (folder / '0' / 'run.pt' if rank == 0 else folder / '1') / 'run.pt'
+    unwritten = raised(OSError, student, teacher, checkpoint=no_folder)
+    results.put((rank, history, state, sampler.epoch, dict(
+        messages=[record.getMessage() for record in said.buffer], weights=weights, uneven=uneven, again=again,
+        errors=[there, other, unwritten])))
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
-def test_two_processes_do_what_one_does():
+def test_two_processes_do_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context('fork')
     results = context.Queue()
-    children = [context.Process(target=process, args=(rank, port, results)) for rank in range(2)]
+    children = [context.Process(target=process, args=(rank, port, tmp_path, results)) for rank in range(2)]
     for child in children:
         child.start()
     found = sorted((results.get(timeout=120) for _ in children), key=lambda result: result[0])
@@ -196,7 +246,7 @@ def test_two_processes_do_what_one_does():
     student, teacher = pair()
     # DistributedSampler deals out one by one: ranks hold 0 2 | 1 3, then 4 6 | 5 7.
     wanted = both_stages(student, teacher, DataLoader(TensorDataset(PICTURES), batch_size=4))
-    for _, history, state, epoch in found:
+    for _, history, state, epoch, _ in found:
         assert epoch == 1
         for stage, other in zip(history, wanted, strict=True):
             assert [line['step'] for line in stage] == [1, 2, 3, 4]
@@ -204,3 +254,13 @@ def test_two_processes_do_what_one_does():
                 assert abs(line['loss'] / want['loss'] - 1) < 1e-4
         for name, value in student.state_dict().items():
             torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-4, msg=name)
+
+    first, second = (result[-1] for result in found)
+    assert first['errors'] == second['errors'] and not (tmp_path / '1').exists()
+    for message, wanted in zip(first['errors'], ('exists: say resume=True', 'lr=None, not 1.0', 'run.pt'), strict=True):
+        assert wanted in message
+    assert first['uneven'] == second['uneven'] == first['again'] == second['again']
+    assert any(f'lr {1e-2 * (5 / 256) ** 0.5:.4g}' in line for line in first['messages'])
+    assert any('accuracy' in line for line in first['messages']) and second['messages'] == []
+    for name, value in first['weights'].items():
+        torch.testing.assert_close(torch.from_numpy(second['weights'][name]), torch.from_numpy(value), msg=name)

@@ -22,6 +22,7 @@ from adala_mm.export import graphs
 from adala_mm.export.mask2former import symbolic_sizes
 from adala_mm.export.parity import shapes
 from adala_mm.registry import ATTENTIONS, MODELS
+from adala_mm.utils.checkpoint import TRUST
 
 ATTENTIONS.import_from_location()
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
@@ -59,6 +60,10 @@ def compared(target: export.Target, run, dynamic: bool = True, tolerance: float 
     found = export.differences(target.module, run, shapes(target.size, target.multiple, dynamic))
     export.check(found, tolerance)
     return found
+
+
+class Unsafe(dict):
+    """Weights in a class of one's own, which is unpickled for those who say so only."""
 
 
 def tool(monkeypatch, *args) -> None:
@@ -224,6 +229,28 @@ def test_a_linearized_model_of_timm(tmp_path, monkeypatch, capsys):
         export.of_linearized(model)
     with pytest.raises(ValueError, match='VisionTransformer has no classifier'):
         export.of_linearized(model, 'model', fixed=True)
+
+
+def test_options_of_a_linearized_model(tmp_path, monkeypatch, capsys):
+    """Weights that need trust get it, whatever their file is called; what would change nothing is refused."""
+    monkeypatch.setenv(TRUST, '')
+    model = linearize(timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=1,
+                                        num_heads=4, num_classes=5), 'linear')
+    timm.models.save_for_hf(model, tmp_path / 'folder', safe_serialization=False)
+    weights = tmp_path / 'folder/pytorch_model.bin'
+    torch.save(Unsafe(torch.load(weights)), weights)
+    words = (tmp_path / 'folder', tmp_path / 'a.pt2', '--fixed-size')
+    with pytest.raises(SystemExit, match='--trust-checkpoint of a tool'):
+        tool(monkeypatch, *words)
+    tool(monkeypatch, *words, '--trust-checkpoint')
+    adala_mm.save(model, tmp_path / 'model.bin')
+    tool(monkeypatch, tmp_path / 'model.bin', tmp_path / 'b.pt2', '--fixed-size')
+    assert (tmp_path / 'a.pt2').is_file() and (tmp_path / 'b.pt2').is_file()
+    capsys.readouterr()
+    for option in (['--cfg-options', 'a=1'], ['--family', 'dinov2'], ['--data-root', 'data'], ['--benchmark', '32']):
+        with pytest.raises(SystemExit):
+            tool(monkeypatch, tmp_path / 'model.bin', tmp_path / 'c.pt2', *option)
+        assert f'{option[0]}: for configs only' in capsys.readouterr().err
 
 
 def test_a_linearized_classifier_of_transformers(tmp_path):

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_linearize import HF, MeanAttention, attentions, awaken, build, headless, own_vit, run, timm_vit
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import adala_mm
 from adala_mm import linearize
@@ -64,6 +65,39 @@ def test_precision_and_a_changed_model_come_back(tmp_path):
     twin = adala_mm.load(tmp_path / 'a.safetensors')
     images = IMAGES.bfloat16()
     assert twin(images).shape == (2, 7) and torch.equal(twin(images), model(images))
+
+
+@torch.no_grad()
+def test_the_name_of_a_file_is_free(tmp_path):
+    model = linearize(created())
+    adala_mm.save(model, tmp_path / 'model.bin')
+    assert torch.equal(adala_mm.load(tmp_path / 'model.bin')(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.compile, nn.DataParallel, AveragedModel, lambda model: torch.compile(nn.DataParallel(torch.compile(model)))],
+    ids=['compile', 'DataParallel', 'average', 'several'])
+@torch.no_grad()
+def test_what_is_wrapped_is_saved_without_its_wrapper(wrap, tmp_path):
+    model = linearize(created())
+    adala_mm.save(wrap(model), tmp_path / 'model.safetensors')
+    assert torch.equal(adala_mm.load(tmp_path / 'model.safetensors')(IMAGES), model(IMAGES))
+
+
+@torch.no_grad()
+def test_folders_have_one_set_of_weights(tmp_path):
+    """What stands beside it is not read; what its index names is not missed."""
+    model = linearize(build('hf_dinov2'))
+    wanted = run(model, IMAGES)
+    model.save_pretrained(tmp_path / 'whole')
+    zeros = {name: 0 * value for name, value in load_file(tmp_path / 'whole/model.safetensors').items()}
+    save_file(zeros, tmp_path / 'whole/model_ema.safetensors')
+    assert torch.equal(run(adala_mm.load(tmp_path / 'whole'), IMAGES), wanted)
+    model.save_pretrained(tmp_path / 'parts', max_shard_size='20KB')
+    shard = sorted((tmp_path / 'parts').glob('*.safetensors'))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f'{shard.name}: .*1 of them are not beside it'):
+        adala_mm.load(tmp_path / 'parts')
 
 
 def files_of(model: nn.Module, folder) -> dict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -33,6 +32,7 @@ from adala_mm.models.attentions import build_attention  # noqa: E402
 from adala_mm.registry import ATTENTIONS  # noqa: E402
 from adala_mm.utils.cli import relocate  # noqa: E402
 from adala_mm.utils.cost import multiply_adds, peak_bytes  # noqa: E402
+from adala_mm.utils.fingerprint import file_sha256  # noqa: E402
 from adala_mm.utils.records import cores, curve, machine  # noqa: E402
 from adala_mm.utils.tables import attention_table  # noqa: E402
 
@@ -172,7 +172,7 @@ def clock(seconds: float) -> str:
 def run_rows(args: argparse.Namespace, names: list[str], out: Path, data_root: str, teacher: Path,
              iterations: dict, began: float) -> list[dict]:
     """All rows, those of an earlier call from their files; a row that fails is told and left out."""
-    key = dict(iterations, teacher_sha256=hashlib.sha256(teacher.read_bytes()).hexdigest())
+    key = dict(iterations, teacher_sha256=file_sha256(teacher))
     rows, todo = [], []
     for seed in args.seeds:
         for name in names:

@@ -10,6 +10,7 @@ What was written is read back and compared with the model; nothing is left if it
 """
 import argparse
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from adala_mm.conversion import FAMILIES
 from adala_mm.export.graphs import OPSET, require_packages
 from adala_mm.export.parity import shapes
 from adala_mm.export.speed import SIZES
+from adala_mm.models.attentions.marks import MARK
+from adala_mm.utils.checkpoint import TRUST, file_notes
 from adala_mm.utils.cli import load_config
 
 FORMATS = {'.onnx': 'ONNX', '.pt2': 'torch.export', '.safetensors': 'timm', '': 'transformers'}
@@ -46,8 +49,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--family', choices=list(FAMILIES), help='of the ViT, for timm and transformers')
     parser.add_argument('--tolerance', type=float, help='allowed difference from the float32 model, of the greatest '
                         f'output or of 1; {TOLERANCE:g} if unset, {HALF_TOLERANCE:g} with --half')
-    parser.add_argument('--benchmark', type=int, nargs='+', default=list(SIZES), metavar='S',
-                        help='sides at which ONNX Runtime is timed')
+    parser.add_argument('--benchmark', type=int, nargs='+', metavar='S',
+                        help=f'sides at which ONNX Runtime is timed; {" ".join(map(str, SIZES))} if unset')
     parser.add_argument('--no-benchmark', action='store_true', help='do not time ONNX Runtime')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it is a file')
     parser.add_argument('--data-root', help='use this folder wherever the config says data/')
@@ -61,10 +64,15 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'{args.out}: the suffix says the format, and is one of .onnx, .pt2, .safetensors (timm), or none '
                      '(a folder for transformers)')
     args.format = FORMATS[args.out.suffix]
-    args.linearized = args.config.endswith('.safetensors') or Path(args.config).is_dir()
+    named = Path(args.config)
+    args.linearized = named.suffix == '.safetensors' or named.is_dir() or MARK in file_notes(named)
     if args.linearized and (args.checkpoint or args.format in ('timm', 'transformers')):
         parser.error(f'{args.config} is a model of its library, weights included: it becomes .onnx or .pt2, without a '
                      'CHECKPOINT')
+    of_configs = ('--family', '--benchmark', '--data-root', '--cfg-options')
+    idle = [option for option in of_configs if getattr(args, option[2:].replace('-', '_'))]
+    if args.linearized and idle:
+        parser.error(f'{", ".join(idle)}: for configs only, and {args.config} is a linearized model, which has none')
     if args.half and args.format in ('timm', 'transformers'):
         parser.error(f'--half: weights for {args.format} are float32, and model.half() makes them float16 there')
     if args.tolerance is None:
@@ -88,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     """Builds, writes under another name, reads back, compares, renames; a failure leaves nothing behind."""
     if args.format == 'ONNX':
         require_packages()
+    if args.trust_checkpoint:
+        os.environ[TRUST] = '1'
     if args.linearized:
         target = export.of_linearized(adala_mm.load(args.config), args.part, args.size, args.fixed_size)
     else:
@@ -134,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     if not target.attentions or target.is_softmax:
         print('no linear attention to compare with softmax')
         return
-    rows = export.measure(target, cfg, exported, args.benchmark, dynamic, args.opset)
+    rows = export.measure(target, cfg, exported, args.benchmark or SIZES, dynamic, args.opset)
     print(f'\n{export.speed_report(rows, target.notes["attention"])}')
 
 

@@ -8,7 +8,6 @@ Of a run with MMEngine's EMAHook the averaged weights are published, which valid
 `state_dict`, and those of the last step, of which they are the average, as `ema_state_dict`.
 """
 import argparse
-import hashlib
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from mmengine.runner.checkpoint import weights_to_cpu
 
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import one_message
+from adala_mm.utils.fingerprint import file_sha256
 
 KEPT = ('state_dict', 'meta')  # not the optimizer, schedulers, log buffers
 
@@ -44,7 +44,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(f'{args.out.name}.partial')
     torch.save(kept, part)
-    out = args.out.with_name(f'{args.out.name}-{hashlib.sha256(part.read_bytes()).hexdigest()[:8]}.pth')
+    out = args.out.with_name(f'{args.out.name}-{file_sha256(part)[:8]}.pth')
     if out.exists():
         part.unlink()
         parser.error(f'{out} exists already; nothing is overwritten')

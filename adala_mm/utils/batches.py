@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 
 class Batches:
@@ -29,7 +29,8 @@ class Batches:
             raise ValueError(f'{wanted} processes have been started, which do not know of each other: call '
                              'torch.distributed.init_process_group() first')
         if (get_world_size() > 1 and isinstance(dataloader, DataLoader)
-                and type(dataloader.sampler) in (RandomSampler, SequentialSampler)):
+                and {type(sampler) for sampler in samplers(dataloader)} <= {BatchSampler, RandomSampler,
+                                                                            SequentialSampler}):
             raise ValueError(f'{get_world_size()} processes would all read all images: give the DataLoader '
                              'sampler=DistributedSampler(dataset) instead of shuffle')
         self.dataloader = dataloader
@@ -39,8 +40,9 @@ class Batches:
     def __iter__(self) -> Iterator[Tensor]:
         while True:
             self.start = random_state()
-            if hasattr(sampler := getattr(self.dataloader, 'sampler', None), 'set_epoch'):
-                sampler.set_epoch(self.passes)
+            for sampler in samplers(self.dataloader):
+                if hasattr(sampler, 'set_epoch'):
+                    sampler.set_epoch(self.passes)
             self.seen = 0
             for batch in self.dataloader:
                 self.seen += 1
@@ -62,6 +64,14 @@ class Batches:
         self.passes, self.skip = state['passes'], state['seen']
         self.resumed = state['now'][get_rank()]
         set_random_state(state['start'][get_rank()])
+
+
+def samplers(dataloader: Iterable[Any]) -> list[Any]:
+    """What chooses the images of a dataloader: its batch sampler and the sampler in that, or its sampler alone."""
+    batch_sampler = getattr(dataloader, 'batch_sampler', None)
+    # A DataLoader that has been given a batch sampler has a sampler besides, which it does not use.
+    owner = dataloader if batch_sampler is None else batch_sampler
+    return [sampler for sampler in (batch_sampler, getattr(owner, 'sampler', None)) if sampler is not None]
 
 
 def common_length(total: int) -> int:

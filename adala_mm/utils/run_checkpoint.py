@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,18 +22,39 @@ def write_run(path: str | Path, run: dict[str, Any], model: nn.Module, optimizer
     """Replaces the file once the new one is whole; called in every process, written by rank 0.
 
     Raises:
-        OSError: if there is no space.
+        OSError: in every process, if there is no space.
     """
     state = {'run': run, 'data': data.state(), 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
              'schedule': schedule.state_dict(), **progress}
-    if is_main_process():
+
+    def write() -> None:
         torch.save(state, buffer := io.BytesIO())
         write_atomically(path, buffer.getbuffer())
-    barrier()
+
+    on_rank_0(write)
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives on rank 0, whose disk the others may not have; so that none waits for another, its error too.
+
+    Raises:
+        OSError, ValueError: in every process, what ``work`` raises on rank 0.
+    """
+    result = [None, None]
+    if is_main_process():
+        try:
+            result[0] = work()
+        except (OSError, ValueError) as error:
+            result[1] = error
+    broadcast_object_list(result)
+    found, error = result
+    if error is not None:
+        raise error
+    return found
 
 
 def read_run(path: str | Path | None, run: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What the run is to go on from; None if it starts.
+    """What the run is to go on from, for every process as rank 0 finds it; None if it starts.
 
     Raises:
         ValueError: for ``resume`` without a path, and for a file of another run.
@@ -42,6 +64,11 @@ def read_run(path: str | Path | None, run: dict[str, Any], resume: bool) -> dict
         if resume:
             raise ValueError('resume=True needs a checkpoint')
         return None
+    return on_rank_0(lambda: find_run(path, run, resume))
+
+
+def find_run(path: str | Path, run: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """`read_run` in one process."""
     if not Path(path).exists():
         return None
     if not resume:
