@@ -111,7 +111,8 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
     try:
         if own and base['library'] == 'transformers' and state.keys() - model.state_dict().keys():
             model, state = renamed(model, kinds, state, softmax_names)
-        for prefix, layer in zip(prefixes(model), find_vit(model)[1].attentions_of(find_vit(model)[0]), strict=True):
+        vit, family = find_vit(model)
+        for prefix, layer in zip(prefixes(model), family.attentions_of(vit), strict=True):
             if f'{prefix}{MARK}' in state:
                 take_mark(state, prefix, last_of(layer.proj, layer))
         if own and len(dtypes) == 1:

@@ -165,6 +165,30 @@ def test_half_precision(tmp_path):
     assert all(entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for entry in (*graph.input, *graph.output))
 
 
+def test_what_precision_costs(tmp_path, monkeypatch, capsys):
+    """A graph and its int8 copy, on images in a folder; a graph without our notes is refused."""
+    import onnx
+    from PIL import Image
+    target = make(tiny_vit(attention=LINEAR, depth=1, out_type='cls_token'), 'model', 'mmpretrain', **CLASSIFIER)
+    export.export_onnx(target, tmp_path / 'model.onnx')
+    for i in range(3):
+        Image.effect_noise((40, 32), 60).save(tmp_path / f'{i}.png')
+    arguments = ['--images', str(tmp_path), '--size', '32', '32', '--seconds', '0']
+    monkeypatch.setattr(sys, 'argv', ['x', str(tmp_path / 'model.onnx'), '--int8', *arguments])
+    script = str(ROOT / 'tools/analysis_tools/benchmark_onnx.py')
+    runpy.run_path(script, run_name='__main__')
+    rows = {row.split('|')[1].strip(): row.split('|') for row in capsys.readouterr().out.splitlines() if '|' in row}
+    assert float(rows['model.onnx'][4]) == 0 and rows['model.onnx'][5].strip() == '100.0 %'
+    assert 0 < float(rows['int8'][4]) < 0.5 and float(rows['int8'][2]) < float(rows['model.onnx'][2]) + 0.1
+    bare = onnx.load(tmp_path / 'model.onnx')
+    del bare.metadata_props[:]
+    onnx.save(bare, tmp_path / 'bare.onnx')
+    monkeypatch.setattr(sys, 'argv', ['x', str(tmp_path / 'bare.onnx'), *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name='__main__')
+    assert 'has no notes on mean and std' in capsys.readouterr().err
+
+
 CLASSIFIER = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=5, in_channels=32))
 
 

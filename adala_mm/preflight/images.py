@@ -15,7 +15,7 @@ from mmengine.utils import ProgressBar
 from adala_mm.datasets import LoadImageFromFile
 from adala_mm.preflight.report import Skipped, one_line
 from adala_mm.utils.image_files import as_it_is, decode_image, mmcv_may_differ
-from adala_mm.utils.label_files import keeps_low_byte, label_ids
+from adala_mm.utils.label_files import distinct, keeps_low_byte, label_ids
 
 DARK = 16  # of 256: what 12 bits in a file of 16 become
 
@@ -70,12 +70,6 @@ def label_loader(dataset: Any) -> LoadAnnotations | None:
     return next((step for step in steps if isinstance(step, LoadAnnotations) and step.with_seg), None)
 
 
-def values_of(label: np.ndarray) -> frozenset[int]:
-    # Counting is ten times as fast as np.unique, which sorts all pixels.
-    values = np.flatnonzero(np.bincount(label.ravel())) if label.dtype == np.uint8 else np.unique(label)
-    return frozenset(values.tolist())
-
-
 def look_at(info: dict[str, Any], load: Callable[[dict], dict], load_label: LoadAnnotations | None) -> Look:
     """Image and, if ``load_label`` is given, label map of one entry of a data set."""
     path = info['img_path']
@@ -96,7 +90,7 @@ def look_at(info: dict[str, Any], load: Callable[[dict], dict], load_label: Load
             pass  # not there, damaged, or of a kind that another decoder knows: the pipeline says
         try:
             label = load_label(dict(info, seg_fields=[]))['gt_seg_map']
-            facts.update(label_size=label.shape, values=values_of(label))
+            facts.update(label_size=label.shape, values=frozenset(distinct(label).tolist()))
         except Exception as error:  # likewise
             facts['label_error'] = f'{type(error).__name__}: {one_line(error)}'
     return Look(path, **facts)

@@ -74,7 +74,7 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
         if kind_of(path) == SAFETENSORS:
             with safe_open(path, 'pt') as file:
                 state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118  no mapping
-            note_grid(state, file_notes(path).get('position_grid'))
+                note_grid(state, (file.metadata() or {}).get('position_grid'))
             return state
         if trust:
             return torch.load(path, map_location=map_location, weights_only=False)

@@ -20,6 +20,7 @@ import torch
 from adala_mm.analysis.images import normalise, read_image
 from adala_mm.datasets.image_files import EXTENSIONS
 from adala_mm.export.graphs import quiet, session
+from adala_mm.models.algorithms.base import relative_error
 from adala_mm.utils.records import machine
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import take_turns, wall_timer
@@ -31,10 +32,6 @@ def quantised(path: Path, out: Path) -> Path:
     with quiet():
         quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=['MatMul', 'Gemm'])
     return out
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def agreement(got: torch.Tensor, wanted: torch.Tensor) -> str:
@@ -74,7 +71,7 @@ def main() -> None:
         outputs = {name: torch.cat(found) for name, found in outputs.items()}
         wanted = outputs[args.models[0].name]
         rows = [[name, f'{paths[name].stat().st_size / 2 ** 20:.1f}', f'{1000 * times[name]:.1f}',
-                 f'{relative_error(found, wanted):.1e}', *([agreement(found, wanted)] if classes else [])]
+                 f'{relative_error(found, wanted).item():.1e}', *([agreement(found, wanted)] if classes else [])]
                 for name, found in outputs.items()]
     print(markdown_table(['graph', 'MiB', 'ms an image', 'relative error', *(['same class'] if classes else [])], rows))
     import onnxruntime
