@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_size, is_main_process
+from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.adapters import Adapter, Family, find_vit
-from adala_mm.linearization import is_linear, say
-from adala_mm.utils.batches import Batches, common_length
+from adala_mm.adapters import Adapter, Family
+from adala_mm.linearization import is_linear
+from adala_mm.pairing import find_pair, first_of, frozen, report, restored, steps_in, validated
+from adala_mm.utils.batches import Batches
 from adala_mm.utils.run_checkpoint import read_run, restore_run, write_run
 
 # ViT-AdaLA Table 5, on 8 GPUs.
@@ -82,31 +83,26 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
     """
     if stage not in LEARNING_RATES:
         raise ValueError(f'stage={stage!r}: there are stages 1 and 2')
-    if (steps is None) == (epochs is None):
-        raise ValueError('tell either steps or epochs')
-    data = Batches(dataloader)
-    total = common_length(epochs * len(dataloader)) if steps is None else steps
-    if total < 1:
-        raise ValueError(f'steps={steps} and epochs={epochs} of this dataloader come to nothing')
+    total, data = steps_in(dataloader, steps, epochs), Batches(dataloader)
     pairs, learners, measure = _prepare(model, teacher, stage)
     device, dtype = (getattr(learners[0], fact) for fact in ('device', 'dtype'))
-    if device != (place := next(teacher.parameters()).device):
-        raise ValueError(f'the model is on {device}, its teacher on {place}')
     run = dict(stage=stage, total=total, lr=lr, weight_decay=weight_decay, loss_scale=loss_scale, bf16=bf16,
                processes=get_world_size())
     saved = read_run(checkpoint, run, resume)
     begun, history = (saved['step'], saved['history']) if saved else (0, [])
     since, start, seen, factor = [], time.perf_counter(), 0, 1.0 if stage == 1 else loss_scale
 
-    with _frozen(teacher), _learning(model, learners, pairs, stage):
+    with frozen(teacher), _learning(model, learners, pairs, stage):
         for value in model.state_dict(keep_vars=True).values():
             broadcast(value.detach())
         optimizer = torch.optim.AdamW(learners, LEARNING_RATES[stage], weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 1.0 if stage == 1 else (1 - step / total) ** 0.9)
+        parts = {'model': model, 'optimizer': optimizer, 'schedule': schedule}
         if saved:
-            restore_run(saved, model, optimizer, schedule, data)
-            _report(f'stage {stage}  {checkpoint}: goes on after step {begun}/{total}')
+            restore_run(saved, parts)
+            data.seek(saved['data'])
+            report(f'stage {stage}  {checkpoint}: goes on after step {begun}/{total}')
         for step, images in zip(range(begun + 1, total + 1), data, strict=False):
             if step == 1:
                 all_reduce(batch := torch.tensor(len(images)))
@@ -127,13 +123,13 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
                 history.append({'step': step, 'loss': loss, 'rel_error': error})
                 since, speed = [], seen / (time.perf_counter() - start)
                 eta = time.strftime('%H:%M:%S', time.gmtime(seen / (step - begun) * (total - step) / speed))
-                _report(f'stage {stage}  step {step}/{total}  loss {loss:.4g}  rel_error {error:.4f}  '
-                        f'{speed:.1f} images/s  ETA {eta}')
+                report(f'stage {stage}  step {step}/{total}  loss {loss:.4g}  rel_error {error:.4f}  '
+                       f'{speed:.1f} images/s  ETA {eta}')
             if validate and (step == total or (val_interval and step % val_interval == 0)):
-                history.append({'step': step, **_validated(validate, model)})
-                _report('  '.join([f'stage {stage}', *(f'{name} {value}' for name, value in history[-1].items())]))
+                history.append({'step': step, **validated(validate, model)})
+                report('  '.join([f'stage {stage}', *(f'{name} {value}' for name, value in history[-1].items())]))
             if keep:
-                write_run(checkpoint, run, model, optimizer, schedule, data, {'step': step, 'history': history})
+                write_run(checkpoint, run, parts, {'data': data.state(), 'step': step, 'history': history})
     return history
 
 
@@ -144,20 +140,7 @@ def _set_rate(schedule: torch.optim.lr_scheduler.LRScheduler, stage: int, lr: fl
     schedule.base_lrs = [rate]
     schedule.optimizer.param_groups[0]['lr'] = rate
     why = f': {LEARNING_RATES[stage]:g} for batches of {reference}, times sqrt({batch} / {reference})' * (lr is None)
-    _report(f'stage {stage}  lr {rate:.4g}{why}')
-
-
-def _report(message: str) -> None:
-    """Says what is the same in all processes, once."""
-    if is_main_process():
-        say(message)
-
-
-@torch.no_grad()
-def _validated(validate: Callable[[nn.Module], Mapping[str, float] | None], model: nn.Module) -> dict[str, float]:
-    with _restored(model):
-        model.eval()
-        return dict(validate(model) or {})
+    report(f'stage {stage}  lr {rate:.4g}{why}')
 
 
 Pair = tuple[nn.Module, nn.Module]  # attentions of student and teacher
@@ -166,16 +149,8 @@ Pair = tuple[nn.Module, nn.Module]  # attentions of student and teacher
 def _prepare(model: nn.Module, teacher: nn.Module,
              stage: int) -> tuple[list[Pair], list[nn.Parameter], Callable[[Tensor, float], Tensor]]:
     """Replaced attentions beside the teacher's, what learns, and what differentiates the loss of a batch."""
-    (vit, family), (old, old_family) = find_vit(model), find_vit(teacher)
-    attentions, old_attentions = family.attentions_of(vit), old_family.attentions_of(old)
-    if family is not old_family or len(attentions) != len(old_attentions):
-        raise ValueError(f'the model ({family.name}, {len(attentions)} blocks) and its teacher ({old_family.name}, '
-                         f'{len(old_attentions)} blocks) are not the same network')
-    if {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
-        raise ValueError('the model and its teacher share weights: let linearize make a copy (inplace=False)')
-    pairs = [(a, b) for a, b in zip(attentions, old_attentions, strict=True) if is_linear(a)]
-    if not pairs:
-        raise ValueError(f'{type(vit).__name__} has no linear block: call linearize first')
+    vit, old, family = find_pair(model, teacher)
+    pairs = [(a, b) for a, b in zip(family.attentions_of(vit), family.attentions_of(old), strict=True) if is_linear(a)]
     if stage == 2:
         return pairs, list(model.parameters()), lambda images, factor: _feature_loss(
             family.features, vit, old, images, factor)
@@ -190,7 +165,7 @@ def _attention_loss(family: Family, teacher: nn.Module, pairs: list[Pair], image
 
     def compare(student: nn.Module, softmax: nn.Module, args: tuple, kwargs: dict, output) -> None:
         with torch.enable_grad():
-            loss, error = _distance(_first(student(*args, **kwargs)), _first(output))
+            loss, error = _distance(first_of(student(*args, **kwargs)), first_of(output))
             share = loss / len(pairs)
         with torch.autocast(images.device.type, enabled=False):
             share.backward()
@@ -231,36 +206,10 @@ def _distance(got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return F.mse_loss(got, wanted), (got.detach() - wanted).norm() / wanted.norm().clamp_min(1e-12)
 
 
-def _first(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _restored(*models: nn.Module) -> Iterator[None]:
-    """Puts modes and gradient flags back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _frozen(teacher: nn.Module) -> Iterator[None]:
-    with _restored(teacher):
-        teacher.eval()  # not in a chain: mmpretrain's returns None
-        teacher.requires_grad_(False)
-        yield
-
-
 @contextmanager
 def _learning(model: nn.Module, learners: list[nn.Parameter], pairs: list[Pair], stage: int) -> Iterator[None]:
     """Stage 1 trains attentions alone, without the model's own dropouts in them: the teacher has none."""
-    with _restored(model):
+    with restored(model):
         model.requires_grad_(False)
         model.train(stage == 2)
         for parameter in learners:

@@ -2,30 +2,29 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from adala_mm.utils.atomic import write_atomically
-from adala_mm.utils.batches import Batches
 from adala_mm.utils.checkpoint import load_checkpoint
 
 
-def write_run(path: str | Path, run: dict[str, Any], model: nn.Module, optimizer: Optimizer, schedule: LRScheduler,
-              data: Batches, progress: dict[str, Any]) -> None:
+def write_run(path: str | Path, run: dict[str, Any], parts: Mapping[str, Any], progress: dict[str, Any]) -> None:
     """Replaces the file once the new one is whole; called in every process, written by rank 0.
+
+    Args:
+        run: what sets this run apart from others.
+        parts: what has a ``state_dict``, the model first of all.
+        progress: how far the run has come.
 
     Raises:
         OSError: in every process, if there is no space.
     """
-    state = {'run': run, 'data': data.state(), 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-             'schedule': schedule.state_dict(), **progress}
+    state = {'run': run, **{name: part.state_dict() for name, part in parts.items()}, **progress}
 
     def write() -> None:
         torch.save(state, buffer := io.BytesIO())
@@ -82,17 +81,14 @@ def find_run(path: str | Path, run: dict[str, Any], resume: bool) -> dict[str, A
     return saved
 
 
-def restore_run(saved: dict[str, Any], model: nn.Module, optimizer: Optimizer, schedule: LRScheduler,
-                data: Batches) -> None:
-    """Everything is where it was when ``saved`` was written.
+def restore_run(saved: dict[str, Any], parts: Mapping[str, Any]) -> None:
+    """Every part is what it was when ``saved`` was written.
 
     Raises:
         ValueError: for weights of another model.
     """
     try:
-        model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
     except (RuntimeError, ValueError) as error:
         raise ValueError(f'the checkpoint is of another model: {error}') from error
-    schedule.load_state_dict(saved['schedule'])
-    data.seek(saved['data'])

@@ -1,0 +1,94 @@
+"""A student beside its frozen teacher: what `align` and `calibrate` share."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from torch import Tensor, nn
+
+from adala_mm.adapters import Family, find_vit
+from adala_mm.linearization import is_linear, say
+from adala_mm.utils.batches import common_length
+
+
+def find_pair(model: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module, Family]:
+    """The ViTs in a linearized model and in its teacher, and their family.
+
+    Raises:
+        ValueError: if they are not the same network, share weights or are on two devices, or no block is linear.
+        TypeError: for unsupported models.
+    """
+    (vit, family), (old, old_family) = find_vit(model), find_vit(teacher)
+    attentions, old_attentions = family.attentions_of(vit), old_family.attentions_of(old)
+    if family is not old_family or len(attentions) != len(old_attentions):
+        raise ValueError(f'the model ({family.name}, {len(attentions)} blocks) and its teacher ({old_family.name}, '
+                         f'{len(old_attentions)} blocks) are not the same network')
+    if {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
+        raise ValueError('the model and its teacher share weights: let linearize make a copy (inplace=False)')
+    if not any(map(is_linear, attentions)):
+        raise ValueError(f'{type(vit).__name__} has no linear block: call linearize first')
+    place, other = (next(net.parameters()).device for net in (vit, old))
+    if place != other:
+        raise ValueError(f'the model is on {place}, its teacher on {other}')
+    return vit, old, family
+
+
+def steps_in(dataloader: Iterable[Any], steps: int | None, epochs: int | None) -> int:
+    """Length of a run in batches, the same in all processes.
+
+    Raises:
+        ValueError: for not exactly one of ``steps`` and ``epochs``, or nothing to do.
+        TypeError: for ``epochs`` of a dataloader without length.
+    """
+    if (steps is None) == (epochs is None):
+        raise ValueError('tell either steps or epochs')
+    total = common_length(epochs * len(dataloader)) if steps is None else steps
+    if total < 1:
+        raise ValueError(f'steps={steps} and epochs={epochs} of this dataloader come to nothing')
+    return total
+
+
+def report(message: str) -> None:
+    """Says what is the same in all processes, once."""
+    if is_main_process():
+        say(message)
+
+
+@contextmanager
+def restored(*models: nn.Module) -> Iterator[None]:
+    """Puts modes and gradient flags back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients."""
+    with restored(*models):
+        for model in models:
+            model.eval()  # not in a chain: mmpretrain's returns None
+            model.requires_grad_(False)
+        yield
+
+
+@torch.no_grad()
+def validated(validate: Callable[[nn.Module], Mapping[str, float] | None], model: nn.Module) -> dict[str, float]:
+    """What ``validate`` says of the model in evaluation mode."""
+    with restored(model):
+        model.eval()
+        return dict(validate(model) or {})
+
+
+def first_of(output: Tensor | tuple) -> Tensor:
+    """The tensor that a module gives, alone or before others."""
+    return output[0] if isinstance(output, tuple) else output
