@@ -11,12 +11,14 @@ from adala_mm.utils.stack import warn_about_stack
 
 if TYPE_CHECKING:
     from adala_mm.alignment import align
+    from adala_mm.calibration import calibrate
     from adala_mm.linearization import linearize
     from adala_mm.serialization import load, save
 
 __version__ = '0.1.0'
-__all__ = ['align', 'linearize', 'load', 'save']
-EXPORTED = {'align': 'adala_mm.alignment', 'linearize': 'adala_mm.linearization',
+__all__ = ['align', 'calibrate', 'linearize', 'load', 'save']
+EXPORTED = {'align': 'adala_mm.alignment', 'calibrate': 'adala_mm.calibration',
+            'linearize': 'adala_mm.linearization',
             'load': 'adala_mm.serialization', 'save': 'adala_mm.serialization'}
 
 warn_about_stack()

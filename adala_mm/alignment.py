@@ -1,4 +1,4 @@
-"""`align`: stages 1 and 2 of ViT-AdaLA as a plain PyTorch loop, for a model from `linearize`."""
+"""`align`: the stages of ViT-AdaLA as a plain PyTorch loop, for a model from `linearize`."""
 from __future__ import annotations
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.adapters import Adapter, Family
+from adala_mm.calibration import calibrate
 from adala_mm.linearization import is_linear
 from adala_mm.pairing import find_pair, first_of, frozen, report, restored, steps_in, validated
 from adala_mm.utils.batches import Batches
@@ -26,13 +27,13 @@ BATCHES = {1: 8 * 32, 2: 8 * 16}
 QKV = re.compile(r'(qkv|[qkv]_proj|[qkv]_bias|attention\.(query|key|value))(\.|$)')
 
 
-def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage: int = 1, steps: int | None = None,
-          epochs: int | None = None, lr: float | None = None, weight_decay: float = 0.05, loss_scale: float = 1.0,
-          bf16: bool = False, log_interval: int = 50,
+def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage: int | str = 1,
+          steps: int | None = None, epochs: int | None = None, lr: float | None = None, weight_decay: float = 0.05,
+          loss_scale: float = 1.0, bf16: bool = False, log_interval: int = 50,
           validate: Callable[[nn.Module], Mapping[str, float] | None] | None = None, val_interval: int | None = None,
           checkpoint: str | Path | None = None, checkpoint_interval: int = 1000,
           resume: bool = False) -> list[dict[str, float]]:
-    """Brings a linearized ViT back to its softmax original; run stage 1, then stage 2.
+    """Brings a linearized ViT back to its softmax original; run stage 1, then, if it pays, calibrate, then stage 2.
 
     Stage 1: ``loss = mean over replaced blocks of mean (attn_l(h_l) - teacher_l(h_l))^2``, h_l being what the block's
     attention reads in the *teacher*. Queries', keys' and values' projections learn, and what the new attention adds.
@@ -50,7 +51,8 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
         teacher: the original, of the same family, on the same device. Frozen and in eval mode meanwhile.
         dataloader: yields images (B, 3, H, W), normalised as the ViT inside expects them: a tensor, a tuple or list
             that begins with one, or a dict with ``pixel_values``.
-        stage: 1 or 2.
+        stage: 1, 2, or ``'calibrate'``: then `adala_mm.calibrate` does the work, with the defaults of its own options.
+            It reports, and replaces ``checkpoint``, after each block, and ``val_interval`` counts blocks.
         steps, epochs: length, one of the two; ``steps`` goes over the data as often as it takes.
         lr: of AdamW, fixed in stage 1, falling to 0 with power 0.9 in stage 2. None: the paper's, 1e-2 for batches of
             256 and 1e-3 for batches of 128, times ``sqrt(batch / those)``, batch being the first one of all processes
@@ -74,15 +76,21 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
         what it returned.
 
     Raises:
-        ValueError: for a stage other than 1 and 2, not exactly one of ``steps`` and ``epochs``, nothing to do, a model
-            without linear blocks, or one that does not fit its teacher; for a checkpoint of another run; for processes
-            that would all see the same images.
+        ValueError: for another stage, a rate where nothing learns by steps, not exactly one of ``steps`` and
+            ``epochs``, nothing to do, a model without linear blocks, or one that does not fit its teacher; for a
+            checkpoint of another run; for processes that would all see the same images.
         FileExistsError: for a checkpoint that is there, without ``resume``.
         TypeError: for unsupported models, batches of another kind, or ``epochs`` of a dataloader without length.
         FloatingPointError: if the loss is no longer finite.
     """
+    if stage == 'calibrate':
+        if lr is not None:
+            raise ValueError(f"lr={lr}: stage='calibrate' takes no gradient steps. Its own options are those of "
+                             'adala_mm.calibrate')
+        return calibrate(model, teacher, dataloader, steps, epochs, bf16=bf16, validate=validate,
+                         val_interval=val_interval, checkpoint=checkpoint, resume=resume)
     if stage not in LEARNING_RATES:
-        raise ValueError(f'stage={stage!r}: there are stages 1 and 2')
+        raise ValueError(f"stage={stage!r}: there are stages 1, 2 and 'calibrate'")
     total, data = steps_in(dataloader, steps, epochs), Batches(dataloader)
     pairs, learners, measure = _prepare(model, teacher, stage)
     device, dtype = (getattr(learners[0], fact) for fact in ('device', 'dtype'))

@@ -14,6 +14,7 @@ require_stack(CORE)
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
+from mmengine.registry import LOOPS as MMENGINE_LOOPS  # noqa: E402
 from mmengine.registry import METRICS as MMENGINE_METRICS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS  # noqa: E402
@@ -27,6 +28,7 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='adala_mm',
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='adala_mm', locations=['adala_mm.datasets'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='adala_mm', locations=['adala_mm.datasets'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='adala_mm', locations=['adala_mm.engine'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='adala_mm', locations=['adala_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim_wrapper_constructor', parent=MMENGINE_CONSTRUCTORS, scope='adala_mm',
                                       locations=['adala_mm.engine'])
 OPTIM_WRAPPERS = Registry('optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='adala_mm',

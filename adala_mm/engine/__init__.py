@@ -1,4 +1,5 @@
 import adala_mm.openmmlab  # noqa: F401  mmpretrain is imported below, and hooks save
+from adala_mm.engine.calibration_loop import CalibrationLoop
 from adala_mm.engine.config_check import ConfigCheckHook
 from adala_mm.engine.corrupt_images import CorruptImagesHook
 from adala_mm.engine.cpu_amp import CPUAmpOptimWrapper
@@ -17,7 +18,7 @@ from adala_mm.engine.teacher_drift import TeacherDriftHook
 from adala_mm.engine.val_before_train import ValBeforeTrainHook
 from adala_mm.engine.weights_check import WeightsCheckHook
 
-__all__ = ['CPUAmpOptimWrapper', 'ConfigCheckHook', 'CorruptImagesHook', 'DeadLossHook', 'EarlyStoppingHook',
-           'ExactResumeHook', 'LabelCheckHook', 'LayerDecayOptimWrapperConstructor', 'NonFiniteHook', 'PreemptionHook',
-           'ProgressiveResolutionHook', 'ProvenanceHook', 'RedrawFeaturesHook', 'ShardedRunner', 'TeacherDriftHook',
-           'ValBeforeTrainHook', 'WeightsCheckHook']
+__all__ = ['CPUAmpOptimWrapper', 'CalibrationLoop', 'ConfigCheckHook', 'CorruptImagesHook', 'DeadLossHook',
+           'EarlyStoppingHook', 'ExactResumeHook', 'LabelCheckHook', 'LayerDecayOptimWrapperConstructor',
+           'NonFiniteHook', 'PreemptionHook', 'ProgressiveResolutionHook', 'ProvenanceHook', 'RedrawFeaturesHook',
+           'ShardedRunner', 'TeacherDriftHook', 'ValBeforeTrainHook', 'WeightsCheckHook']

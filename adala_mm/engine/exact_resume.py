@@ -11,6 +11,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
+from adala_mm.engine.calibration_loop import CalibrationLoop
 from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import PART
 from adala_mm.utils.checkpoint import load_checkpoint
@@ -76,6 +77,8 @@ class ExactResumeHook(Hook):
             elif seen:
                 stream.start = seen * batches.batch_size
                 count_from(loop, seen)
+        elif isinstance(loop, CalibrationLoop):
+            pass  # it reads its images anew
         elif isinstance(loop, IterBasedTrainLoop):  # it calls skip itself, of whichever of the two samplers has it
             loop.dataloader_iterator._epoch = runner.iter // len(loader)
             stream.start = runner.iter * batches.batch_size
