@@ -17,7 +17,7 @@ from test_linearize import batches, build, timm_vit
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
-from adala_mm import align, linearize
+from adala_mm import align, calibrate, linearize
 from adala_mm.registry import MODELS
 from adala_mm.utils.batches import Batches
 from adala_mm.utils.checkpoint import load_checkpoint
@@ -210,6 +210,12 @@ def process(rank: int, port: int, folder, results) -> None:
     sampler = DistributedSampler(data, shuffle=False)
     history = both_stages(student, teacher, DataLoader(data, batch_size=2, sampler=sampler))
     state = {name: value.numpy() for name, value in student.state_dict().items()}
+    student, teacher = pair()
+    for value in student.state_dict(keep_vars=True).values() if rank else ():
+        value.data.zero_()
+    shares = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=False))
+    figures = calibrate(student, teacher, shares, epochs=1, mlp=True)
+    refitted = {name: value.numpy() for name, value in student.state_dict().items()}
 
     # Batches of 4 and 1, and a disk of its own for each: only rank 0 finds what it wrote.
     said, (student, teacher), path = logging.handlers.BufferingHandler(1000), pair(), folder / f'{rank}' / 'run.pt'
@@ -225,7 +231,7 @@ def process(rank: int, port: int, folder, results) -> None:
     unwritten = raised(OSError, student, teacher, checkpoint=no_folder)
     results.put((rank, history, state, sampler.epoch, dict(
         messages=[record.getMessage() for record in said.buffer], weights=weights, uneven=uneven, again=again,
-        errors=[there, other, unwritten])))
+        errors=[there, other, unwritten], figures=figures, refitted=refitted)))
     dist.destroy_process_group()
 
 
@@ -256,6 +262,12 @@ def test_two_processes_do_what_one_does(tmp_path):
             torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-4, msg=name)
 
     first, second = (result[-1] for result in found)
+    student, teacher = pair()
+    figures = calibrate(student, teacher, DataLoader(TensorDataset(PICTURES), batch_size=4), epochs=1, mlp=True)
+    assert first['figures'] == second['figures'] == [pytest.approx(line) for line in figures]
+    for name, value in student.state_dict().items():
+        assert (first['refitted'][name] == second['refitted'][name]).all()
+        torch.testing.assert_close(torch.from_numpy(first['refitted'][name]), value, rtol=1e-3, atol=1e-4, msg=name)
     assert first['errors'] == second['errors'] and not (tmp_path / '1').exists()
     for message, wanted in zip(first['errors'], ('exists: say resume=True', 'lr=None, not 1.0', 'run.pt'), strict=True):
         assert wanted in message

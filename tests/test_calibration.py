@@ -1,29 +1,35 @@
-"""Calibration: the solution against least squares in NumPy, the blocks against autograd, the run over its whole life."""
+"""Calibration: its solution against NumPy's least squares, blocks against autograd, and runs over their whole life."""
 from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_vit
+from conftest import tiny_vit
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from saboteur import Killed
 from test_align_runs import Interrupted, equal, shuffled
 from test_linearize import awaken, batches, build, every_family, run, timm_vit
-from test_resume import fresh_process, scenes  # noqa: F401  a fixture
+from test_resume import config, fresh_process
+from test_resume import scenes as scenes_fixture
 from torch import nn
 
 from adala_mm import align, calibrate, linearize
 from adala_mm.adapters import find_vit
 from adala_mm.adapters.base import OUTPUTS, find_part
-from adala_mm.calibration import NormalEquations
+from adala_mm.calibration import Calibration, NormalEquations
 from adala_mm.models.attentions import Attention, MonarchAttention
 from adala_mm.models.attentions.softmax import SoftmaxAttention
+from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.records import read_scalars
 
+scenes = scenes_fixture
 HIDDEN = ('mlp.fc2', 'mlp.weights_out', 'ffn.layers.1')
 
 
@@ -122,7 +128,8 @@ def test_the_first_block_is_at_its_optimum(family):
     old, new = (gradient(model, teacher, parts_of(model)[1]).norm() for model in (before, student))
     assert new < 1e-4 * old
     # Nothing but that has changed.
-    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    others = before.state_dict()
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, others[name])}
     assert len(changed) == 3 * len(list(parts_of(student)[1].parameters())) and all(
         any(f'.{path}.' in name for path in OUTPUTS) for name in changed)
 
@@ -192,15 +199,14 @@ def test_modes_and_flags_are_put_back_and_half_precision_will_do():
     history = calibrate(student, teacher, batches(), steps=3, bf16=True, mlp=True)
     assert history[0]['rel_error'] < history[0]['rel_error_before']
     assert student.training and not teacher.training and all(p.requires_grad for p in teacher.parameters())
-    assert not any(p.requires_grad for p in student.norm.parameters()) and student.blocks[0].mlp.fc2.weight.requires_grad
-    assert not student.blocks[0]._forward_pre_hooks
+    assert not any(p.requires_grad for p in student.norm.parameters())
+    assert student.blocks[0].mlp.fc2.weight.requires_grad and not student.blocks[0]._forward_pre_hooks
     half = [model.to(torch.bfloat16) for model in (teacher, student)]
     calibrate(half[1], half[0], batches(), epochs=1)
     assert student.blocks[0].attn.proj.weight.dtype == torch.bfloat16
 
 
 def test_compiled_blocks_are_seen():
-    from adala_mm.registry import MODELS
     teacher = awaken(MODELS.build(tiny_vit(compile=True)))
     student = linearize(teacher)
     for block in (*student.blocks, *teacher.blocks):
@@ -292,3 +298,88 @@ def test_lora_can_be_merged_first():
             module.merge_lora()
     history = calibrate(student, teacher, batches(), epochs=1)
     assert history[0]['rel_error'] < history[0]['rel_error_before']
+
+
+def loop_config(scenes, init_cfg: dict, **settings) -> Config:
+    """Stage 2 of the demo on a tiny ViT, its training replaced by calibration."""
+    cfg = config('stage2', scenes, init_cfg, by_epoch=False)
+    cfg.train_cfg = dict(type='adala_mm.CalibrationLoop', max_iters=2, val_interval=1, images=7, mlp=True, ridge=0.1,
+                         patches=9) | settings
+    cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.0))
+    cfg.param_scheduler = None
+    cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
+    return cfg
+
+
+def train(cfg: Config, work_dir, resume: bool = False) -> Runner:
+    with fresh_process():
+        cfg = cfg.copy()
+        cfg.work_dir, cfg.resume, cfg.experiment_name = str(work_dir), resume, f'{work_dir.parent.name}{work_dir.name}'
+        init_default_scope(cfg.default_scope)
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+    return runner
+
+
+@pytest.fixture
+def whole(scenes, sharp_pretrained, tmp_path, monkeypatch) -> SimpleNamespace:
+    """An uninterrupted run, and the images that it has read."""
+    images, read = [], Calibration.read
+    monkeypatch.setattr(Calibration, 'read', lambda self, batch, begin: (
+        images.append(batch), read(self, batch, begin)))
+    cfg = loop_config(scenes, sharp_pretrained)
+    return SimpleNamespace(cfg=cfg, images=images, work_dir=tmp_path / 'run', runner=train(cfg, tmp_path / 'run'))
+
+
+def built(cfg: Config, model: dict) -> nn.Module:
+    with fresh_process():
+        init_default_scope(cfg.default_scope)
+        network = MODELS.build(model)
+        network.init_weights()
+    return network
+
+
+def test_loop_does_what_calibrate_does(whole, scenes, sharp_pretrained):
+    """And writes what stage 2 starts from."""
+    cfg, model, saved = whole.cfg, whole.runner.model, load_checkpoint(whole.work_dir / 'iter_2.pth')
+    assert [len(batch) for batch in whole.images] == [2] * 4  # 7 images in whole batches
+    student = built(cfg, cfg.model.backbone)
+    figures = calibrate(student, model.frozen['teacher'], whole.images, epochs=1, mlp=True, ridge=0.1, patches=9)
+    assert equal(student, model.backbone)
+    curves = read_scalars(whole.work_dir)
+    steps = [row for row in curves if 'loss' in row]
+    assert [{key: row[key] for key in ('rel_error', 'rel_error_before')} for row in steps] == [
+        {key: pytest.approx(row[key]) for key in ('rel_error', 'rel_error_before')} for row in figures]
+    assert [row['step'] for row in curves if 'align/rel_error' in row] == [0, 1, 2]
+    assert saved['meta']['iter'] == 2 and (whole.work_dir / 'iter_1.pth').is_file()
+    stage2 = config('stage2', scenes, sharp_pretrained, by_epoch=False)
+    stage2.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(whole.work_dir / 'iter_2.pth'))
+    assert equal(built(stage2, stage2.model).backbone, model.backbone)
+
+
+def test_loop_resumes(whole, tmp_path):
+    cfg = whole.cfg.copy()
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='Saboteur', what='raise', when='step', at=0)]
+    first, whole.images[:] = list(whole.images), []
+    with pytest.raises(Killed):
+        train(cfg, tmp_path / 'pieces')
+    assert not (tmp_path / 'pieces/iter_2.pth').exists()
+    whole.images.clear()
+    resumed = train(whole.cfg, tmp_path / 'pieces', resume=True)
+    assert all(map(torch.equal, whole.images, first)) and len(whole.images) == len(first)
+    assert equal(resumed.model, whole.runner.model)
+    whole.images.clear()
+    done = train(whole.cfg, tmp_path / 'pieces', resume=True)  # nothing is left to do
+    assert equal(done.model, whole.runner.model) and not whole.images
+
+
+def test_loop_refuses(scenes, sharp_pretrained, tmp_path):
+    for settings, message in ((dict(max_iters=3), 'max_iters=3 must not be above the 2 blocks'),
+                              (dict(images=0), 'images=0 not below 1'), (dict(ridge=-1.0), 'ridge=-1.0')):
+        with pytest.raises(ValueError, match=message):
+            train(loop_config(scenes, sharp_pretrained, **settings), tmp_path / 'run')
+    cfg = loop_config(scenes, sharp_pretrained)
+    cfg.model.type = 'adala_mm.AttentionAlignment'
+    cfg.model.pop('teacher')
+    with pytest.raises(ValueError, match='CalibrationLoop needs the student and teacher of FeatureAlignment'):
+        train(cfg, tmp_path / 'run')

@@ -31,7 +31,7 @@ class CalibrationLoop(IterBasedTrainLoop):
         mlp, ridge, patches, prefix_weight: as of `Calibration`.
         options: ``val_interval`` and whatever else MMEngine's loop takes.
 
-    Logs ``rel_error`` and ``rel_error_before`` of `Calibration.refit`.
+    Logs ``rel_error`` and ``rel_error_before`` of `Calibration.refit`, and the square of the first as ``loss``.
 
     Raises:
         ValueError: for another model, more ``max_iters`` than blocks, ``images`` below 1, or an empty dataloader.
@@ -75,5 +75,6 @@ class CalibrationLoop(IterBasedTrainLoop):
         with runner.optim_wrapper.optim_context(runner.model):
             self.calibration = self.calibration or self.begin()
             figures = self.calibration.refit(self._iter)
+        figures['loss'] = figures['rel_error'] ** 2
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=data_batch, outputs=figures)
         self._iter += 1
