@@ -44,7 +44,7 @@ ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolc
 OURS = dict(plus='HedgehogAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
-GRAMMAR = re.compile(r'(?P<stage>stage1|stage2|mask2former|linear|teacher|scratch)'
+GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|linear|teacher|scratch)'
                      r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS | OURS)}))?'
                      r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|task|'
@@ -237,7 +237,7 @@ def test_features_fit_the_head(name, monkeypatch):
     monkeypatch.setattr(model.backbone, 'out_indices', [0] * len(model.backbone.out_indices))
     side = cfg.get('crop_size', [cfg.model.backbone.img_size])[0]
     images = torch.empty(1, 3, side, side, device='meta')
-    if facts['stage'] in ('stage1', 'stage2'):
+    if facts['stage'] in ('stage1', 'calibrate', 'stage2'):
         vit = cfg.model.backbone
         tokens = vit.get('class_token', True) + (side // vit.patch_size) ** 2
         assert model(images, mode='tensor').shape == (1, tokens, vit.embed_dim)
@@ -465,6 +465,8 @@ PREVIOUS = {
     'mask2former_deitt_camvid': {'stage2_deitt_caltech'},
     'linear_deitt_camvid': {'stage2_deitt_caltech'},
     'stage1_deitt_task_camvid': {'mask2former_deitt_softmax_camvid'},
+    'calibrate_deitt_plus_caltech': {'stage1_deitt_plus_caltech'},
+    'calibrate_dinov2l_plus_coco': {'stage1_dinov2l_plus_coco'},
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
     'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
 }
@@ -525,13 +527,13 @@ def test_starts_from_what_the_previous_stage_writes(name):
         assert ours == theirs
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name.startswith('stage2_')])
+@pytest.mark.parametrize('name', [name for name in NAMES if name.startswith(('calibrate_', 'stage2_'))])
 def test_stage_2_has_the_teacher_of_stage_1(name):
     cfg = config(name)
     teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
     assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
-    stage1 = config(re.sub(r'^stage2_(\w+?)(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?'
-                           r'_(in22k|caltech|beacons)$',
+    stage1 = config(re.sub(r'^(?:calibrate|stage2)_(\w+?)(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?'
+                           r'_(in22k|coco|caltech|beacons)$',
                            lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
     assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
     for key in ('attention', 'init_cfg', 'trainable', 'with_cp'):  # what the student has of its own

@@ -5,7 +5,7 @@ with read_base():
     from .stage2_dinov2l_plus_in22k import *
     from .._base_.datasets.coco_images import *
 
-train_cfg = dict(type='adala_mm.CalibrationLoop', max_iters=24, images=1024)
+train_cfg = dict(type='adala_mm.CalibrationLoop', max_iters=24, images=512)
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.0, weight_decay=0.0))  # no steps
 param_scheduler = None
 log_processor.update(by_epoch=False)
