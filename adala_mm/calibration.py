@@ -78,16 +78,17 @@ class NormalEquations:
 class Stream:
     """What the blocks of a ViT read, batch after batch.
 
-    Tokens (B, N, C) in front of one block are kept in host memory; what else blocks are called with (grid, rotary
-    positions) stays where it is.
+    Tokens (B, N, C) in front of one block are kept in host memory. What else blocks are called with (grid, rotary
+    positions) depends on the shape of the images only, and is kept once for each.
     """
 
     def __init__(self, vit: nn.Module, family: Family) -> None:
         self.vit, self.family, self.blocks = vit, family, family.blocks_of(vit)
         self.layout = next((attn.layout for attn in family.attentions_of(vit) if isinstance(attn, Adapter)), None)
         self.tokens: list[Tensor] = []
-        self.calls: list[list[tuple[tuple, dict]]] = []  # of each block in each batch
-        self.grids: list[tuple[int, int] | None] = []
+        self.shapes: list[torch.Size] = []
+        self.calls: dict[torch.Size, list[tuple[tuple, dict]]] = {}  # other arguments of each block
+        self.grids: dict[torch.Size, tuple[int, int] | None] = {}
 
     def read(self, images: Tensor, begin: int) -> None:
         """Takes up a batch (B, 3, H, W), in front of block ``begin``."""
@@ -102,14 +103,15 @@ class Stream:
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
             self.family.features(self.vit, images)
-        self.calls.append(calls)
-        self.grids.append(self.layout and self.layout.hw)
+        self.shapes.append(images.shape)
+        self.calls[images.shape], self.grids[images.shape] = calls, self.layout and self.layout.hw
 
     def run(self, block: int, batch: int, device: torch.device) -> Tensor:
         """What the block makes of the tokens in front of it."""
+        shape = self.shapes[batch]
         if self.layout is not None:
-            self.layout.hw = self.grids[batch]
-        args, kwargs = self.calls[batch][block]
+            self.layout.hw = self.grids[shape]
+        args, kwargs = self.calls[shape][block]
         return first_of(self.blocks[block](self.tokens[batch].to(device), *args, **kwargs))
 
 
@@ -135,7 +137,7 @@ class Calibration:
 
     Memory: the streams of both, 2 N C numbers an image in host memory (float32: 8 MiB for a ViT-L at 512 x 512),
     shared between processes; the sums, 16 C^2 bytes (16 MiB; of ``fc2`` 160 C^2 bytes); and what one block needs
-    without gradients. Time: three to five passes of the ViT over the images.
+    without gradients. Time: five passes of a ViT over the images, with ``mlp`` six.
 
     Args:
         vit, teacher: of one family; what `find_pair` gives.

@@ -532,8 +532,8 @@ def test_stage_2_has_the_teacher_of_stage_1(name):
     cfg = config(name)
     teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
     assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
-    stage1 = config(re.sub(r'^(?:calibrate|stage2)_(\w+?)(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?'
-                           r'_(in22k|coco|caltech|beacons)$',
+    stage1 = config(re.sub(r'^(?:calibrate|stage2)_(\w+?)'
+                           r'(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?_(in22k|coco|caltech|beacons)$',
                            lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
     assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
     for key in ('attention', 'init_cfg', 'trainable', 'with_cp'):  # what the student has of its own

@@ -24,6 +24,9 @@ def schedule(plan: Plan) -> Iterator[Finding]:
     images = batch * counts * plan.processes
     found = f'{batch} images x {plan.processes} processes' + (f' x {counts} accumulated' if counts > 1 else '')
     found = f'{found} = {images} a step, lr {lr:g}'
+    if lr == 0:
+        yield Finding('batch and lr', OK, f'{found}: nothing learns by steps')
+        return
     base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     if not base:
         paper = TABLE5.get(type(plan.model).__name__, STAGE3)
