@@ -19,6 +19,7 @@ from adala_mm.utils.batches import Batches
 from adala_mm.utils.run_checkpoint import read_run, restore_run, write_run
 
 RIDGE = 1e-2
+ROWS = 4096  # in float64 at a time
 
 
 class NormalEquations:
@@ -40,12 +41,15 @@ class NormalEquations:
 
     def add(self, features: Tensor, residuals: Tensor, weights: Tensor | None = None) -> None:
         """Adds rows (..., I) and (..., O) with weights (...), all 1 unless given."""
-        f, r = features.double().flatten(0, -2), residuals.double().flatten(0, -2)
-        if self.bias:
-            f = torch.cat([f, f.new_ones(len(f), 1)], dim=1)
-        weighted = f if weights is None else f * weights.double().reshape(-1, 1)
-        self.gram.addmm_(weighted.T, f)
-        self.moment.addmm_(weighted.T, r)
+        weights = features.new_ones(features.shape[:-1]) if weights is None else weights
+        columns = features.flatten(0, -2), residuals.flatten(0, -2), weights.reshape(-1, 1)
+        for part in zip(*(column.split(ROWS) for column in columns), strict=True):
+            f, r, w = (column.double() for column in part)
+            if self.bias:
+                f = torch.cat([f, f.new_ones(len(f), 1)], dim=1)
+            weighted = (w * f).T
+            self.gram.addmm_(weighted, f)
+            self.moment.addmm_(weighted, r)
 
     def all_reduce(self) -> None:
         """Sums over processes."""
