@@ -28,7 +28,7 @@ class CalibrationLoop(IterBasedTrainLoop):
         runner, dataloader: MMEngine's.
         max_iters: how many blocks, from the first on.
         images: how many to read, of all processes together, rounded up to whole batches; no more than an epoch.
-        mlp, ridge, patches, prefix_weight: as of `Calibration`.
+        mlp, ridge, patches: as of `Calibration`.
         options: ``val_interval`` and whatever else MMEngine's loop takes.
 
     Logs ``rel_error`` and ``rel_error_before`` of `Calibration.refit`, and the square of the first as ``loss``.
@@ -38,7 +38,7 @@ class CalibrationLoop(IterBasedTrainLoop):
     """
 
     def __init__(self, runner: Runner, dataloader: Any, max_iters: int, images: int = 512, mlp: bool = False,
-                 ridge: float = RIDGE, patches: int | None = None, prefix_weight: float = 1.0, **options: Any) -> None:
+                 ridge: float = RIDGE, patches: int | None = None, **options: Any) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not isinstance(model, FeatureAlignment):
             raise ValueError(f'CalibrationLoop needs the student and teacher of FeatureAlignment, not '
@@ -48,7 +48,7 @@ class CalibrationLoop(IterBasedTrainLoop):
                              f'{images} not below 1')
         super().__init__(runner, dataloader, max_iters, **options)
         self.model, self.images = model, images
-        self.settings = dict(mlp=mlp, ridge=ridge, patches=patches, prefix_weight=prefix_weight)
+        self.settings = dict(mlp=mlp, ridge=ridge, patches=patches)
         self.calibration: Calibration | None = None
         self.dataloader_iterator = itertools.repeat({})  # of blocks; images are read by `begin`
         self.fast_forward_on_resume = True  # there is no batch to skip
