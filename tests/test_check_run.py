@@ -14,7 +14,9 @@ from test_pipeline import apart, photo
 from torch.utils.data import Dataset
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Finding, Plan
+from adala_mm.preflight.report import Skipped
 from adala_mm.preflight.run import run
+from adala_mm.preflight.schedule import schedule
 from adala_mm.utils.cli import base_parser, load_config
 
 IMAGES = 60
@@ -172,7 +174,8 @@ class Listed(Dataset):
 
 
 @pytest.mark.parametrize('name', ['stage2_dinov2l_fsdp_in22k', 'stage2_dinov2l_earlystop_in22k', 'linear_l2vitt_in1k',
-                                  'mask2former_dinov2b_ade20k', 'upernet_l2vitt_ade20k', 'stage2_demo_beacons'])
+                                  'mask2former_dinov2b_ade20k', 'upernet_l2vitt_ade20k', 'stage2_demo_beacons',
+                                  'calibrate_dinov2l_plus_coco', 'calibrate_deitt_plus_caltech'])
 def test_recipes_of_this_repository_are_in_order(name, monkeypatch):
     monkeypatch.setattr(Plan, 'dataset', lambda self, loader: Listed())
     (path,) = ROOT.glob(f'configs/*/{name}.py')
@@ -181,6 +184,11 @@ def test_recipes_of_this_repository_are_in_order(name, monkeypatch):
         findings = list(run(Plan(cfg, processes=8)))
     assert [(finding.name, finding.status) for finding in findings] == [
         (part, OK) for part in ('loops', 'optimizer', 'schedule', 'hooks')], findings
+
+
+def test_a_rate_says_nothing_of_calibration():
+    with pytest.raises(Skipped, match='no steps'):
+        list(schedule(Plan(Config.fromfile(ROOT / 'configs/real/calibrate_deitt_plus_caltech.py'))))
 
 
 def test_what_needs_data_is_skipped_without_it(place):

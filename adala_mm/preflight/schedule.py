@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from adala_mm.preflight.plan import TRAIN, Plan
-from adala_mm.preflight.report import OK, WARNING, Finding
+from adala_mm.preflight.report import OK, WARNING, Finding, Skipped
 
 # ViT-AdaLA, Table 5: images in a step on 8 GPUs, learning rate of AdamW.
 TABLE5 = {'AttentionAlignment': (256, 1e-2), 'FeatureAlignment': (128, 1e-3)}
@@ -19,14 +19,13 @@ def schedule(plan: Plan) -> Iterator[Finding]:
     with the batch is as good.
     """
     cfg, written = plan.cfg, plan.written
+    if cfg.train_cfg.get('type') == 'adala_mm.CalibrationLoop':
+        raise Skipped('calibration takes no steps of an optimizer')
     batch, wrapper, old = cfg[TRAIN].batch_size, cfg.optim_wrapper, written.optim_wrapper
     counts, lr, old_lr = wrapper.get('accumulative_counts', 1), wrapper.optimizer.lr, old.optimizer.lr
     images = batch * counts * plan.processes
     found = f'{batch} images x {plan.processes} processes' + (f' x {counts} accumulated' if counts > 1 else '')
     found = f'{found} = {images} a step, lr {lr:g}'
-    if lr == 0:
-        yield Finding('batch and lr', OK, f'{found}: nothing learns by steps')
-        return
     base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     if not base:
         paper = TABLE5.get(type(plan.model).__name__, STAGE3)
