@@ -1,6 +1,8 @@
 """The comparison of attentions in a pretrained ViT: resumable rows, frozen heads, and a table that says what counts."""
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import pickle
 import sys
@@ -22,6 +24,8 @@ from adala_mm.utils import frontier
 sys.path.insert(0, str(ROOT / 'tools'))
 import compare_attentions
 from compare_attentions import parse_attentions
+
+COSTS = 'vit_ms', 'vit_mib', 'vit_gmac', 'layer_ms', 'layer_mib', 'layer_gmac', 'parameters'
 
 
 def write_images(folder: Path, count: int, seed: int, size: int = 24) -> list[str]:
@@ -60,20 +64,30 @@ def call(place, tmp_path, monkeypatch, capsys):
     """The command on few, small things, with a thread in place of its processes; returns what it said."""
     monkeypatch.setattr(compare_attentions, 'ProcessPoolExecutor', lambda jobs, mp_context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(torch, 'set_num_threads', lambda count: None)  # this process has other tests to run
-    monkeypatch.setattr(compare_attentions, 'take_turns', lambda calls, timer, seconds: {
-        name: timer(call) for name, call in calls.items()})
+    measured = itertools.count(1)
+
+    def costs(setting, attentions, size):
+        return {label: dict.fromkeys(COSTS, float(next(measured))) for label in attentions}
+
+    monkeypatch.setattr(compare_attentions, 'measure_costs', costs)
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, 'argv', [
             'compare_attentions.py', '--model', 'test_vit', '--weights', str(place / 'vit.safetensors'), '--data-root',
-            str(place), '--align-list', 'pictures/all.txt', '--labelled', 'pictures/known.txt', '--segmentation',
-            'scenes', '--batch', '4', '--images', '5', '--jobs', '1', '--sizes', '32', '--stage1', '2', '--stage2', '1',
-            '--out', str(tmp_path / 'out.json'), '--png', str(tmp_path / 'out.png'), '--work-dir',
-            str(tmp_path / 'work'), *words])
+            str(place), '--align-list', 'pictures/all.txt', '--labelled', 'pictures/known.txt', '--segmentation', '',
+            '--batch', '4', '--images', '5', '--jobs', '1', '--sizes', '32', '--stage1', '2', '--stage2', '1', '--out',
+            str(tmp_path / 'out.json'), '--png', str(tmp_path / 'out.png'), '--work-dir', str(tmp_path / 'work'),
+            *words])
         compare_attentions.main()
         return capsys.readouterr().out
 
     return run
+
+
+def arguments(place: Path, *words: str) -> argparse.Namespace:
+    return compare_attentions.parser().parse_args([
+        '--model', 'test_vit', '--weights', str(place / 'vit.safetensors'), '--data-root', str(place), '--align-list',
+        'pictures/all.txt', '--labelled', 'pictures/known.txt', '--segmentation', '', '--batch', '4', *words])
 
 
 def rows_in(path: Path) -> dict[str, dict]:
@@ -81,7 +95,7 @@ def rows_in(path: Path) -> dict[str, dict]:
 
 
 def test_rows_are_recorded_and_not_made_again(call, tmp_path, monkeypatch):
-    said = call('--attentions', 'linear')
+    said = call('--attentions', 'linear', '--segmentation', 'scenes')
     assert '1 attentions at 32 px: 3 jobs to go' in said and 'ETA' in said
     rows = rows_in(tmp_path / 'out.json')
     assert list(rows) == ['Linear/32/seed0/0+0', 'Linear/32/seed0/2+0', 'Linear/32/seed0/2+1', 'softmax/32/seed0/0+0']
@@ -90,14 +104,28 @@ def test_rows_are_recorded_and_not_made_again(call, tmp_path, monkeypatch):
     assert all(row['rel_error'] > 0.01 and 0 <= row['knn'] <= 100 for row in rows.values())
     assert rows['Linear/32/seed0/2+1']['settings']['batch'] == 4
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
-    costs = json.loads((tmp_path / 'out.json').read_text())['costs']['32']['rows']
-    assert set(costs) == {'Linear', 'softmax'} and costs['Linear']['parameters'] == 0
-    assert all(costs['softmax'][f'{part}_{cost}'] > 0 for part in ('vit', 'layer') for cost in ('ms', 'mib', 'gmac'))
+    assert '| softmax | 100.0 | 0.00 |' in said and '| 32 | as is | ' in said
 
     before = (tmp_path / 'out.json').read_bytes()
     monkeypatch.setattr(compare_attentions, 'run_job', None)  # it would fail
-    assert '0 jobs to go' in call('--attentions', 'linear')
+    assert '0 jobs to go' in call('--attentions', 'linear', '--segmentation', 'scenes')
     assert (tmp_path / 'out.json').read_bytes() == before
+
+
+def test_costs_of_layer_and_network(place, monkeypatch):
+    monkeypatch.setattr(compare_attentions, 'take_turns', lambda calls, timer, seconds: {
+        name: timer(call) for name, call in calls.items()})
+    setting = compare_attentions.make_setting(arguments(place))
+    costs = compare_attentions.measure_costs(
+        setting, dict(softmax=None, broken=dict(type='RALA'), plus=dict(type='HedgehogAttention', dwconv=3)), 64)
+    assert set(costs) == {'softmax', 'plus'} and set(costs['plus']) == set(COSTS)
+    assert all(value > 0 for name, value in costs['softmax'].items() if name != 'parameters')
+    n, c, depth, mlp = 1 + 4 * 4, 64, 6, 3  # of timm's test_vit at 64 px
+    assert costs['softmax']['layer_gmac'] == (n * 4 * 384 ** 2 + 2 * n ** 2 * 384) / 1e9
+    assert costs['softmax']['vit_gmac'] == pytest.approx(
+        (depth * (n * (4 + 2 * mlp) * c ** 2 + 2 * n ** 2 * c) + (n - 1) * 16 ** 2 * 3 * c + 1000 * c) / 1e9)
+    assert costs['softmax']['parameters'] == 0
+    assert costs['plus']['parameters'] == depth * (c * (9 + 1) + 2 * 2 * 32 ** 2)  # convolution; maps of two heads
 
 
 def test_other_attentions_add_rows_and_all_costs_are_of_one_run(call, tmp_path):
@@ -155,9 +183,7 @@ def test_alignment_goes_on_from_the_weights_of_stage_1(call, tmp_path, monkeypat
 
 
 def test_no_alignment_trains_on_what_is_scored(place):
-    args = compare_attentions.parser().parse_args([
-        '--data-root', str(place), '--align-list', 'pictures/all.txt', '--labelled', 'pictures/known.txt',
-        '--segmentation', '', '--batch', '4'])
+    args = arguments(place)
     setting = compare_attentions.make_setting(args)
     assert [path.name for path in setting.scored] == ['07.png', '15.png']
     assert len(setting.alignment) == 18 and not set(setting.scored) & set(setting.alignment)

@@ -98,7 +98,8 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], colours
     figure = axis.figure
     figure.draw_without_rendering()  # lays the axes out,
     figure.set_layout_engine('none')  # and there they stay
-    spots, frame = axis.transData.transform([point[:2] for point in points]), axis.get_window_extent().extents
+    spots = axis.transData.transform(np.reshape([point[:2] for point in points], (-1, 2)))
+    frame = axis.get_window_extent().extents
     around = np.concatenate([spots - 9, spots + 9], axis=1)  # a name there would seem to be the point's
     paths = [axis.transData.transform_path(line.get_path()).interpolated(30).vertices for line in lines]
     taken = np.concatenate([np.concatenate([path - 2, path + 2], axis=1) for path in [*paths, np.empty((0, 2))]])
