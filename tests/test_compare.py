@@ -23,7 +23,7 @@ from adala_mm.utils import frontier
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import compare_attentions
-from compare_attentions import parse_attentions
+from compare_attentions import described, differences, parse_attentions
 
 COSTS = 'vit_ms', 'vit_mib', 'vit_gmac', 'layer_ms', 'layer_mib', 'layer_gmac', 'parameters'
 
@@ -141,12 +141,22 @@ def test_other_attentions_add_rows_and_all_costs_are_of_one_run(call, tmp_path):
 def test_changed_settings_are_noticed(call, tmp_path):
     call('--attentions', 'linear', '--stage1', '0', '--stage2', '0')
     before = (tmp_path / 'out.json').read_bytes()
-    with pytest.raises(SystemExit, match=r"softmax/32/seed0/0\+0 is recorded in .*out.json with {'photographs': '2, .*"
-                                         'name another --out'):
+    with pytest.raises(SystemExit, match=r"softmax/32/seed0/0\+0 is recorded in .*out.json with other settings, "
+                                         "photographs '2, .* and not '1, .*: name another --out"):
         call('--attentions', 'linear', '--images', '1')
-    with pytest.raises(SystemExit, match=r"Linear/32/seed0/0\+0 is recorded .*'eps': 1e-06.* and now has .*'eps': 0.5"):
+    with pytest.raises(SystemExit, match=r'Linear/32/seed0/0\+0 is recorded .* settings, eps 1e-06 and not 0.5: name'):
         call('--attentions', 'Linear=LinearAttention:eps=0.5')
     assert (tmp_path / 'out.json').read_bytes() == before
+
+
+def test_options_that_an_attention_has_got_since_are_no_change_unless_they_are_given():
+    was, now = (dict(attention=attention, images=5) for attention in (
+        dict(type='A', steps=3), dict(type='A', steps=3, exact=False)))
+    assert differences(was, now, dict(type='A')) == ''
+    assert differences(was, now, dict(type='A', exact=False)) == 'exact None and not False'
+    now['attention']['steps'] = 1  # another default
+    assert differences(was, now, dict(type='A')) == 'steps 3 and not 1'
+    assert differences(was | dict(attention=None), now | dict(attention=None, images=6), {}) == 'images 5 and not 6'
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(call, tmp_path, monkeypatch):
@@ -201,14 +211,28 @@ def test_no_alignment_trains_on_what_is_scored(place):
         compare_attentions.make_setting(args)
 
 
+def test_real_photographs(shared_data):
+    setting = compare_attentions.make_setting(compare_attentions.parser().parse_args(
+        ['--data-root', str(shared_data), '--images', '250']))
+    assert (len(setting.scored), len(setting.labelled), len(setting.alignment)) == (250, 250, 3930 - 3930 // 8)
+    assert (len(setting.training), len(setting.validation)) == (250, 101)
+    assert not set(setting.scored) & set(setting.alignment)
+    assert len({number for _, number in setting.labelled}) == 99 and all(image.is_file() for image in setting.scored)
+    assert all(image.is_file() and ids.is_file() for image, ids in setting.training + setting.validation)
+
+
 def test_words_for_attentions(tmp_path):
     (tmp_path / 'own.yml').write_text('one step: {type: adala_mm.MonarchAttention, num_steps: 1}\n')
     found = parse_attentions([str(tmp_path / 'own.yml'), 'LinearAttention', 'linear:feature_map=relu,dwconv=3',
                               'mine=adala_mm.HedgehogAttention:variant=exp'])
     assert list(found) == ['one step', 'Linear', 'Linear, feature_map relu, dwconv 3', 'mine']
-    assert found['one step'] == dict(type='MonarchAttention', num_steps=1, block_size=None)
-    assert found['Linear'] == dict(type='LinearAttention', feature_map='elu1', eps=1e-6, dwconv=None)
-    assert found['mine']['variant'] == 'exp' and found['mine']['feature_dim'] is None
+    assert found['one step'] == dict(type='MonarchAttention', num_steps=1)
+    assert found['Linear, feature_map relu, dwconv 3'] == dict(type='LinearAttention', feature_map='relu', dwconv=3)
+    assert described(found['mine']) == dict(described(dict(type='HedgehogAttention')), variant='exp')
+    assert described(found['Linear'])['feature_map'] == 'elu1'
+    (tmp_path / 'own.yml').write_text('- LinearAttention\n')
+    with pytest.raises(ValueError, match='own.yml is no list of attentions; write one a line, label: {type: NAME'):
+        parse_attentions([str(tmp_path / 'own.yml')])
     everything = parse_attentions(['all', str(ROOT / 'configs/real/frontier.yml')])
     assert {'Linear', 'Monarch', 'plus'} <= set(everything) and 'Softmax' not in everything
     assert len({json.dumps(cfg, sort_keys=True) for cfg in everything.values()}) == len(everything)
@@ -284,6 +308,7 @@ def test_names_in_the_picture_do_not_cover_each_other(data, tmp_path, monkeypatc
         data['costs']['224']['rows'][f'attention {i}'] = data['costs']['224']['rows']['a']
     frontier.draw(tmp_path / 'picture.png', data)
     panel, = figures[0].axes
+    assert panel.get_title() == '224 x 224 pixels, stage 1: 50'
     names = [text for text in panel.texts if text.get_text()]
     assert {text.get_text() for text in names} == {'softmax', 'a', 'b', 'c', *(f'attention {i}' for i in range(8))}
     boxes = [text.get_window_extent() for text in names]

@@ -59,7 +59,7 @@ from adala_mm.utils.records import cores, git_state, machine  # noqa: E402
 from adala_mm.utils.timing import default_device, failure, peak_memory, save, take_turns, wall_timer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT = 8  # every so manieth line of the alignment's list is for scores
+HELD_OUT = 8  # one line in so many of the alignment's list is for scores
 LAYER = dict(dim=384, num_heads=6)  # whose time and memory are measured beside the ViT's
 Attentions = dict[str, dict | None]  # by label; None is softmax
 Labelled = tuple[Path, int]
@@ -92,7 +92,8 @@ class Setting:
     def row(self, attention: dict | None, training: Training) -> dict[str, Any]:
         """Settings of one row, by which changed ones are noticed."""
         aligned = dict(alignment=named(self.alignment), batch=self.batch, bf16=self.bf16)
-        return self.facts() | dict(attention=attention) | (aligned if training != UNTRAINED else {})
+        whole = attention and described(attention)
+        return self.facts() | dict(attention=whole) | (aligned if training != UNTRAINED else {})
 
     def reference(self, size: int) -> Path:
         return self.work / f'reference_{size}_{digest(self.facts())}.pt'
@@ -123,7 +124,10 @@ def parse_attentions(words: Sequence[str]) -> Attentions:
             found += [(name.removesuffix('Attention'), dict(type=name))
                       for name, layer in sorted(ATTENTIONS.module_dict.items()) if not layer.is_softmax]
         elif word.endswith(('.yml', '.yaml')):
-            found += yaml.safe_load(Path(word).read_text()).items()
+            listed = yaml.safe_load(Path(word).read_text())
+            if not isinstance(listed, dict) or not all(isinstance(cfg, dict) for cfg in listed.values()):
+                raise ValueError(f'{word} is no list of attentions; write one a line, label: {{type: NAME, ...}}')
+            found += listed.items()
         else:
             if not (parts := re.fullmatch(r'(?:([^=:]+)=)?([\w.]+)(?::(.*))?', word)):
                 raise ValueError(f'{word!r} is no attention; write all, FILE.yml or [LABEL=]NAME[:OPTION=VALUE,...]')
@@ -137,7 +141,8 @@ def parse_attentions(words: Sequence[str]) -> Attentions:
     for label, cfg in found:
         if label == SOFTMAX or label in attentions:
             raise ValueError(f'{label!r} is the label of two attentions: give one another, LABEL=NAME:OPTION=VALUE')
-        attentions[label] = described(cfg)
+        attentions[label] = find_attention(cfg)
+        described(attentions[label])
     return attentions
 
 
@@ -150,12 +155,11 @@ def literal(text: str) -> Any:
 
 
 def described(cfg: dict) -> dict[str, Any]:
-    """The config of an attention with the options that it leaves out, which are another one's tomorrow.
+    """The config of an attention with the options that it leaves out: their defaults may be others tomorrow.
 
     Raises:
         ValueError: for an unknown type, and for an option that it does not have.
     """
-    cfg = find_attention(cfg)
     try:
         with torch.device('meta'):
             layer, given = build_attention(cfg, **LAYER, grid=(14, 14), num_prefix=1).built_from
@@ -230,13 +234,12 @@ def read_records(out: Path) -> dict:
     return json.loads(out.read_text()) if out.exists() else dict(rows={}, costs={})
 
 
-def keep(out: Path, part: str, name: str, record: dict) -> None:
-    """Adds a record to those in the file, to which other processes may add theirs."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.with_name(f'.{out.name}.lock')):
-        data = read_records(out)
+def keep(setting: Setting, part: str, name: str, record: dict) -> None:
+    """Adds a record to those in the file, to which other processes of this work dir may add theirs."""
+    with locked(setting.work / 'lock'):
+        data = read_records(setting.out)
         data[part][name] = record
-        save(out, data)
+        save(setting.out, data)
 
 
 def outstanding(setting: Setting, attentions: Attentions, sizes: Sequence[int], seeds: Sequence[int],
@@ -258,15 +261,26 @@ def outstanding(setting: Setting, attentions: Attentions, sizes: Sequence[int], 
                         row, wanted = known.get(key(label, size, seed, training)), setting.row(attention, training)
                         if row is None:
                             todo.append(training)
-                        elif changed := [name for name, value in wanted.items() if row['settings'][name] != value]:
-                            was = {name: row['settings'][name] for name in changed}
+                        elif changed := differences(row['settings'], wanted, attention or {}):
                             raise ValueError(
-                                f'{key(label, size, seed, training)} is recorded in {setting.out} with {was}, and now '
-                                f'has {({name: wanted[name] for name in changed})}: name another --out, give the '
-                                'attention another label, or remove the record')
+                                f'{key(label, size, seed, training)} is recorded in {setting.out} with other settings, '
+                                f'{changed}: name another --out, give the attention another label, or remove the '
+                                'record')
                     if todo:
                         jobs.append((label, size, seed, todo))
     return jobs
+
+
+def differences(was: dict, now: dict, given: dict) -> str:
+    """What recorded settings have and those at hand have not, in words; empty if there is nothing.
+
+    An option that the attention has got since is no difference, unless it is ``given``.
+    """
+    old, new = was['attention'] or {}, now['attention'] or {}
+    pairs = {name: (was.get(name), value) for name, value in now.items() if name != 'attention'}
+    pairs |= {name: (old.get(name), new.get(name)) for name in old | given}
+    return ', '.join(f'{name} {before!r} and not {value!r}' for name, (before, value) in pairs.items()
+                     if before != value)
 
 
 def write_reference(setting: Setting, size: int) -> None:
@@ -311,7 +325,7 @@ def run_job(setting: Setting, label: str, attention: dict | None, size: int, see
             row = scores | dict(
                 label=label, size=size, seed=seed, stage1=training[0], stage2=training[1],
                 seconds=round(time.time() - began), settings=setting.row(attention, training), machine=setting.ran_on)
-            keep(setting.out, 'rows', key(label, size, seed, training), row)
+            keep(setting, 'rows', key(label, size, seed, training), row)
             told.append(f'{label}, {size} px, {describe(training)}: '
                         + ', '.join(f'{name} {value:.3g}' for name, value in scores.items())
                         + f' ({clock(row["seconds"])})')
@@ -424,7 +438,7 @@ def update_costs(setting: Setting, size: int) -> None:
     torch.set_num_threads(1)
     with logged(setting.work / 'costs.log'):
         rows = measure_costs(setting, wanted['attentions'], size)
-    keep(setting.out, 'costs', str(size), dict(rows=rows, settings=wanted, machine=setting.ran_on | dict(threads=1)))
+    keep(setting, 'costs', str(size), dict(rows=rows, settings=wanted, machine=setting.ran_on | dict(threads=1)))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -129,13 +129,14 @@ def size_table(data: dict, size: int) -> str:
 def draw(path: str | Path, data: dict) -> None:
     """Agreement against time, a panel a size, each attention named at its point; the front is a line.
 
-    A point is what the longest training made of an attention, the foot of its stem what it was as is.
+    A point is what its longest training made of an attention, hollow if others were trained longer; the foot of its
+    stem is what it was as is.
     """
-    sizes = [size for size in sizes_of(data) if points(data, size, trainings_of(data, size)[-1])]
+    sizes = [size for size in sizes_of(data) if any(points(data, size, it) for it in trainings_of(data, size))]
     figure = Figure(figsize=(7.5 * max(1, len(sizes)), 7), layout='constrained')
     panels = figure.subplots(1, max(1, len(sizes)), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel('photographs on which it agrees with softmax (%)', fontsize=12)
-    figure.supxlabel('Blue: nothing here is both faster and nearer to softmax.  Foot of a stem: before any training.',
+    figure.supxlabel('Blue: nothing here is both faster and nearer to softmax.  Foot of a stem, and hollow: untrained.',
                      fontsize=11, color='0.35')
     names = [draw_panel(axis, data, size) for axis, size in zip(panels, sizes, strict=False)]
     for axis, (named, colours, line) in zip(panels, names, strict=False):
@@ -145,19 +146,24 @@ def draw(path: str | Path, data: dict) -> None:
 
 def draw_panel(axis: Axes, data: dict, size: int) -> tuple[list[tuple[float, float, str]], list[str], Line2D]:
     """All but the names: returns them at their points, their colours, and the front."""
-    training, softmax = trainings_of(data, size)[-1], Point(SOFTMAX, 1.0, 100.0)
-    shown, before = points(data, size, training), {p.label: p.agreement for p in points(data, size, UNTRAINED)}
+    trainings, softmax = trainings_of(data, size), Point(SOFTMAX, 1.0, 100.0)
+    found, longest = [{p.label: p for p in points(data, size, training)} for training in trainings], {}
+    for trained in found:
+        longest |= trained
+    shown = list(longest.values())
     front = pareto([*shown, softmax])
     axis.axvline(1, color='0.6', lw=1, ls='--', zorder=0)
     for point in shown:
-        if training != UNTRAINED and point.label in before:
-            axis.plot([point.time] * 2, [before[point.label], point.agreement], color='0.88', lw=1.5, zorder=0)
+        start = found[0].get(point.label, point)
+        axis.plot([point.time] * 2, [start.agreement, point.agreement], color='0.88', lw=1.5, zorder=0)
     ends = zip(front, [*front[1:], front[-1]], strict=True)
     steps = [place for point, later in ends for place in (point[1:], (later.time, point.agreement))]
     line, = axis.plot(*zip(*steps, strict=True), color='C0', lw=1.5)
     others = [point for point in [*shown, softmax] if point not in front]
     for group, colour, width in ((others, '0.55', 5), (front, 'C0', 8)):
         axis.plot([p.time for p in group], [p.agreement for p in group], 'o', color=colour, ms=width)
+        less = [p for p in group if p.label not in (SOFTMAX, *found[-1])]
+        axis.plot([p.time for p in less], [p.agreement for p in less], 'o', color='white', ms=width - 2)
     axis.set_xscale('log')
     axis.set_ylim(-4, 106)
     axis.margins(x=0.12)
@@ -165,7 +171,7 @@ def draw_panel(axis: Axes, data: dict, size: int) -> tuple[list[tuple[float, flo
     ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20) if low <= tick <= high]
     axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()
-    axis.set_title(f'{size} x {size} pixels, {describe(training)}', fontsize=13)
+    axis.set_title(f'{size} x {size} pixels, {describe(trainings[-1])}', fontsize=13)
     axis.set_xlabel('time of the whole ViT, softmax = 1', fontsize=12)
     axis.grid(alpha=0.25)
     named = [*front, *others]
