@@ -136,8 +136,8 @@ def draw(path: str | Path, data: dict) -> None:
     figure = Figure(figsize=(7.5 * max(1, len(sizes)), 7), layout='constrained')
     panels = figure.subplots(1, max(1, len(sizes)), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel('photographs on which it agrees with softmax (%)', fontsize=12)
-    figure.supxlabel('Blue: nothing here is both faster and nearer to softmax.  Foot of a stem, and hollow: untrained.',
-                     fontsize=11, color='0.35')
+    figure.supxlabel('Blue: no other is both faster and nearer to softmax.  Foot of a stem, and hollow: untrained.',
+                     fontsize=10, color='0.35')
     names = [draw_panel(axis, data, size) for axis, size in zip(panels, sizes, strict=False)]
     for axis, (named, colours, line) in zip(panels, names, strict=False):
         label_points(axis, named, colours, [line])
@@ -151,28 +151,31 @@ def draw_panel(axis: Axes, data: dict, size: int) -> tuple[list[tuple[float, flo
     for trained in found:
         longest |= trained
     shown = list(longest.values())
-    front = pareto([*shown, softmax])
-    axis.axvline(1, color='0.6', lw=1, ls='--', zorder=0)
+    front = pareto(shown)
     for point in shown:
         start = found[0].get(point.label, point)
         axis.plot([point.time] * 2, [start.agreement, point.agreement], color='0.88', lw=1.5, zorder=0)
     ends = zip(front, [*front[1:], front[-1]], strict=True)
     steps = [place for point, later in ends for place in (point[1:], (later.time, point.agreement))]
     line, = axis.plot(*zip(*steps, strict=True), color='C0', lw=1.5)
-    others = [point for point in [*shown, softmax] if point not in front]
-    for group, colour, width in ((others, '0.55', 5), (front, 'C0', 8)):
+    others = [point for point in shown if point not in front]
+    for group, colour, width in ((others, '0.55', 5), (front, 'C0', 8), ([softmax], 'black', 8)):
         axis.plot([p.time for p in group], [p.agreement for p in group], 'o', color=colour, ms=width)
-        less = [p for p in group if p.label not in (SOFTMAX, *found[-1])]
+        less = [p for p in group if p.label != SOFTMAX and p.label not in found[-1]]
         axis.plot([p.time for p in less], [p.agreement for p in less], 'o', color='white', ms=width - 2)
     axis.set_xscale('log')
     axis.set_ylim(-4, 106)
     axis.margins(x=0.12)
     low, high = axis.get_xlim()
+    axis.axvspan(1, high, color='C3', alpha=0.06, lw=0, zorder=0)
+    axis.text(0.99, 0.01, 'slower than softmax', transform=axis.transAxes, ha='right', color='C3', fontsize=11)
+    axis.set_xlim(low, high)
     ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20) if low <= tick <= high]
     axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()
     axis.set_title(f'{size} x {size} pixels, {describe(trainings[-1])}', fontsize=13)
     axis.set_xlabel('time of the whole ViT, softmax = 1', fontsize=12)
     axis.grid(alpha=0.25)
-    named = [*front, *others]
-    return ([(p.time, p.agreement, p.label) for p in named], ['C0' if p in front else '0.25' for p in named], line)
+    named = [softmax, *front, *others]
+    colours = ['black', *['C0'] * len(front), *['0.25'] * len(others)]
+    return [(p.time, p.agreement, p.label) for p in named], colours, line
