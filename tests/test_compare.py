@@ -240,6 +240,7 @@ def test_words_for_attentions(tmp_path):
 
 @pytest.mark.parametrize(('words', 'message'), [
     (['LinearAtention'], 'unknown attention type .*Did you mean adala_mm.LinearAttention'),
+    (['agent:num_agents=50'], "'AgentAttention'.*}: num_agents=50 is not a square"),
     (['linear:epsilon=1'], "unexpected keyword argument 'epsilon'"), (['a=b=c'], "'a=b=c' is no attention; write all"),
     (['Linear', 'linear'], "'Linear' is the label of two attentions"), (['softmax=Linear'], "'softmax' is the label")])
 def test_words_that_are_no_attentions(words, message):

@@ -163,7 +163,7 @@ def described(cfg: dict) -> dict[str, Any]:
     try:
         with torch.device('meta'):
             layer, given = build_attention(cfg, **LAYER, grid=(14, 14), num_prefix=1).built_from
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f'{cfg}: {error}') from error
     options = {name: option.default for name, option in inspect.signature(layer).parameters.items()
                if option.default is not inspect.Parameter.empty and name not in ('qkv_bias', *layer.needs)}
@@ -369,19 +369,23 @@ def run_jobs(setting: Setting, attentions: Attentions, jobs: list[tuple[str, int
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context('spawn')) as pool:
         futures = {pool.submit(run_job, setting, label, attentions[label], size, seed, trainings): i
                    for i, (label, size, seed, trainings) in enumerate(jobs)}
-        for count, future in enumerate(as_completed(futures), 1):
-            i = futures[future]
-            label, size, seed, _ = jobs[i]
-            done += works[i]
-            left = clock((time.time() - began) / done * (sum(works) - done))
-            head = f'[{clock(time.time() - began)}] {count}/{len(jobs)}  ETA {left}  '
-            try:
-                told = future.result()
-            except Exception as error:  # whatever it is, the other rows go on
-                failed += 1
-                told = [f'{label}, {size} px, seed {seed} FAILED, {type(error).__name__}: {error}\n'
-                        f'    see {log_of(setting, label, size, seed)}']
-            print(head + f'\n{" " * len(head)}'.join(told), flush=True)
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                i = futures[future]
+                label, size, seed, _ = jobs[i]
+                done += works[i]
+                left = clock((time.time() - began) / done * (sum(works) - done))
+                head = f'[{clock(time.time() - began)}] {count}/{len(jobs)}  ETA {left}  '
+                try:
+                    told = future.result()
+                except Exception as error:  # whatever it is, the other rows go on
+                    failed += 1
+                    told = [f'{label}, {size} px, seed {seed} FAILED, {type(error).__name__}: {error}\n'
+                            f'    see {log_of(setting, label, size, seed)}']
+                print(head + f'\n{" " * len(head)}'.join(told), flush=True)
+        except BaseException:  # an interrupt: what is queued is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 
