@@ -174,6 +174,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(call, tmp_path, monkeypat
     assert {name.partition('/seed0/')[::2] for name in rows_in(tmp_path / 'out.json')} == {
         ('InLine/32', '0+0'), ('Linear/32', '0+0'), ('Linear/32', '2+0'), ('softmax/32', '0+0')}
     assert 'InLine/32/seed0/2+0' not in rows_in(tmp_path / 'out.json')
+    assert 'RuntimeError: it says why' in (tmp_path / 'work/InLine_32_seed0.log').read_text()
     monkeypatch.setattr(compare_attentions, 'align', align)
     assert '1 jobs to go' in call(*words) and 'InLine/32/seed0/2+0' in rows_in(tmp_path / 'out.json')
 

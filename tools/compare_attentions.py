@@ -296,12 +296,15 @@ def write_reference(setting: Setting, size: int) -> None:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """What the package says goes into a file meanwhile."""
+    """What the package says goes into a file meanwhile, and what goes wrong."""
     logger, handler = logging.getLogger('adala_mm'), logging.FileHandler(path)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield
+    except Exception:
+        logger.exception('failed')
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()
@@ -383,8 +386,10 @@ def run_jobs(setting: Setting, attentions: Attentions, jobs: list[tuple[str, int
                     told = [f'{label}, {size} px, seed {seed} FAILED, {type(error).__name__}: {error}\n'
                             f'    see {log_of(setting, label, size, seed)}']
                 print(head + f'\n{" " * len(head)}'.join(told), flush=True)
-        except BaseException:  # an interrupt: what is queued is not begun
+        except BaseException:  # an interrupt: rows and checkpoints are whole at any time
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return failed
 
@@ -496,8 +501,11 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> None:
     args = parser().parse_args()
-    with one_message():
-        failed = run(args)
+    try:
+        with one_message():
+            failed = run(args)
+    except KeyboardInterrupt:
+        sys.exit('interrupted; the same command goes on')
     if failed:
         sys.exit(f'{failed} jobs failed; the same command tries them again and goes on')
 
