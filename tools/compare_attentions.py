@@ -1,249 +1,513 @@
-"""Every registered attention on the embedded data set: swapped in, after stage 1, after stages 1 and 2.
+"""Every attention in a pretrained ViT: how far it answers as the softmax teacher, and what it costs, by image size.
 
-    python tools/compare_attentions.py [--quick] [--attentions LinearAttention RALAAttention] [--seeds 0 1 2]
+    python tools/compare_attentions.py [--data-root data] [--attentions all configs/real/frontier.yml] \
+        [--sizes 224 512] [--stage1 100] [--stage2 0] [--images 250] [--jobs 2]
 
-Trains the demo's teacher, then puts each attention into it with the demo's own configs. A run that was interrupted goes
-on where it was: finished rows are kept in the work dir. Ends with results.json, comparison.md and comparison.png there.
+An attention is a registered name, with options and a label if need be ("Monarch, 1 step=MonarchAttention:num_steps=1"),
+a YAML file of such dicts by label, or ``all``. Each is scored as it is put in, then after ``--stage1`` and ``--stage2``
+iterations of alignment, at each size against the teacher at that size. Then time and memory of all are measured in one
+run, a thread each.
+
+Images are named by lists ("path" or "path class-id", relative to the list) or folders. Alignment leaves out every
+eighth line of its list (index % 8 == 7); those are scored, unless ``--score-list`` names others. A linear head is
+fitted on frozen features of the teacher, and nearest neighbours are asked about labels.
+
+Every row is recorded at once: the same command goes on where it was stopped, and other attentions, sizes, seeds and
+lengths add theirs. A row that fails is told, and the others go on. Ends with a table, advice and a picture.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
+import ast
+import hashlib
+import inspect
 import json
+import logging
 import multiprocessing
 import os
-import statistics
+import re
 import sys
 import time
-import traceback
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 for variable in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):  # rows run side by side, with a thread each
     os.environ.setdefault(variable, '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-import matplotlib  # noqa: E402
 import torch  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+import yaml  # noqa: E402
+from study import locked  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from torchvision.datasets.folder import IMG_EXTENSIONS  # noqa: E402
 
+from adala_mm import align, linearize  # noqa: E402
+from adala_mm.analysis.images import spread  # noqa: E402
+from adala_mm.evaluation.likeness import ImageList, augmented, likeness, load_teacher, make_reference  # noqa: E402
+from adala_mm.linearization import find_attention  # noqa: E402
 from adala_mm.models.attentions import build_attention  # noqa: E402
 from adala_mm.registry import ATTENTIONS  # noqa: E402
-from adala_mm.utils.cli import relocate  # noqa: E402
-from adala_mm.utils.cost import multiply_adds, peak_bytes  # noqa: E402
+from adala_mm.utils.cli import one_message  # noqa: E402
+from adala_mm.utils.cost import multiply_adds  # noqa: E402
 from adala_mm.utils.fingerprint import file_sha256  # noqa: E402
-from adala_mm.utils.records import cores, curve, machine  # noqa: E402
-from adala_mm.utils.tables import attention_table  # noqa: E402
+from adala_mm.utils.frontier import SOFTMAX, UNTRAINED, Training, advice, describe, draw, table  # noqa: E402
+from adala_mm.utils.records import cores, git_state, machine  # noqa: E402
+from adala_mm.utils.timing import default_device, failure, peak_memory, save, take_turns, wall_timer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-# iterations of teacher, stage 1 and stage 2: the demo's own, or what fits into ten minutes for all attentions
-FULL = dict(teacher=500, stage1=80, stage2=50)
-QUICK = dict(teacher=250, stage1=30, stage2=20)
-GRID = (64, 64)  # on which time and memory of one layer are measured, with a class token
+HELD_OUT = 8  # one line in so many of the alignment's list is for scores
+LAYER = dict(dim=384, num_heads=6)  # whose time and memory are measured beside the ViT's
+Attentions = dict[str, dict | None]  # by label; None is softmax
+Labelled = tuple[Path, int]
 
 
-def demo_config(name: str, work_dir: Path, data_root: str, seed: int, iterations: int | None = None) -> Config:
-    """A config of configs/demo with another place, length and seed."""
-    cfg = Config.fromfile(ROOT / f'configs/demo/{name}.py')
-    cfg.merge_from_dict(relocate(cfg.to_dict(), data_root))
-    cfg.work_dir = str(work_dir)
-    cfg.experiment_name = '_'.join(work_dir.parts[-3:])
-    cfg.visualizer.name = cfg.experiment_name  # one per run: MMEngine shares those of a name within a process
-    cfg.randomness.seed = seed
-    if iterations:
-        cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
-        warmup, decay = cfg.param_scheduler
-        warmup.end = decay.begin = min(warmup.end, iterations // 2)
-        decay.end = iterations
-        cfg.default_hooks.checkpoint.interval = iterations
-    return cfg
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share."""
+
+    model: str
+    weights: Path | None
+    scored: Sequence[Path]
+    labelled: Sequence[Labelled]
+    training: Sequence[tuple[Path, Path]]
+    validation: Sequence[tuple[Path, Path]]
+    alignment: Sequence[Path]
+    batch: int
+    bf16: bool
+    threads: int
+    out: Path
+    work: Path
+    ran_on: dict = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What scores depend on beside the attention, in words that are the same on every machine."""
+        return dict(model=self.model, weights=file_sha256(self.weights)[:16] if self.weights else 'hub',
+                    photographs=named(self.scored), labelled=named(self.labelled), fitted=named(self.training),
+                    scenes=named(self.validation))
+
+    def row(self, attention: dict | None, training: Training) -> dict[str, Any]:
+        """Settings of one row, by which changed ones are noticed."""
+        aligned = dict(alignment=named(self.alignment), batch=self.batch, bf16=self.bf16)
+        whole = attention and described(attention)
+        return self.facts() | dict(attention=whole) | (aligned if training != UNTRAINED else {})
+
+    def reference(self, size: int) -> Path:
+        return self.work / f'reference_{size}_{digest(self.facts())}.pt'
 
 
-def train_teacher(out: Path, data_root: str, iterations: int) -> Path:
-    checkpoint = out / f'iter_{iterations}.pth'
-    if not checkpoint.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(min(2, cores()))
-        print(f'training the teacher, {iterations} iterations, see {out}/console.log', flush=True)
-        with open(out / 'console.log', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            Runner.from_cfg(demo_config('teacher_demo_beacons', out, data_root, 0, iterations)).train()
-    return checkpoint
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def mean_iou(out: Path, data_root: str, teacher: Path, attention: dict, backbone: Path) -> float:
-    """mIoU of a backbone under the teacher's head."""
-    cfg = demo_config('linear_demo_beacons', out, data_root, 0)
-    cfg.model.backbone.update(attention=attention, init_cfg=dict(type='Pretrained', checkpoint=str(backbone)))
-    cfg.model.decode_head.init_cfg.update(checkpoint=str(teacher))
-    cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
-    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
-    cfg.custom_hooks = []
-    runner = Runner.from_cfg(cfg)
-    runner.model.init_weights()
-    return float(runner.test()['mIoU'])
+def named(images: Sequence) -> str:
+    """How many images, and a hash of their names: of file and folder, wherever the data lie."""
+    def name(entry: Any) -> Any:
+        return [name(part) for part in entry] if isinstance(entry, tuple) else (
+            '/'.join(entry.parts[-2:]) if isinstance(entry, Path) else entry)
+    return f'{len(images)}, {digest([name(entry) for entry in images])}'
 
 
-def run_row(name: str, seed: int, out: Path, data_root: str, teacher: str, iterations: dict) -> dict:
-    """Swap, stage 1 and stage 2 of one attention; in a process of its own."""
-    torch.set_num_threads(1)
-    began, attention, source = time.time(), dict(type=f'adala_mm.{name}'), Path(teacher)
-    out.mkdir(parents=True, exist_ok=True)
-    miou, errors = [], []
-    with open(out / 'console.log', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        miou.append(mean_iou(out / 'swap', data_root, source, attention, source))
-        for stage in ('stage1', 'stage2'):
-            cfg = demo_config(f'{stage}_demo_beacons', out / stage, data_root, seed, iterations[stage])
-            start = source if stage == 'stage1' else out / f'stage1/iter_{iterations["stage1"]}.pth'
-            cfg.model.backbone.update(attention=attention, init_cfg=dict(type='Pretrained', checkpoint=str(start)))
-            if stage == 'stage2':
-                cfg.model.teacher.init_cfg.update(checkpoint=str(source))
-            Runner.from_cfg(cfg).train()
-            errors += curve(out / stage, 'align/rel_error')[1][len(errors) > 0:]  # stage 2 begins where stage 1 ended
-            miou.append(mean_iou(out / f'{stage}_score', data_root, source, attention,
-                                 out / stage / f'iter_{iterations[stage]}.pth'))
-    return dict(name=name, seed=seed, miou=miou, rel_error=errors, seconds=round(time.time() - began))
+def parse_attentions(words: Sequence[str]) -> Attentions:
+    """Attentions by label.
 
-
-def measure_costs(names: list[str], rounds: int = 4, dim: int = 384, heads: int = 6) -> dict[str, dict]:
-    """Time and peak memory of one layer in float32 on a 64 x 64 grid, and what it adds to the plain ViT.
-
-    All layers take turns; times are medians without the first round.
+    Raises:
+        ValueError: for a word that is none, an unknown attention or option, and a label that is given twice.
     """
-    x = torch.randn(1, 1 + GRID[0] * GRID[1], dim)
-    layers = {name: build_attention(dict(type=name), dim, heads, grid=GRID, num_prefix=1).eval() for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    with torch.no_grad():
-        for _ in range(rounds):
-            for name, layer in layers.items():
-                start = time.perf_counter()
-                layer(x, GRID, 1)
-                times[name].append(time.perf_counter() - start)
-        plain = sum(p.numel() for p in layers['SoftmaxAttention'].parameters())
-        return {name: dict(ms=1000 * statistics.median(times[name][1:]),
-                           mib=peak_bytes(lambda layer=layer: layer(x, GRID, 1)) / 2 ** 20,
-                           gmac=multiply_adds(lambda layer=layer: layer(x, GRID, 1)) / 1e9,
-                           parameters=sum(p.numel() for p in layer.parameters()) - plain)
-                for name, layer in layers.items()}
+    found: list[tuple[str, dict]] = []
+    for word in words:
+        if word == 'all':
+            ATTENTIONS.import_from_location()
+            found += [(name.removesuffix('Attention'), dict(type=name))
+                      for name, layer in sorted(ATTENTIONS.module_dict.items()) if not layer.is_softmax]
+        elif word.endswith(('.yml', '.yaml')):
+            listed = yaml.safe_load(Path(word).read_text())
+            if not isinstance(listed, dict) or not all(isinstance(cfg, dict) for cfg in listed.values()):
+                raise ValueError(f'{word} is no list of attentions; write one a line, label: {{type: NAME, ...}}')
+            found += listed.items()
+        else:
+            if not (parts := re.fullmatch(r'(?:([^=:]+)=)?([\w.]+)(?::(.*))?', word)):
+                raise ValueError(f'{word!r} is no attention; write all, FILE.yml or [LABEL=]NAME[:OPTION=VALUE,...]')
+            label, kind, options = parts.groups()
+            own = {name.strip(): literal(value) for name, _, value in (
+                option.partition('=') for option in re.split(r',(?![^\[(]*[\])])', options or '') if option)}
+            short = str(find_attention(kind)['type']).rpartition('.')[2].removesuffix('Attention')
+            found.append((label or ', '.join([short, *(f'{key} {value}' for key, value in own.items())]),
+                          dict(type=kind, **own)))
+    attentions: Attentions = {}
+    for label, cfg in found:
+        if label == SOFTMAX or label in attentions:
+            raise ValueError(f'{label!r} is the label of two attentions: give one another, LABEL=NAME:OPTION=VALUE')
+        attentions[label] = find_attention(cfg)
+        described(attentions[label])
+    return attentions
 
 
-def draw(path: Path, data: dict) -> None:
-    """Quality against measured time and memory, one numbered point per attention."""
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    softmax, grouped = data['costs']['SoftmaxAttention'], rows_by_name(data)
-    errors = {name: [statistics.mean(values) for values in zip(*(row['rel_error'] for row in rows), strict=True)]
-              for name, rows in grouped.items()}
-    for axis, key, label in zip(axes, ('ms', 'mib'), ('time', 'peak memory'), strict=True):
-        axis.axvline(1, color='grey', lw=0.8, ls='--')
-        for i, name in enumerate(sorted(errors, key=lambda name: errors[name][-1])):
-            x, (_, one, both) = data['costs'][name][key] / softmax[key], errors[name]
-            colour = plt.get_cmap('tab20')(i % 20)
-            axis.plot([x, x], [max(one, 1e-3), both], '-', color=colour, lw=0.7)
-            axis.plot(x, both, 'o', color=colour, ms=11, label=f'{i + 1}  {name.removesuffix("Attention")}')
-            axis.annotate(str(i + 1), (x, both), ha='center', va='center', fontsize=7)
-        axis.set_xscale('log')
-        axis.set_yscale('log')
-        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter('{x:g}')
-        axis.xaxis.set_minor_formatter('')
-        axis.set_xlabel(f'{label} of one layer, 64 x 64 patches, softmax = 1')
-    axes[0].invert_yaxis()
-    axes[0].set_ylabel('relative feature error (better is higher)')
-    axes[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.0, 0.5), markerscale=0.5)
-    figure.suptitle('After stage 1 + 2 (points), from where stage 1 ended (lines)')
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def literal(text: str) -> Any:
+    """A number, list, True, False or None as Python writes it; anything else is a word."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
 
 
-def rows_by_name(data: dict) -> dict[str, list[dict]]:
-    grouped: dict[str, list[dict]] = {}
-    for row in data['rows']:
-        grouped.setdefault(row['name'], []).append(row)
-    return grouped
+def described(cfg: dict) -> dict[str, Any]:
+    """The config of an attention with the options that it leaves out: their defaults may be others tomorrow.
+
+    Raises:
+        ValueError: for an unknown type, and for an option that it does not have.
+    """
+    try:
+        with torch.device('meta'):
+            layer, given = build_attention(cfg, **LAYER, grid=(14, 14), num_prefix=1).built_from
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{cfg}: {error}') from error
+    options = {name: option.default for name, option in inspect.signature(layer).parameters.items()
+               if option.default is not inspect.Parameter.empty and name not in ('qkv_bias', *layer.needs)}
+    return json.loads(json.dumps(dict(type=cfg['type']) | options | given))  # as the records have it
+
+
+def read_list(path: Path) -> list[tuple[Path, int | None]]:
+    """Images of a folder, or of a list with their classes where it has them.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    if path.is_dir():
+        return [(file, None) for file in sorted(path.rglob('*')) if file.suffix.lower() in IMG_EXTENSIONS]
+    if not path.is_file():
+        raise FileNotFoundError(f'no list or folder of images at {path}; name another one, or where the data are with '
+                                '--data-root DIR')
+    entries = [re.fullmatch(r'(.+?)(?:\s+(\d+))?', line.strip()).groups()
+               for line in path.read_text().splitlines() if line.strip()]
+    return [(path.parent / name, None if number is None else int(number)) for name, number in entries]
+
+
+def few(images: Sequence, count: int) -> tuple:
+    """At most so many, spread evenly."""
+    return tuple(images[i] for i in spread(len(images), count))
+
+
+def scenes(folder: Path, split: str, count: int) -> tuple[tuple[Path, Path], ...]:
+    """Images and maps of ids of a folder as mmseg has them: images/<split>/*, labels/<split>/*.png."""
+    images = [image for image, _ in read_list(folder / 'images' / split)]
+    return few([(image, folder / 'labels' / split / f'{image.stem}.png') for image in images], count)
+
+
+def make_setting(args: argparse.Namespace) -> Setting:
+    """What the command line says, with the images that it comes to.
+
+    Raises:
+        FileNotFoundError: for data or weights that are not there.
+        ValueError: for a list of labelled images without labels, and for too few images.
+    """
+    root = args.data_root
+    lines = [image for image, _ in read_list(root / args.align_list)]
+    held_out = [image for i, image in enumerate(lines) if i % HELD_OUT == HELD_OUT - 1]
+    scored = [image for image, _ in read_list(root / args.score_list)] if args.score_list else held_out
+    labelled = [entry for name in args.labelled for entry in read_list(root / name)]
+    if missing := [str(image) for image, number in labelled if number is None]:
+        raise ValueError(f'--labelled: {missing[0]} has no class; a line is "path class-id"')
+    alignment = tuple(image for image in lines if image not in set(held_out))
+    if not scored or len(labelled) < 2 or len(alignment) < args.batch:
+        raise ValueError(f'{len(scored)} photographs to score, {len(labelled)} labelled ones and {len(alignment)} to '
+                         f'align on in batches of {args.batch}: there must be more')
+    if args.weights and not args.weights.is_file():
+        raise FileNotFoundError(f'no weights at {args.weights}')
+    training, validation = (scenes(root / args.segmentation, split, args.images) if args.segmentation else ()
+                            for split in ('train', 'val'))
+    threads = max(1, cores() // args.jobs)
+    return Setting(
+        args.model, args.weights, few(scored, args.images), few(labelled, args.images), training, validation,
+        alignment, args.batch, args.bf16, threads, args.out, args.work_dir,
+        machine() | dict(threads=threads, dirty=git_state()['dirty']))
+
+
+def key(label: str, size: int, seed: int, training: Training) -> str:
+    return f'{label}/{size}/seed{seed}/{training[0]}+{training[1]}'
+
+
+def read_records(out: Path) -> dict:
+    return json.loads(out.read_text()) if out.exists() else dict(rows={}, costs={})
+
+
+def keep(setting: Setting, part: str, name: str, record: dict) -> None:
+    """Adds a record to those in the file, to which other processes of this work dir may add theirs."""
+    with locked(setting.work / 'lock'):
+        data = read_records(setting.out)
+        data[part][name] = record
+        save(setting.out, data)
+
+
+def outstanding(setting: Setting, attentions: Attentions, sizes: Sequence[int], seeds: Sequence[int],
+                trainings: Sequence[Training]) -> list[tuple[str, int, int, list[Training]]]:
+    """Jobs: rows of a label, size and seed that are not recorded, those as is before all trained ones.
+
+    What is as is has the first seed alone.
+
+    Raises:
+        ValueError: for a row that is recorded, but of other settings.
+    """
+    known, jobs = read_records(setting.out)['rows'], []
+    for chain in ([UNTRAINED], [training for training in trainings if training != UNTRAINED]):
+        for seed in seeds if chain != [UNTRAINED] else seeds[:1]:
+            for size in sizes:
+                for label, attention in attentions.items():
+                    todo = []
+                    for training in chain if attention or chain == [UNTRAINED] else []:
+                        row, wanted = known.get(key(label, size, seed, training)), setting.row(attention, training)
+                        if row is None:
+                            todo.append(training)
+                        elif changed := differences(row['settings'], wanted, attention or {}):
+                            raise ValueError(
+                                f'{key(label, size, seed, training)} is recorded in {setting.out} with other settings, '
+                                f'{changed}: name another --out, give the attention another label, or remove the '
+                                'record')
+                    if todo:
+                        jobs.append((label, size, seed, todo))
+    return jobs
+
+
+def differences(was: dict, now: dict, given: dict) -> str:
+    """What recorded settings have and those at hand have not, in words; empty if there is nothing.
+
+    An option that the attention has got since is no difference, unless it is ``given``.
+    """
+    old, new = was['attention'] or {}, now['attention'] or {}
+    pairs = {name: (was.get(name), value) for name, value in now.items() if name != 'attention'}
+    pairs |= {name: (old.get(name), new.get(name)) for name in old | given}
+    return ', '.join(f'{name} {before!r} and not {value!r}' for name, (before, value) in pairs.items()
+                     if before != value)
+
+
+def write_reference(setting: Setting, size: int) -> None:
+    """What the teacher says at a size, once."""
+    if (path := setting.reference(size)).exists():
+        return
+    print(f'{size} px: features of the teacher', flush=True)
+    teacher = load_teacher(setting.model, size, setting.weights).to(default_device())
+    found = make_reference(teacher, size, setting.scored, setting.labelled, setting.training, setting.validation)
+    torch.save(found, part := path.with_suffix('.part'))
+    part.replace(path)
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """What the package says goes into a file meanwhile, and what goes wrong."""
+    logger, handler = logging.getLogger('adala_mm'), logging.FileHandler(path)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        logger.exception('failed')
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def run_job(setting: Setting, label: str, attention: dict | None, size: int, seed: int,
+            trainings: Sequence[Training]) -> list[str]:
+    """Rows of one attention, size and seed, each recorded at once; in a process of its own. Returns what to tell."""
+    torch.set_num_threads(setting.threads)
+    device, told = default_device(), []
+    reference = torch.load(setting.reference(size), mmap=True, weights_only=True)
+    with logged(log_of(setting, label, size, seed)):
+        for training in trainings:
+            began = time.time()
+            student = load_teacher(setting.model, size, setting.weights).to(device)
+            if attention:
+                torch.manual_seed(seed)
+                student = linearize(student, attention)
+            train(setting, student, label, attention, size, seed, training)
+            scores = likeness(student.eval(), reference)
+            row = scores | dict(
+                label=label, size=size, seed=seed, stage1=training[0], stage2=training[1],
+                seconds=round(time.time() - began), settings=setting.row(attention, training), machine=setting.ran_on)
+            keep(setting, 'rows', key(label, size, seed, training), row)
+            told.append(f'{label}, {size} px, {describe(training)}: '
+                        + ', '.join(f'{name} {value:.3g}' for name, value in scores.items())
+                        + f' ({clock(row["seconds"])})')
+    return told
+
+
+def log_of(setting: Setting, label: str, size: int, seed: int) -> Path:
+    return setting.work / f'{re.sub(r"[^A-Za-z0-9]+", "_", label)}_{size}_seed{seed}.log'
+
+
+def train(setting: Setting, student: torch.nn.Module, label: str, attention: dict | None, size: int, seed: int,
+          training: Training) -> None:
+    """Stages 1 and 2, or what is left of them since an earlier call."""
+    if training == UNTRAINED:
+        return
+    teacher = load_teacher(setting.model, size, setting.weights).to(default_device())
+    images = DataLoader(ImageList(setting.alignment, augmented(teacher, size)), setting.batch, shuffle=True,
+                        drop_last=True)
+    torch.manual_seed(seed)
+    for stage, steps in enumerate(training, 1):
+        if not steps:
+            continue
+        until = (training[0], steps if stage == 2 else 0)
+        mark = digest([setting.row(attention, until), until])
+        path = log_of(setting, label, size, seed).with_suffix(f'.stage{stage}_{mark}.pth')
+        align(student, teacher, images, stage, steps, bf16=setting.bf16, log_interval=10, checkpoint=path,
+              checkpoint_interval=50, resume=True)
+
+
+def work_of(setting: Setting, size: int, trainings: Sequence[Training]) -> float:
+    """Of a job, in images that go through the network, a pixel counting the same everywhere."""
+    scored = len(setting.scored) + len(setting.labelled) + len(setting.validation)
+    return size ** 2 * sum(scored + setting.batch * (3 * training[0] + 4 * training[1]) for training in trainings)
+
+
+def run_jobs(setting: Setting, attentions: Attentions, jobs: list[tuple[str, int, int, list[Training]]],
+             processes: int) -> int:
+    """All of them, so many at a time; returns how many failed."""
+    works = [work_of(setting, size, trainings) for _, size, _, trainings in jobs]
+    began, done, failed = time.time(), 0.0, 0
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context('spawn')) as pool:
+        futures = {pool.submit(run_job, setting, label, attentions[label], size, seed, trainings): i
+                   for i, (label, size, seed, trainings) in enumerate(jobs)}
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                i = futures[future]
+                label, size, seed, _ = jobs[i]
+                done += works[i]
+                left = clock((time.time() - began) / done * (sum(works) - done))
+                head = f'[{clock(time.time() - began)}] {count}/{len(jobs)}  ETA {left}  '
+                try:
+                    told = future.result()
+                except Exception as error:  # whatever it is, the other rows go on
+                    failed += 1
+                    told = [f'{label}, {size} px, seed {seed} FAILED, {type(error).__name__}: {error}\n'
+                            f'    see {log_of(setting, label, size, seed)}']
+                print(head + f'\n{" " * len(head)}'.join(told), flush=True)
+        except BaseException:  # an interrupt: rows and checkpoints are whole at any time
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return failed
 
 
 def clock(seconds: float) -> str:
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f'{hours}:{minutes:02d}:{int(seconds) % 60:02d}'
 
 
-def run_rows(args: argparse.Namespace, names: list[str], out: Path, data_root: str, teacher: Path,
-             iterations: dict, began: float) -> list[dict]:
-    """All rows, those of an earlier call from their files; a row that fails is told and left out."""
-    key = dict(iterations, teacher_sha256=file_sha256(teacher))
-    rows, todo = [], []
-    for seed in args.seeds:
-        for name in names:
-            path = out / 'rows' / f'{name}_seed{seed}' / 'row.json'
-            known = json.loads(path.read_text()) if path.exists() else {}
-            if known.get('key') == key:
-                rows.append(known)
-            else:
-                todo.append((name, seed, path))
-    print(f'[{clock(time.time() - began)}] {len(rows)} rows are there already, {len(todo)} to go', flush=True)
-    started, done, failed = time.time(), 0, []
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
-        jobs = {pool.submit(run_row, name, seed, path.parent, data_root, str(teacher), iterations): (name, path)
-                for name, seed, path in todo}
-        for job in as_completed(jobs):
-            name, path = jobs[job]
-            done += 1
-            left = (time.time() - started) / done * (len(todo) - done)
-            head = f'[{clock(time.time() - began)}] {done}/{len(todo)}  ETA {clock(left)}  {name}'
-            try:
-                row = job.result() | dict(key=key)
-            except Exception:
-                failed.append(name)
-                print(f'{head} FAILED, see {path.parent}/console.log\n{traceback.format_exc(limit=-1)}', flush=True)
+def measure_costs(setting: Setting, attentions: Attentions, size: int, seconds: float = 20) -> dict[str, dict]:
+    """Time, peak memory and multiply-adds of one layer and of the whole ViT on one image, in float32, by label.
+
+    All take turns; times are medians. What fails is told and left out.
+    """
+    device = default_device()
+    teacher = load_teacher(setting.model, size, setting.weights).to(device)
+    image, side = torch.randn(1, 3, size, size, device=device), teacher.patch_embed.grid_size
+    prefix = teacher.num_prefix_tokens
+    tokens = torch.randn(1, prefix + side[0] * side[1], LAYER['dim'], device=device)
+    calls: dict[str, dict] = dict(vit={}, layer={})
+    networks = {}
+    for label, attention in attentions.items():
+        try:
+            networks[label] = vit = (linearize(teacher, attention) if attention else teacher).eval()
+            layer = build_attention(attention or dict(type='SoftmaxAttention'), **LAYER, grid=side, num_prefix=prefix)
+            layer.to(device).eval().requires_grad_(False)
+        except Exception as error:
+            print(f'{size} px, {label}: not measured, {type(error).__name__}: {error}', flush=True)
+            continue
+        found = dict(vit=lambda vit=vit: vit(image), layer=lambda layer=layer: layer(tokens, side, prefix))
+        with torch.no_grad():
+            if any(failure(call, device) for call in found.values()):
                 continue
-            path.write_text(json.dumps(row))
-            rows.append(row)
-            print(head + ': swap {:.1f}, stage 1 {:.1f}, stage 1 + 2 {:.1f} mIoU'.format(*row['miou']), flush=True)
-    if failed:
-        sys.exit(f'{len(failed)} rows failed: {", ".join(failed)}. The others are kept; call again to go on')
-    return sorted(rows, key=lambda row: (row['name'], row['seed']))
+        for part, call in found.items():
+            calls[part][label] = call
+    costs: dict[str, dict] = {label: dict(parameters=sum(p.numel() for p in networks[label].parameters())
+                                          - sum(p.numel() for p in teacher.parameters())) for label in calls['vit']}
+    with torch.no_grad():
+        for part, functions in calls.items():
+            for label, taken in take_turns(functions, wall_timer(device), seconds).items():
+                call = functions[label]
+                costs[label] |= {f'{part}_ms': 1000 * taken, f'{part}_mib': peak_memory(call, device) / 2 ** 20,
+                                 f'{part}_gmac': multiply_adds(call) / 1e9}
+    return costs
+
+
+def update_costs(setting: Setting, size: int) -> None:
+    """Measures all that has rows at a size, unless that has been done."""
+    data = read_records(setting.out)
+    attentions = {row['label']: row['settings']['attention'] for row in data['rows'].values() if row['size'] == size}
+    wanted = dict(model=setting.model, threads=1, attentions={SOFTMAX: None} | attentions)
+    if data['costs'].get(str(size), {}).get('settings') == wanted:
+        return
+    print(f'{size} px: time and memory of {len(attentions)} networks', flush=True)
+    torch.set_num_threads(1)
+    with logged(setting.work / 'costs.log'):
+        rows = measure_costs(setting, wanted['attentions'], size)
+    keep(setting, 'costs', str(size), dict(rows=rows, settings=wanted, machine=setting.ran_on | dict(threads=1)))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--model', default='deit_tiny_patch16_224', help='pretrained ViT of timm that classifies')
+    add('--weights', type=Path, help="file with its weights; the hub's if unset")
+    add('--attentions', nargs='+', default=['all', str(ROOT / 'configs/real/frontier.yml')], metavar='ATTENTION',
+        help='all, FILE.yml, or [LABEL=]NAME[:OPTION=VALUE,...]')
+    add('--sizes', nargs='+', type=int, default=[224, 512], help='pixels of a side')
+    add('--seeds', nargs='+', type=int, default=[0])
+    add('--stage1', type=int, default=100, help='iterations of stage 1; 0: scores as is alone')
+    add('--stage2', type=int, default=0, help='iterations of stage 2, after those')
+    add('--batch', type=int, default=16, help='images in an iteration')
+    add('--bf16', action='store_true', help='align under bfloat16; scores stay float32')
+    add('--images', type=int, default=250, help='at most so many of each kind to score, spread evenly')
+    add('--data-root', type=Path, default=Path('data'), help='what the places below are relative to')
+    add('--align-list', default='caltech101/unlabelled.txt', help='list or folder; every eighth is left out')
+    add('--score-list', help='list or folder for agreement; the eighths that alignment leaves out if unset')
+    add('--labelled', nargs='+', default=['caltech101/train.txt', 'caltech101/test.txt'], help='lists with classes')
+    add('--segmentation', default='camvid11', help="images/ and labels/ of train/ and val/; '' for none")
+    add('--jobs', type=int, default=cores(), help='rows at a time')
+    add('--out', type=Path, default=Path('docs/results/frontier.json'), help='where rows are recorded')
+    add('--png', type=Path, default=Path('docs/images/frontier.png'))
+    add('--work-dir', type=Path, default=Path('work_dirs/frontier'), help='logs, features, checkpoints')
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns how many jobs failed."""
+    if min(args.jobs, args.batch, args.images, *args.sizes) < 1 or min(args.stage1, args.stage2) < 0:
+        raise ValueError('--jobs, --batch, --images and --sizes are at least 1, --stage1 and --stage2 at least 0')
+    attentions = {SOFTMAX: None} | parse_attentions(args.attentions)
+    setting = make_setting(args)
+    lengths = [UNTRAINED, (args.stage1, 0), (args.stage1, args.stage2)]
+    jobs = outstanding(setting, attentions, args.sizes, args.seeds, list(dict.fromkeys(lengths)))
+    print(f'{len(attentions) - 1} attentions at {", ".join(map(str, args.sizes))} px: {len(jobs)} jobs to go, '
+          f'{args.jobs} at a time; recorded in {args.out}', flush=True)
+    setting.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(cores())
+    for size in dict.fromkeys(size for _, size, _, _ in jobs):
+        write_reference(setting, size)
+    failed = run_jobs(setting, attentions, jobs, args.jobs) if jobs else 0
+    for size in args.sizes:
+        update_costs(setting, size)
+    data = read_records(args.out)
+    draw(args.png, data)
+    print(table(data), advice(data), sep='\n\n')
+    return failed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='shorter runs: all attentions in ten minutes on 2 cores')
-    parser.add_argument('--iterations', nargs=3, type=int, metavar=('TEACHER', 'STAGE1', 'STAGE2'),
-                        help='lengths of the runs, instead')
-    parser.add_argument('--attentions', nargs='+', metavar='NAME', help='registered names; all if unset')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--jobs', type=int, default=cores(), help='rows at a time')
-    parser.add_argument('--work-dir', help='work_dirs/compare, or work_dirs/compare_quick')
-    parser.add_argument('--data-root', default='data', help='where the embedded data set is drawn (beacons/)')
-    args = parser.parse_args()
-    ATTENTIONS.import_from_location()
-    known = sorted(name for name, layer in ATTENTIONS.module_dict.items() if not layer.is_softmax)
-    names = [name.removeprefix('adala_mm.') for name in args.attentions or known]
-    if unknown := set(names) - set(known):
-        parser.error(f'{", ".join(sorted(unknown))}: no registered attention; there are {", ".join(known)}')
-    out = Path(args.work_dir or f'work_dirs/compare{"_quick" if args.quick else ""}').resolve()
-    iterations, data_root = QUICK if args.quick else FULL, str(Path(args.data_root).resolve())
-    if args.iterations:
-        if min(args.iterations) < 2:
-            parser.error('--iterations must be at least 2 each')
-        iterations = dict(zip(FULL, args.iterations, strict=True))
-    began = time.time()
-
-    print(f'Teacher, then {len(names)} attentions x {len(args.seeds)} seeds, {args.jobs} at a time: {out}', flush=True)
-    teacher = train_teacher(out / 'teacher', data_root, iterations['teacher'])
-    score = curve(out / 'teacher', 'mIoU')[1][-1]
-    print(f'[{clock(time.time() - began)}] teacher: {score:.2f} mIoU', flush=True)
-    rows = run_rows(args, names, out, data_root, teacher, iterations, began)
-    print(f'[{clock(time.time() - began)}] measuring time and memory', flush=True)
-    torch.set_num_threads(1)
-    data = dict(rows=rows, teacher=score, iterations=iterations, costs=measure_costs(['SoftmaxAttention', *names]),
-                machine=machine())
-    (out / 'results.json').write_text(json.dumps(data, indent=1, sort_keys=True) + '\n')
-    (out / 'comparison.md').write_text(attention_table(data) + '\n')
-    draw(out / 'comparison.png', data)
-    print(attention_table(data))
-    print(f'\n[{clock(time.time() - began)}] {out}/comparison.md, comparison.png, results.json')
+    args = parser().parse_args()
+    try:
+        with one_message():
+            failed = run(args)
+    except KeyboardInterrupt:
+        sys.exit('interrupted; the same command goes on')
+    if failed:
+        sys.exit(f'{failed} jobs failed; the same command tries them again and goes on')
 
 
 if __name__ == '__main__':

@@ -19,11 +19,13 @@ from study_report import ALIGNMENT, SEGMENTATION, chain, compute, lengths, read_
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.tables import ablation_table, attention_table, markdown_table
+from adala_mm.utils.frontier import advice
+from adala_mm.utils.frontier import table as frontier_table
+from adala_mm.utils.tables import ablation_table, markdown_table
 from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'configs/baselines/README.md']
+PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md']
 
 
 def demo() -> str:
@@ -180,14 +182,19 @@ def study_costs() -> str:
     return markdown_table(header, rows)
 
 
-def attentions() -> str:
-    data = json.loads((ROOT / 'docs/results/attentions.json').read_text())
-    m, it = data['machine'], data['iterations']
-    seeds = sorted({row['seed'] for row in data['rows']})
-    return attention_table(data) + (
-        f'\n\nSeeds {", ".join(map(str, seeds))}; teacher {it["teacher"]}, stage 1 {it["stage1"]}, stage 2 '
-        f'{it["stage2"]} iterations; {m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}, commit '
-        f'{m["commit"]}.')
+def frontier() -> str:
+    """What compare_attentions.py found, and the advice that follows from it."""
+    data = recorded('frontier')
+    rows, costs = list(data['rows'].values()), list(data['costs'].values())
+    m, seeds = rows[0]['machine'], sorted({row['seed'] for row in rows})
+    commits = dict.fromkeys(row['machine']['commit'] + '+' * bool(row['machine']['dirty']) for row in rows + costs)
+    changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
+    models = dict.fromkeys(row['settings']['model'] for row in rows)
+    photographs = dict.fromkeys(row['settings']['photographs'].partition(',')[0] for row in rows)
+    return frontier_table(data) + '\n\n' + advice(data) + (
+        f'\n\n{", ".join(models)}, {", ".join(photographs)} photographs; seeds {", ".join(map(str, seeds))}; '
+        f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. Commits {", ".join(commits)}'
+        f'{changed}.')
 
 
 def benchmark(name: str, table: Callable[[dict], str]) -> str:
@@ -197,7 +204,7 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, attentions=attentions, costs=costs, downloads=downloads,
+TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),

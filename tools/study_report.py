@@ -16,17 +16,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
-from adala_mm.utils.pictures import save_figure
+from adala_mm.utils.pictures import label_points, save_figure
 from adala_mm.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 ALIGNMENT = {'align/top1_agreement': ('top-1 agreement (%)', 1), 'align/rel_error': ('relative feature error', 3),
              'align/cosine': ('cosine', 3), 'knn/accuracy': ('1-NN accuracy (%)', 1)}
 DRAWN = {'align/top1_agreement': None, 'knn/accuracy': 'knn/teacher_accuracy'}  # with what the teacher has; 100 if None
-# Of the picture: colour, width of the line and legend of recipes whose label begins like that.
-FAMILIES = {'the paper: stages': ('C0', 2.0, "the paper's recipe"), 'plus:': ('C3', 2.0, 'plus'),
-            'plus,': ('C1', 1.0, 'plus with one change')}
-OTHERS = ('C7', 1.0, "the paper's recipe with one change")
+# Of the picture: colour of recipes whose label begins like that, and what it is called.
+FAMILIES = {'the paper: stages': ('C0', "the paper's recipe"), 'plus: stages': ('C3', 'plus')}
+OTHERS = ('0.45', None)
 SEGMENTATION = {'mIoU': ('mIoU', 2), 'aAcc': ('pixel accuracy', 2)}
 
 
@@ -84,38 +83,49 @@ def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tu
                            *(title for title, _ in columns.values()), 'seeds'], rows)
 
 
-def progress(runs: list[dict], metric: str) -> list[tuple[float, float]]:
-    """10^12 multiply-adds spent on a chain, and its score, at every validation."""
-    return [(compute(runs[:last], score['step']), score[metric])
-            for last, run in enumerate(runs, 1) for score in run['scores']
+def progress(chains: list[list[dict]], metric: str) -> list[tuple[float, float]]:
+    """10^12 multiply-adds spent on a chain, and its score, at every validation: means over the seeds."""
+    return [(compute(chains[0][:last], score['step']),
+             statistics.fmean(runs[last - 1]['scores'][i][metric] for runs in chains))
+            for last, run in enumerate(chains[0], 1) for i, score in enumerate(run['scores'])
             if score['step'] or last == 1]  # where a later stage starts is where the one before it ended
 
 
 def draw(path: Path, records: dict[str, dict], plan: dict[str, dict]) -> None:
-    """Scores at each validation over the compute spent by then: a line a seed, a colour a family of recipes.
+    """Scores over the compute spent by then, means over the seeds: lines for `FAMILIES`, points for others' ends.
 
-    Recipes are the alignments that no other alignment goes on from; `FAMILIES` go by the beginning of their labels.
+    Those have their names in the first panel alone. Recipes are the alignments that no other alignment goes on from.
     """
     records = {key: run for key, run in records.items() if set(ALIGNMENT) <= set(run['scores'][-1])}
-    figure = Figure(figsize=(9, 4.2), layout='constrained')
+    figure = Figure(figsize=(13, 5.6), layout='constrained')
     panels = figure.subplots(1, len(DRAWN))
-    ends = [name for name in plan if not any(run['after'] in seeds_of(records, name) for run in records.values())]
-    for name in ends:
-        label = plan[name].get('label', name)
-        color, width, family = next((style for start, style in FAMILIES.items() if label.startswith(start)), OTHERS)
-        for key in seeds_of(records, name):
-            for axis, metric in zip(panels, DRAWN, strict=True):
-                axis.plot(*zip(*progress(chain(records, key), metric), strict=True), marker='.', color=color, lw=width,
-                          label=family)
+    recipes = [name for name in plan if seeds_of(records, name)
+               and not any(run['after'] in seeds_of(records, name) for run in records.values())]
+    marks = []
     for axis, (metric, teacher) in zip(panels, DRAWN.items(), strict=True):
+        names, colours, lines = [], [], []
+        for name in recipes:
+            chains = [chain(records, key) for key in seeds_of(records, name)]
+            curve, label = progress(chains, metric), plan[name].get('label', name)
+            color, family = next((style for start, style in FAMILIES.items() if label.startswith(start)), OTHERS)
+            if family:
+                lines += axis.plot(*zip(*curve, strict=True), marker='.', color=color, lw=2)
+                label = f'{family}, {" + ".join(map(str, lengths(chains[0], chains[0][-1]["iterations"])))}'
+            else:
+                axis.plot(*curve[-1], 'o', color=color, ms=4)
+            if family or axis is panels[0]:
+                names.append((*curve[-1], label))
+                colours.append(color)
         for height in {run['scores'][-1].get(teacher, 100) for run in records.values()}:
-            axis.axhline(height, color='black', lw=1, ls=':', label='softmax teacher')
+            lines += [axis.axhline(height, color='black', lw=1, ls=':')]
+            axis.text(0.02, height, 'softmax teacher', transform=axis.get_yaxis_transform(), va='bottom', fontsize=10)
         axis.set_xlabel('10¹² multiply-adds in training', fontsize=12)
         axis.set_ylabel(ALIGNMENT[metric][0], fontsize=12)
-        axis.tick_params(labelsize=11)
+        axis.margins(x=0.08, y=0.08)
         axis.grid(alpha=0.3)
-    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))  # one of each label
-    figure.legend(lines.values(), lines, loc='outside upper center', fontsize=12, ncols=2)
+        marks.append((names, colours, lines))
+    for axis, (names, colours, lines) in zip(panels, marks, strict=True):
+        label_points(axis, names, colours, lines)
     save_figure(figure, path)
 
 

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from torch import Tensor
+
+REACHES = 8, 13, 20, 30, 44, 60, 80, 110, 150, 200  # from a point to its name, in pixels, that are tried
 
 
 def shared_pca(maps: list[Tensor]) -> list[np.ndarray]:
@@ -82,3 +86,43 @@ def picture_grid(path: str | Path, columns: dict[str, list[np.ndarray]], title: 
     if title:
         figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
+
+
+def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[str],
+                 lines: Sequence[Line2D] = (), fontsize: float = 9) -> None:
+    """Writes a name beside each point (x, y, name), where it covers least of other names, of points and of ``lines``.
+
+    Names are placed one after the other, so the first ones are nearest to their points; one that is far from its point
+    gets a line to it. Draw everything else first: places are found in pixels.
+    """
+    figure = axis.figure
+    figure.draw_without_rendering()  # lays the axes out,
+    figure.set_layout_engine('none')  # and there they stay
+    spots = axis.transData.transform(np.reshape([point[:2] for point in points], (-1, 2)))
+    frame = axis.get_window_extent().extents
+    around = np.concatenate([spots - 9, spots + 9], axis=1)  # a name there would seem to be the point's
+    paths = [axis.transData.transform_path(line.get_path()).interpolated(30).vertices for line in lines]
+    taken = np.concatenate([np.concatenate([path - 2, path + 2], axis=1) for path in [*paths, np.empty((0, 2))]])
+    angles, reaches = (values.ravel() for values in np.meshgrid(np.linspace(0, 2 * np.pi, 24, endpoint=False), REACHES))
+    halo = [withStroke(linewidth=2.5, foreground='white')]
+    for i, (spot, (*place, name), colour) in enumerate(zip(spots, points, colours, strict=True)):
+        text = axis.annotate(name, place, xytext=(0, 0), textcoords='offset points', color=colour, fontsize=fontsize,
+                             ha='center', va='center', zorder=5, path_effects=halo)
+        half = np.array([text.get_window_extent().width / 2 + 2, text.get_window_extent().height / 2 + 1])
+        offsets = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (half + reaches[:, None])
+        boxes = np.concatenate([spot + offsets - half, spot + offsets + half], axis=1)
+        covered = overlap(boxes, np.concatenate([taken, np.delete(around, i, axis=0)])).sum(axis=1)
+        outside = 4 * half.prod() - overlap(boxes, frame[None])[:, 0]
+        best = np.argmin(covered + 3 * outside + 4 * reaches)
+        taken, points_per_pixel = np.concatenate([taken, boxes[best:best + 1]]), 72 / figure.dpi
+        text.set_position(offsets[best] * points_per_pixel)
+        if reaches[best] > REACHES[0]:
+            nearest = np.clip(0, offsets[best] - half, offsets[best] + half) * points_per_pixel
+            axis.annotate('', place, xytext=nearest, textcoords='offset points', zorder=1,
+                          arrowprops=dict(arrowstyle='-', color=colour, lw=0.6, shrinkA=0, shrinkB=2))
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Areas (n, m) that boxes (n, 4) and (m, 4), of x0, y0, x1, y1 each, have in common."""
+    low, high = np.maximum(one[:, None, :2], other[:, :2]), np.minimum(one[:, None, 2:], other[:, 2:])
+    return (high - low).clip(min=0).prod(axis=2)
