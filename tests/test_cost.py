@@ -19,7 +19,7 @@ from adala_mm.utils.cost import multiply_adds, peak_bytes
 
 ATTENTIONS.import_from_location()
 OPTIONS = dict(NystromformerAttention=dict(num_landmarks=16), LinformerAttention=dict(rank=24),
-               WindowAttention=dict(window_size=8))
+               WindowAttention=dict(window_size=8), WindowedLinearAttention=dict(window_size=8))
 DIM, HW = 32, (16, 24)
 
 

@@ -22,10 +22,11 @@ from adala_mm.models.attentions.rmt import RMTAttention
 from adala_mm.models.attentions.softmax import SoftmaxAttention
 from adala_mm.models.attentions.vicinity import VicinityAttention
 from adala_mm.models.attentions.vig import ViGAttention
+from adala_mm.models.attentions.windowed_linear import WindowedLinearAttention
 
 __all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CosformerAttention', 'FCViTAttention',
            'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'L2ViTAttention', 'LinearAttention',
            'LinformerAttention', 'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention',
            'PerformerAttention', 'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention',
-           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'blocks_by_attention',
-           'build_attention']
+           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'WindowedLinearAttention',
+           'blocks_by_attention', 'build_attention']
