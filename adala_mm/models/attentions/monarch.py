@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import DepthwiseConv
-from adala_mm.models.attentions.tiles import check_tile, from_tiles, padded, real_patches, to_tiles
+from adala_mm.models.attentions.tiles import check_tile, fit_tile, from_tiles, padded, real_patches, to_tiles
 from adala_mm.ops import in_float32
 from adala_mm.registry import ATTENTIONS
 
@@ -99,7 +99,7 @@ class MonarchAttention(Attention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         local = 0 if self.dwconv is None else self.dwconv(v, hw, num_prefix)
         q = q if self.tau is None else q * self.tau['scale'].to(q.dtype)
-        tile, scaled = self.tile or (1, hw[1]), q * q.shape[-1] ** -0.5
+        tile, scaled = fit_tile(self.tile or (1, hw[1]), hw), q * q.shape[-1] ** -0.5
         prefix, patches = zip(*(x.tensor_split((num_prefix,), dim=2) for x in (scaled, k, v)), strict=True)
         blocks = [to_tiles(x, hw, tile) for x in patches]
         real = real_patches(hw, tile, q.device) if padded(hw, tile) else None

@@ -15,6 +15,11 @@ def check_tile(tile: tuple[int, int]) -> tuple[int, int]:
     return tuple(tile)
 
 
+def fit_tile(tile: tuple[int, int], hw: tuple[int, int]) -> tuple[int, int]:
+    """``tile`` no larger than the grid, so that nothing is padded in vain; as it is where a graph leaves sizes open."""
+    return tile if exporting() else tuple(min(sides) for sides in zip(tile, hw, strict=True))
+
+
 def count(hw: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of tiles that cover the grid."""
     return tuple((side + length - 1) // length for side, length in zip(hw, tile, strict=True))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from adala_mm.models.attentions.base import Attention, centred
 from adala_mm.models.attentions.hedgehog import HedgehogMap
 from adala_mm.models.attentions.parts import DepthwiseConv
-from adala_mm.models.attentions.tiles import from_tiles, padded, real_patches, to_tiles
+from adala_mm.models.attentions.tiles import fit_tile, from_tiles, padded, real_patches, to_tiles
 from adala_mm.ops import in_float32
 from adala_mm.registry import ATTENTIONS
 
@@ -90,7 +90,7 @@ class WindowedLinearAttention(Attention):
 
     @in_float32
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        tile = (self.window_size, self.window_size)
+        tile = fit_tile((self.window_size, self.window_size), hw)
         local = 0 if self.dwconv is None else self.dwconv(v, hw, num_prefix)
         first = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v)
         k, weighed = centred(k), F.pad(v, (0, 1), value=1)  # the sum of weights is that of values 1
