@@ -2,15 +2,32 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
-from test_baseline_attentions import HEADS, LAYOUTS, WIDTH, build, compare, convolved, error, qkv, weights, with_grads
+from test_baseline_attentions import (
+    DIM,
+    HEADS,
+    LAYOUTS,
+    WIDTH,
+    build,
+    compare,
+    convolved,
+    error,
+    qkv,
+    tokens,
+    weights,
+    with_grads,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
+from adala_mm.analysis import attention_entropy
 from adala_mm.models.attentions.tiles import from_tiles, real_patches, to_tiles
 from adala_mm.models.attentions.windowed_linear import sums_elsewhere
 
+CENTRED = [('Linear', {}), ('Linear', dict(feature_map='exp', dwconv=3)), ('Hedgehog', dict(variant='exp')),
+           ('Hedgehog', {}), ('LoLCATS', dict(rank=3)), ('Performer', dict(num_features=20))]
 GRIDS = [((4, 4), 0), ((3, 5), 1), ((1, 1), 0), ((1, 1), 5), ((16, 64), 1)]
 
 
@@ -146,3 +163,40 @@ def test_heads_share_nothing():
     changed[:, 1] += 1
     moved = (layer.mix(changed, k, v, (4, 5), 1) - layer.mix(q, k, v, (4, 5), 1)).abs().amax((0, 2, 3))
     assert (moved > 0).tolist() == [h == 1 for h in range(HEADS)]
+
+
+@pytest.mark.parametrize(('name', 'options'), CENTRED, ids=str)
+def test_centred_keys(name, options):
+    """As if each image had the bias of its keys that makes their mean zero; another bias changes nothing."""
+    layer, plain = build(name, center_keys=True, **options), build(name, **options)
+    plain.load_state_dict(layer.state_dict())
+    x, upstream = tokens((4, 5), 1), torch.randn(2, 21, DIM, dtype=torch.float64)
+    out, grad = with_grads(lambda x: layer(x, (4, 5), 1), [x], upstream)
+    for i in range(2):
+        bias = layer.qkv.bias.detach().clone()
+        bias[DIM:2 * DIM] -= layer.project(x)[1][i].mean(dim=1).detach().flatten()
+        plain.qkv.bias.data = bias
+        assert error(plain(x[i:i + 1], (4, 5), 1), out[i:i + 1]) < 1e-12
+        entropy = attention_entropy(layer, x[i:i + 1], (4, 5), 1)
+        assert (entropy is None) == (name == 'Performer')
+        if entropy is not None:
+            torch.testing.assert_close(entropy, attention_entropy(plain, x[i:i + 1], (4, 5), 1), rtol=1e-5, atol=0)
+    plain.load_state_dict(layer.state_dict())
+
+    def centred(x):  # the same with a plain layer, whose keys are what `project` gives less their mean
+        q, k, v = plain.project(x)
+        mixed = plain.mix(q, k - k.sum(dim=2, keepdim=True) / 21, v, (4, 5), 1).transpose(1, 2).flatten(2)
+        lora = plain.lora.delta('o') if name == 'LoLCATS' else 0
+        return mixed @ (plain.proj.weight + lora).T + plain.proj.bias
+    assert error(with_grads(centred, [x], upstream)[1], grad) < 1e-9
+    before = plain(x, (4, 5), 1)
+    for module in (layer, plain):
+        module.qkv.bias.data[DIM:2 * DIM] += 1
+    assert error(layer(x, (4, 5), 1), out) < 1e-12 < 1e-4 < error(plain(x, (4, 5), 1), before)
+
+
+def test_centred_keys_take_the_fast_path(monkeypatch):
+    layer, x = build('Linear', center_keys=True, dtype=torch.float32), tokens((4, 5), 1).float()
+    wanted = layer(x, (4, 5), 1)
+    monkeypatch.setattr(sys.modules['adala_mm.ops.linear_attention'], 'linear_attention_reference', None)
+    torch.testing.assert_close(layer(x, (4, 5), 1), wanted)
