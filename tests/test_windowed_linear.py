@@ -191,7 +191,7 @@ def test_centred_keys(name, options):
     assert error(with_grads(centred, [x], upstream)[1], grad) < 1e-9
     before = plain(x, (4, 5), 1)
     for module in (layer, plain):
-        module.qkv.bias.data[DIM:2 * DIM] += 1
+        module.qkv.bias.data[DIM:2 * DIM] += torch.linspace(-1, 1, DIM, dtype=torch.float64)
     assert error(layer(x, (4, 5), 1), out) < 1e-12 < 1e-4 < error(plain(x, (4, 5), 1), before)
 
 
