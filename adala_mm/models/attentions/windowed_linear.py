@@ -28,15 +28,15 @@ def sums_elsewhere(log_k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         sums (B, H, T, F, D) and shift (B, H, T, F), the greatest log_k of the other tiles; no gradient is needed there.
     """
     peak = log_k.detach().amax(dim=3)  # (B, H, T, F)
-    own = (log_k - peak.unsqueeze(3)).exp().mT @ v  # (B, H, T, F, D), times exp(peak)
     first, holder = peak.max(dim=2, keepdim=True)
     holds = torch.arange(peak.shape[2], device=peak.device)[:, None] == holder  # (B, H, T, F)
     second = peak.masked_fill(holds, torch.finfo(peak.dtype).min).amax(dim=2, keepdim=True)
-    among_all = own * (peak - first).exp().unsqueeze(-1)
-    among_others = own * (peak - second).masked_fill(holds, -torch.inf).exp().unsqueeze(-1)
-    rest = among_all.sum(dim=2, keepdim=True) - among_all
-    sums = torch.where(holds.unsqueeze(-1), among_others.sum(dim=2, keepdim=True), rest)
-    return sums, torch.where(holds, second, first)
+    own = (log_k - first.unsqueeze(3)).exp_().mT @ v  # (B, H, T, F, D)
+    others = (log_k - second.unsqueeze(3)).masked_fill_(holds.unsqueeze(3), -torch.inf).exp_()
+    others = (others.flatten(2, 3).mT @ v.flatten(2, 3)).unsqueeze(2)  # (B, H, 1, F, D)
+    rest = own.sum(dim=2, keepdim=True) - own
+    place = holder.unsqueeze(-1).expand_as(others)
+    return rest.scatter_(2, place, others), torch.where(holds, second, first)
 
 
 @ATTENTIONS.register_module()
@@ -58,7 +58,7 @@ class WindowedLinearAttention(Attention):
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
         window_size: s; a window as large as the grid gives softmax attention.
-        feature_dim: F, D if None; there are 2 F features.
+        feature_dim: F, half of D if None; there are 2 F features.
         dwconv: side of a convolution of the values that is added, as in `LinearAttention`; None for none.
 
     Raises:
@@ -75,37 +75,37 @@ class WindowedLinearAttention(Attention):
         super().__init__(dim, num_heads, qkv_bias)
         if window_size < 1:
             raise ValueError(f'window_size={window_size}: a window needs at least one patch')
-        feature_dim = dim // num_heads if feature_dim is None else feature_dim
+        feature_dim = (dim // num_heads + 1) // 2 if feature_dim is None else feature_dim
         if feature_dim < 1:
             raise ValueError(f'feature_dim={feature_dim}: at least one feature is needed')
         self.window_size = window_size
         self.feature_map = HedgehogMap(num_heads, dim // num_heads, feature_dim)
         self.dwconv = None if dwconv is None else DepthwiseConv(dim, dwconv)
 
-    def log_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (B, H, N, D) each, (B, H, N, 2 F) each; with the factor 1 / 2 F of the mean in the queries."""
-        a, b = (torch.cat([y, -y], dim=-1) - y.square().mean(dim=-1, keepdim=True) / 2
-                for y in self.feature_map(q, k))
-        return a - math.log(2 * self.feature_map.q.shape[-1]), b
-
     @in_float32
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         tile = fit_tile((self.window_size, self.window_size), hw)
-        local = 0 if self.dwconv is None else self.dwconv(v, hw, num_prefix)
         first = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v)
-        k, weighed = centred(k), F.pad(v, (0, 1), value=1)  # the sum of weights is that of values 1
-        log_q, log_k = (to_tiles(x[:, :, num_prefix:], hw, tile) for x in self.log_features(q, k))
-        q = to_tiles(q[:, :, num_prefix:], hw, tile) * q.shape[-1] ** -0.5  # (B, H, T, b, D)
-        near = [torch.cat([x[:, :, None, :num_prefix].expand(-1, -1, q.shape[2], -1, -1),
-                           to_tiles(x[:, :, num_prefix:], hw, tile)], dim=3) for x in (k, weighed)]
-        scores = q @ near[0].mT  # (B, H, T, b, P + b)
+        (_, prefix_k, prefix_v), patches = zip(*(x.tensor_split((num_prefix,), dim=2) for x in (q, centred(k), v)),
+                                               strict=True)
+        q, k, windows = (to_tiles(x, hw, tile) for x in patches)  # (B, H, T, b, D)
+        real, least = real_patches(hw, tile, q.device), torch.finfo(q.dtype).min
+        log_q, log_k = (y.unflatten(2, (-1, q.shape[3])) for y in self.feature_map(q.flatten(2, 3), k.flatten(2, 3)))
+        lengths = [y.square().mean(dim=-1, keepdim=True) / 2 for y in (log_q, log_k)]
+        log_k = torch.cat([log_k, -log_k], dim=-1) - lengths[1]
         if padded(hw, tile):
-            real, least = real_patches(hw, tile, q.device), torch.finfo(q.dtype).min
             log_k = log_k.masked_fill(~real.unsqueeze(-1), least)
+        sums, shift = sums_elsewhere(log_k, F.pad(windows, (0, 1), value=1))  # the sum of weights: of values 1
+        log_q = torch.cat([log_q, -log_q], dim=-1) + shift.unsqueeze(3) - (lengths[0] + math.log(2 * log_q.shape[-1]))
+
+        keys, values = (torch.cat([x.unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1), y], dim=3)
+                        for x, y in ((prefix_k, k), (prefix_v, windows)))
+        scores = q * q.shape[-1] ** -0.5 @ keys.mT  # (B, H, T, b, P + b)
+        if padded(hw, tile):
             scores = scores.masked_fill(~F.pad(real, (num_prefix, 0), value=True).unsqueeze(1), least)
-        sums, shift = sums_elsewhere(log_k, near[1][:, :, :, num_prefix:])
-        log_q = log_q + shift.unsqueeze(3)
         peak = torch.maximum(*(x.detach().amax(dim=-1, keepdim=True) for x in (scores, log_q)))
-        out = (scores - peak).exp() @ near[1] + (log_q - peak).exp() @ sums
-        out = from_tiles(out[..., :-1] / out[..., -1:], hw, tile)
-        return torch.cat([first, out], dim=2) + local
+        near, far = (scores - peak).exp_(), (log_q - peak).exp_()
+        total = far @ sums
+        out = (near @ values + total[..., :-1]) / (near.sum(dim=-1, keepdim=True) + total[..., -1:])
+        out = torch.cat([first, from_tiles(out, hw, tile)], dim=2)
+        return out if self.dwconv is None else out + self.dwconv(v, hw, num_prefix)
