@@ -67,7 +67,7 @@ class CoarseToFineAttention(Attention):
     """
 
     formula = 'Σw v / Σw over tokens of K open tiles and means of the others, w = n exp(qkᵀ/√D)'
-    cost = '2N(N/S² + KS²)D'
+    cost = '3N²D/S² + 2NKS²D'
     positional = True
     reference = 'after Tang et al., ICLR 2022'
 
