@@ -147,8 +147,9 @@ def test_checkpoint_of_another_grid_loads(name, tmp_path):
 
 @pytest.mark.parametrize('name', [name for name in NAMES if not ATTENTIONS.get(name).is_softmax])
 def test_every_layer_learns_in_both_stages(name, sharp_pretrained):
-    options = dict(num_landmarks=8) if name == 'NystromformerAttention' else {}
-    vit = dict(img_size=64, init_cfg=sharp_pretrained)  # 64 patches: more than a window, or than landmarks
+    options = {'NystromformerAttention': dict(num_landmarks=8),
+               'CoarseToFineAttention': dict(tile=2, num_open=2, block=4)}.get(name, {})
+    vit = dict(img_size=64, init_cfg=sharp_pretrained)  # 64 patches: more than a window, landmarks or open tiles
     student, images = tiny_vit(attention=dict(type=f'adala_mm.{name}', **options), **vit), torch.randn(4, 3, 64, 64)
     for stage, extra in (('AttentionAlignment', {}), ('FeatureAlignment', dict(teacher=tiny_vit(**vit)))):
         model = MODELS.build(dict(type=f'adala_mm.{stage}', backbone=student, **extra))

@@ -369,7 +369,8 @@ def test_numbers_of_the_baselines():
     assert tables == 2 * (1024 + 1) * 32  # the class token has a row as well
     assert layers['performer'].feature_map.projection.shape == (64, 64)
     assert layers['nystromformer'].num_landmarks == 128
-    assert layers['monarch'].num_steps == 3 and layers['monarch'].block_size is None  # as wide as the grid
+    monarch = layers['monarch']
+    assert (monarch.num_steps, monarch.exact_prefix, monarch.tile) == (3, False, None)  # blocks as wide as the grid
 
 
 # What sets a run apart from the one on the same schedule with the paper's linear attention and stages.

@@ -27,7 +27,7 @@ from adala_mm.utils.checkpoint import TRUST
 ATTENTIONS.import_from_location()
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
 SIZE_BOUND = ('NystromformerAttention', 'ViGAttention')  # tokens fall into segments, whose number is the graph's length
-OPTIONS = {'MonarchAttention': dict(num_steps=1), 'WindowAttention': dict(window_size=3),
+OPTIONS = {'WindowAttention': dict(window_size=3), 'WindowedLinearAttention': dict(window_size=3),
            'NystromformerAttention': dict(num_landmarks=9), 'AgentAttention': dict(num_agents=9)}
 ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export.md has a record of all
 SEGMENTOR = dict(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adala_mm.models.attentions import Attention
+from adala_mm.models.attentions.base import centred
 from adala_mm.models.attentions.linear import LinearAttention
 from adala_mm.ops.linear_attention import FEATURE_MAPS
 
@@ -33,7 +34,7 @@ def attention_entropy(attn: Attention, h: Tensor, hw: tuple[int, int], num_prefi
         def weights(q: Tensor) -> Tensor:
             return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     elif isinstance(attn, LinearAttention) and attn.feature_map != 'identity':
-        q, k = FEATURE_MAPS[attn.feature_map](q, k)
+        q, k = FEATURE_MAPS[attn.feature_map](q, centred(k) if attn.center_keys else k)
 
         def weights(q: Tensor) -> Tensor:
             scores = q @ k.transpose(-2, -1)

@@ -12,5 +12,5 @@ cosformer = dict(type='adala_mm.CosformerAttention')
 # A.2: 128, "which is the head dimension". A ViT-L's is 64, which the FLOPs would fit.
 nystromformer = dict(type='adala_mm.NystromformerAttention', num_landmarks=128)
 # 10.47 GFLOP above the rest of the network, 83.7 at N = 4096: (4 T + 1) N^1.5 C in each layer with T = 3 and blocks
-# as wide as the grid, the default.
-monarch = dict(type='adala_mm.MonarchAttention', num_steps=3)
+# as wide as the grid; class and register tokens are in a block like others.
+monarch = dict(type='adala_mm.MonarchAttention', num_steps=3, exact_prefix=False)

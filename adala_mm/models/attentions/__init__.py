@@ -2,6 +2,7 @@ from adala_mm.models.attentions.agent import AgentAttention
 from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.build import build_attention
 from adala_mm.models.attentions.castling import CastlingAttention
+from adala_mm.models.attentions.coarse_to_fine import CoarseToFineAttention
 from adala_mm.models.attentions.cosformer import CosformerAttention
 from adala_mm.models.attentions.counts import blocks_by_attention
 from adala_mm.models.attentions.fcvit import FCViTAttention
@@ -22,10 +23,11 @@ from adala_mm.models.attentions.rmt import RMTAttention
 from adala_mm.models.attentions.softmax import SoftmaxAttention
 from adala_mm.models.attentions.vicinity import VicinityAttention
 from adala_mm.models.attentions.vig import ViGAttention
+from adala_mm.models.attentions.windowed_linear import WindowedLinearAttention
 
-__all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CosformerAttention', 'FCViTAttention',
-           'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'L2ViTAttention', 'LinearAttention',
-           'LinformerAttention', 'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention', 'NystromformerAttention',
-           'PerformerAttention', 'PolaFormerAttention', 'RALAAttention', 'RMTAttention', 'SoftmaxAttention',
-           'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention', 'blocks_by_attention',
-           'build_attention']
+__all__ = ['AgentAttention', 'Attention', 'CastlingAttention', 'CoarseToFineAttention', 'CosformerAttention',
+           'FCViTAttention', 'FocusedAttention', 'HedgehogAttention', 'InLineAttention', 'L2ViTAttention',
+           'LinearAttention', 'LinformerAttention', 'LoLCATSAttention', 'MLLAAttention', 'MonarchAttention',
+           'NystromformerAttention', 'PerformerAttention', 'PolaFormerAttention', 'RALAAttention', 'RMTAttention',
+           'SoftmaxAttention', 'ViGAttention', 'ViTALiTyAttention', 'VicinityAttention', 'WindowAttention',
+           'WindowedLinearAttention', 'blocks_by_attention', 'build_attention']

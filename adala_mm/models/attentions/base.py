@@ -105,3 +105,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) to (B, N, C)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def centred(k: Tensor) -> Tensor:
+    """Keys (B, H, N, D) less their mean over the tokens: softmax does not notice, kernels approximate it better."""
+    return k - k.mean(dim=2, keepdim=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.base import Attention, centred
 from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.ops import in_float32, shifted_exp, weighted_sums
 from adala_mm.registry import ATTENTIONS
@@ -46,6 +46,7 @@ class HedgehogAttention(Attention):
         variant: ``softmax``, ``joint`` or ``exp``.
         eps: added to the denominator.
         dwconv: side of the kernel, odd; None for no convolution.
+        center_keys: whether W sees the keys less their mean over the image (`centred`).
 
     Raises:
         ValueError: for an unknown ``variant``, a ``feature_dim`` below 1, or a ``dwconv`` that is even or not positive.
@@ -56,12 +57,14 @@ class HedgehogAttention(Attention):
     reference = 'Zhang et al., ICLR 2024'
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
-                 variant: str = 'softmax', eps: float = 1e-12, dwconv: int | None = None) -> None:
+                 variant: str = 'softmax', eps: float = 1e-12, dwconv: int | None = None,
+                 center_keys: bool = False) -> None:
         super().__init__(dim, num_heads, qkv_bias)
         if variant not in VARIANTS:
             raise ValueError(f'unknown variant {variant!r}; choose one of {", ".join(VARIANTS)}')
         self.variant = variant
         self.eps = eps
+        self.center_keys = center_keys
         feature_dim = dim // num_heads if feature_dim is None else feature_dim
         if feature_dim < 1:
             raise ValueError(f'feature_dim={feature_dim}: at least one feature is needed')
@@ -70,8 +73,8 @@ class HedgehogAttention(Attention):
         self.positional = self.dwconv is not None
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """phi_q(q) and phi_k(k), each (B, H, N, 2 F)."""
-        maps = self.feature_map(q, k)
+        """phi_q(q) and phi_k(k), each (B, H, N, 2 F), of some queries and all keys."""
+        maps = self.feature_map(q, centred(k) if self.center_keys else k)
         if self.variant == 'softmax':
             return tuple(torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).clamp_min(self.eps) for y in maps)
         if self.variant == 'joint':

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from adala_mm.models.attentions.base import Attention, merge_heads
+from adala_mm.models.attentions.base import Attention, centred, merge_heads
 from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.ops import check_feature_map, linear_attention, linear_attention_packed
 from adala_mm.registry import ATTENTIONS
@@ -22,6 +22,7 @@ class LinearAttention(Attention):
         feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax``, ``exp`` (A.3).
         eps: added to the denominator.
         dwconv: side of the kernel, odd; None for no convolution.
+        center_keys: whether phi sees the keys less their mean over the image (`centred`).
 
     Raises:
         ValueError: for an unknown ``feature_map``, or a ``dwconv`` that is even or not positive.
@@ -32,19 +33,22 @@ class LinearAttention(Attention):
     reference = 'Katharopoulos et al., ICML 2020'
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_map: str = 'elu1',
-                 eps: float = 1e-6, dwconv: int | None = None) -> None:
+                 eps: float = 1e-6, dwconv: int | None = None, center_keys: bool = False) -> None:
         super().__init__(dim, num_heads, qkv_bias)
         check_feature_map(feature_map)
         self.feature_map = feature_map
         self.eps = eps
+        self.center_keys = center_keys
         self.dwconv = None if dwconv is None else DepthwiseConv(dim, dwconv)
         self.positional = self.dwconv is not None
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        out = linear_attention(q, k, v, self.feature_map, self.eps)
+        out = linear_attention(q, centred(k) if self.center_keys else k, v, self.feature_map, self.eps)
         return out if self.dwconv is None else out + self.dwconv(v, hw, num_prefix)
 
     def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        if self.center_keys:
+            return super().attend(x, hw, num_prefix)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
         out = linear_attention_packed(qkv, self.feature_map, self.eps).flatten(2)
         if self.dwconv is None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.base import Attention, centred
 from adala_mm.ops import in_float32, weighted_sums
 from adala_mm.registry import ATTENTIONS
 
@@ -57,6 +57,8 @@ class PerformerAttention(Attention):
         num_features: M, ``int(D ln D)`` if None (ViT-AdaLA's FLOPs imply M = D).
         eps: added to each feature.
         redraw_interval: training iterations between new features; None for never.
+        center_keys: whether features are of the keys less their mean over the image (`centred`): the same attention,
+            estimated with less variance.
     """
 
     formula = 'φ(q)·Σφ(k)ᵀv / φ(q)·Σφ(k), φ(x) = exp(Wx − |x|²/2), W random'
@@ -64,13 +66,15 @@ class PerformerAttention(Attention):
     reference = 'Choromanski et al., ICLR 2021'
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, num_features: int | None = None,
-                 eps: float = 1e-4, redraw_interval: int | None = 1000) -> None:
+                 eps: float = 1e-4, redraw_interval: int | None = 1000,
+                 center_keys: bool = False) -> None:
         super().__init__(dim, num_heads, qkv_bias)
         head_dim = dim // num_heads
         num_features = max(1, int(head_dim * math.log(head_dim))) if num_features is None else num_features
         if num_features < 1:
             raise ValueError(f'num_features={num_features}: at least one feature is needed')
         self.redraw_interval = redraw_interval
+        self.center_keys = center_keys
         self.feature_map = RandomFeatures(num_features, head_dim, eps)
 
     def redraw(self, generator: torch.Generator) -> None:
@@ -80,5 +84,6 @@ class PerformerAttention(Attention):
 
     @in_float32
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        k = centred(k) if self.center_keys else k
         total, weight = weighted_sums(self.feature_map(q, (-1,)), self.feature_map(k, (-2, -1)), v)
         return total / weight
