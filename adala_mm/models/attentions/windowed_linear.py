@@ -48,11 +48,11 @@ class WindowedLinearAttention(Attention):
 
     ``w_ij = phi(q_i)·phi(k_j) = exp(-(|a|^2 + |b|^2) / 2 F) mean_f cosh(a_f + b_f)``, ``a = W_q q_i``, ``b = W_k k_j``,
 
-    matrices per head that start as the identity (`HedgehogMap`). To second order that is ``exp(a·b / F)``: of softmax's
-    size, so that neither part drowns the other before training. Queries of class and register tokens take the softmax
-    over all keys. Windows do not overlap, and are smaller at the grid's right and bottom edge if s does not divide it.
-    O(N). Both parts are shifted by the greater exponent of a query, and no sum loses digits to a difference
-    (`sums_elsewhere`): finite at any size of q and k. In float32 throughout. LoLCATs has both kinds of weights in text,
+    matrices per head that start as the identity (`HedgehogMap`). To second order that is ``exp(a·b / F)``: flatter than
+    softmax's weights, and of their size, so that neither part drowns the other before training. Queries of class and
+    register tokens take the softmax over all keys. Windows do not overlap, and are smaller at the grid's right and
+    bottom edge if s does not divide it. O(N). Both parts are shifted by the greater exponent of a query, and no sum
+    loses digits to a difference (`sums_elsewhere`). In float32 throughout. LoLCATs has both kinds of weights in text,
     its exact window behind a learnt factor.
 
     Args:
@@ -66,7 +66,7 @@ class WindowedLinearAttention(Attention):
     """
 
     formula = 'Σw v / Σw, w = exp(qkᵀ/√D) within windows of S × S, else φ(q)·φ(k), φ(x) = exp(±Wx − |Wx|²/2F), W learnt'
-    cost = '2NS²D + 6NDF'
+    cost = '2NS²D + 8NDF'
     positional = True
     reference = 'after Zhang et al., ICLR 2025'
 
