@@ -28,7 +28,8 @@ def stated(layer) -> float:
     """The class attribute ``cost``, worked out for this layer on the grid HW without prefix tokens."""
     sizes = dict(N=HW[0] * HW[1], D=DIM, h=HW[0], w=HW[1], R=24,
                  F=layer.feature_map.q.shape[-1] if 'F' in layer.cost else 0, A=getattr(layer, 'num_agents', 49),
-                 T=getattr(layer, 'num_steps', 0), S=getattr(layer, 'window_size', getattr(layer, 'tile', 0)), K=getattr(layer, 'num_open', 0),
+                 T=getattr(layer, 'num_steps', 0), S=getattr(layer, 'window_size', getattr(layer, 'tile', 0)),
+                 K=getattr(layer, 'num_open', 0),
                  M=16 if hasattr(layer, 'num_landmarks') else len(getattr(
                      getattr(layer, 'feature_map', None), 'projection', ())))
     formula = layer.cost.replace('²', '**2').replace('³', '**3')
