@@ -28,7 +28,8 @@ ATTENTIONS.import_from_location()
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
 SIZE_BOUND = ('NystromformerAttention', 'ViGAttention')  # tokens fall into segments, whose number is the graph's length
 OPTIONS = {'WindowAttention': dict(window_size=3), 'WindowedLinearAttention': dict(window_size=3),
-           'NystromformerAttention': dict(num_landmarks=9), 'AgentAttention': dict(num_agents=9)}
+           'NystromformerAttention': dict(num_landmarks=9), 'AgentAttention': dict(num_agents=9),
+           'CoarseToFineAttention': dict(tile=2, num_open=3, block=2)}
 ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export.md has a record of all
 SEGMENTOR = dict(
     type='EncoderDecoder', decode_head=dict(

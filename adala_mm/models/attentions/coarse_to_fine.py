@@ -110,8 +110,8 @@ class CoarseToFineAttention(Attention):
                 share = logits - total if real is None else (logits - total).masked_fill(~real[..., None], -torch.inf)
                 chosen = share.amax(dim=3).topk(min(self.num_open, k.shape[3])).indices  # (B, H, L, K)
                 bias = bias.scatter(-1, chosen, -torch.inf)
-                members = count.shape[1]
-                cell = cell.gather(-1, chosen // members) * members + chosen % members
+                member = torch.arange(count.shape[1], device=cell.device)
+                cell = (cell.unsqueeze(-1) * count.shape[1] + member).flatten(3).gather(-1, chosen)
             found.append((k, v, bias))
         k, v, bias = zip(*found, strict=True)
         return torch.cat(k, dim=3), torch.cat(v, dim=3), torch.cat(bias, dim=-1)
