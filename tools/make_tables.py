@@ -19,13 +19,17 @@ from study_report import ALIGNMENT, SEGMENTATION, chain, compute, lengths, read_
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.frontier import advice
+from adala_mm.utils.frontier import advice, agreements, each_size
 from adala_mm.utils.frontier import table as frontier_table
 from adala_mm.utils.tables import ablation_table, markdown_table
 from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md']
+PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
+         'docs/approximations.md']
+# Rows of the page on approximations: labels of the frontier's records, kernels first.
+APPROXIMATIONS = ('Linear', 'Performer', 'Hedgehog', 'plus', 'WindowedLinear', 'Nystromformer', "Monarch, the paper's",
+                  'Monarch', 'CoarseToFine, small', 'CoarseToFine')
 
 
 def demo() -> str:
@@ -185,16 +189,26 @@ def study_costs() -> str:
 def frontier() -> str:
     """What compare_attentions.py found, and the advice that follows from it."""
     data = recorded('frontier')
+    return frontier_table(data) + '\n\n' + advice(data) + '\n\n' + conditions(data)
+
+
+def approximations() -> str:
+    """Approximations of softmax and kernels, as they are and after the same alignment."""
+    data = recorded('frontier')
+    return each_size(data, lambda size: agreements(data, APPROXIMATIONS, size)) + '\n\n' + conditions(data)
+
+
+def conditions(data: dict) -> str:
+    """Of the frontier's records."""
     rows, costs = list(data['rows'].values()), list(data['costs'].values())
     m, seeds = rows[0]['machine'], sorted({row['seed'] for row in rows})
     commits = dict.fromkeys(row['machine']['commit'] + '+' * bool(row['machine']['dirty']) for row in rows + costs)
     changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
     models = dict.fromkeys(row['settings']['model'] for row in rows)
     photographs = dict.fromkeys(row['settings']['photographs'].partition(',')[0] for row in rows)
-    return frontier_table(data) + '\n\n' + advice(data) + (
-        f'\n\n{", ".join(models)}, {", ".join(photographs)} photographs; seeds {", ".join(map(str, seeds))}; '
-        f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. Commits {", ".join(commits)}'
-        f'{changed}.')
+    return (f'{", ".join(models)}, {", ".join(photographs)} photographs; seeds {", ".join(map(str, seeds))}; '
+            f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. Commits {", ".join(commits)}'
+            f'{changed}.')
 
 
 def benchmark(name: str, table: Callable[[dict], str]) -> str:
@@ -204,9 +218,9 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
-              five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
-              real_camvid=real_camvid,
+TABLES = dict(demo=demo, layers=layers, frontier=frontier, approximations=approximations, costs=costs,
+              downloads=downloads, five_commands=five_commands, study_costs=study_costs,
+              real_alignment=real_alignment, real_camvid=real_camvid,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,
