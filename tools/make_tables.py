@@ -27,9 +27,6 @@ from adala_mm.utils.timing import attention_speed_table, depth_table, model_spee
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
          'docs/approximations.md']
-# Rows of the page on approximations: labels of the frontier's records, kernels first.
-APPROXIMATIONS = ('Linear', 'Performer', 'Hedgehog', 'plus', 'WindowedLinear', 'Nystromformer', "Monarch, the paper's",
-                  'Monarch', 'CoarseToFine, small', 'CoarseToFine')
 
 
 def demo() -> str:
@@ -192,6 +189,11 @@ def frontier() -> str:
     return frontier_table(data) + '\n\n' + advice(data) + '\n\n' + conditions(data)
 
 
+# Rows of the page on approximations: labels of the frontier's records, kernels first.
+APPROXIMATIONS = ('Linear', 'Performer', 'Hedgehog', 'plus', 'WindowedLinear', 'Nystromformer', "Monarch, the paper's",
+                  'Monarch', 'CoarseToFine, small', 'CoarseToFine')
+
+
 def approximations() -> str:
     """Approximations of softmax and kernels, as they are and after the same alignment."""
     data = recorded('frontier')
@@ -218,16 +220,16 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, frontier=frontier, approximations=approximations, costs=costs,
-              downloads=downloads, five_commands=five_commands, study_costs=study_costs,
-              real_alignment=real_alignment, real_camvid=real_camvid,
+TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
+              five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
+              real_camvid=real_camvid,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
-              memory_by_depth=lambda: benchmark('training', depth_table))
+              memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
 
 
 def fill(text: str) -> str:
