@@ -309,6 +309,10 @@ def test_agreements(data):
     assert frontier.agreements(data, ['b', 'unrecorded', 'a'], 224).splitlines() == [
         '| agreement (%) of | as is | stage 1: 50 | time, softmax = 1 |', '|---|---|---|---|',
         '| b | 20.0 | 50.0 | 0.40 |', '| a | 10.0 | 65.0 | 0.80 |']
+    data['rows']['softmax/224/seed0/0+0']['moved'] = dict(agreement=97.5, rel_error=0.2)
+    last = frontier.agreements(data, ['b'], 224).splitlines()[-1]
+    assert last == '| softmax, moved by one pixel | 97.5 | - | - |'
+    del data['rows']['softmax/224/seed0/0+0']['moved']
     del data['rows']['b/224/seed0/50+0'], data['costs']['224']['rows']['b']  # neither aligned nor timed
     data['rows']['a/224/seed0/50+0']['size'] = data['rows']['a/224/seed1/50+0']['size'] = 512
     assert frontier.agreements(data, ['b', 'a'], 224).splitlines()[2:] == ['| b | 20.0 | - | - |',

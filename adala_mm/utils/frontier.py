@@ -130,6 +130,8 @@ def agreements(data: dict, labels: Iterable[str], size: int) -> str:
             time = relative(data, size, label, 'vit_ms')
             rows.append([label, *(f'{score["agreement"]:.1f}' if score else '-' for score in found),
                          '-' if time is None else f'{time:.2f}'])
+    if beside := yardstick(data, size):
+        rows.append(['softmax, moved by one pixel', f'{beside["agreement"]:.1f}', *['-'] * len(trainings)])
     return markdown_table(['agreement (%) of', *map(describe, trainings), 'time, softmax = 1'], rows)
 
 
