@@ -23,6 +23,7 @@ from adala_mm.utils import frontier
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import compare_attentions
+import make_tables
 from compare_attentions import described, differences, parse_attentions
 
 COSTS = 'vit_ms', 'vit_mib', 'vit_gmac', 'layer_ms', 'layer_mib', 'layer_gmac', 'parameters'
@@ -237,6 +238,7 @@ def test_words_for_attentions(tmp_path):
         parse_attentions([str(tmp_path / 'own.yml')])
     everything = parse_attentions(['all', str(ROOT / 'configs/real/frontier.yml')])
     assert {'Linear', 'Monarch', 'plus'} <= set(everything) and 'Softmax' not in everything
+    assert set(make_tables.APPROXIMATIONS) <= set(everything)  # else a row would be missing for its name
     assert len({json.dumps(cfg, sort_keys=True) for cfg in everything.values()}) == len(everything)
 
 
@@ -301,6 +303,24 @@ def test_table_and_advice(data):
     del data['costs']['224']['rows']['b']  # not measured: in the table, and never recommended
     assert '| b | 20.0 / 50.0 | 0.50 / 0.50 | 70.0 / 70.0 |  |  |  |  |  |' in frontier.table(data)
     assert frontier.advice(data).splitlines()[-1].endswith('| a: 65.0 %, 0.80 | softmax |')
+
+
+def test_agreements(data):
+    assert frontier.agreements(data, ['b', 'unrecorded', 'a'], 224).splitlines() == [
+        '| agreement (%) of | as is | stage 1: 50 | time, softmax = 1 |', '|---|---|---|---|',
+        '| b | 20.0 | 50.0 | 0.40 |', '| a | 10.0 | 65.0 | 0.80 |']
+    data['rows']['softmax/224/seed0/0+0']['moved'] = dict(agreement=97.5, rel_error=0.2)
+    last = frontier.agreements(data, ['b'], 224).splitlines()[-1]
+    assert last == '| softmax, moved by one pixel | 97.5 | - | - |'
+    del data['rows']['softmax/224/seed0/0+0']['moved']
+    del data['rows']['b/224/seed0/50+0'], data['costs']['224']['rows']['b']  # neither aligned nor timed
+    data['rows']['a/224/seed0/50+0']['size'] = data['rows']['a/224/seed1/50+0']['size'] = 512
+    assert frontier.agreements(data, ['b', 'a'], 224).splitlines()[2:] == ['| b | 20.0 | - | - |',
+                                                                           '| a | 10.0 | - | 0.80 |']
+    assert frontier.agreements(data, ['b', 'a'], 512).splitlines()[2:] == ['| a | 65.0 | - |']
+    for row in data['rows'].values():
+        row.update(rel_error=3e-6 if row['label'] == 'a' else row['rel_error'])  # softmax by another name
+    assert [line[:4] for line in frontier.agreements(data, ['a', 'b'], 224).splitlines()[2:]] == ['| b ']
 
 
 def test_front():

@@ -40,8 +40,8 @@ DEIT = 'data/weights/deit_tiny_patch16_224.safetensors'
 ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolcats='LoLCATSAttention',
                   linformer='LinformerAttention', performer='PerformerAttention', cosformer='CosformerAttention',
                   nystromformer='NystromformerAttention', monarch='MonarchAttention')
-# The best recipe that we know, docs/beyond.md: several options beyond the paper, this attention among them.
-OURS = dict(plus='HedgehogAttention')
+# Recipes of docs/beyond.md: several options beyond the paper, this attention among them.
+OURS = dict(plus='HedgehogAttention', coarse='CoarseToFineAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
 GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|linear|teacher|scratch)'
@@ -454,6 +454,7 @@ PREVIOUS = {
     'linear_demo_beacons': {'stage2_demo_beacons', 'teacher_demo_beacons'},
     'linear_demo_softmax_beacons': {'teacher_demo_beacons'},
     'linear_demo_swap_beacons': {'teacher_demo_beacons'},
+    'linear_demo_coarse_beacons': {'teacher_demo_beacons'},
     'linear_demo_stage1only_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
     'linear_demo_stage2only_beacons': {'stage2_demo_nostage1_beacons', 'teacher_demo_beacons'},
     'mask2former_demo_beacons': {'stage2_demo_beacons'},

@@ -100,11 +100,23 @@ def test_rows_of_the_table_are_runs_that_are_scored_before_and_after(demo, repor
         cfg = Config.fromfile(CONFIGS / f'{by_name(demo)[name].config}.py')
         assert 'adala_mm.ValBeforeTrainHook' in [hook.type for hook in cfg.custom_hooks], name
         kinds = cfg.model.backbone.attention
-        assert (softmax, linear)[kinds.type == 'adala_mm.LinearAttention'] == cfg.model.backbone.depth
-        assert (linear, softmax)[kinds.type == 'adala_mm.LinearAttention'] == 0
+        assert (linear, softmax)[kinds.type == 'adala_mm.SoftmaxAttention'] == cfg.model.backbone.depth
+        assert (softmax, linear)[kinds.type == 'adala_mm.SoftmaxAttention'] == 0
     schedules = {json.dumps([cfg.train_cfg.to_dict(), cfg.optim_wrapper.to_dict(), cfg.param_scheduler], sort_keys=True)
                  for cfg in (Config.fromfile(CONFIGS / f'{by_name(demo)[name].config}.py') for name, *_ in report.ROWS)}
     assert len(schedules) == 1  # else the rows could not be compared
+
+
+def test_coarse_to_fine_is_put_in_untrained_and_leaves_most_tiles_closed(demo, report):
+    assert [name for name, *_ in report.ROWS].count('coarse') == 1
+    coarse, swap = (Config.fromfile(CONFIGS / f'{by_name(demo)[name].config}.py').to_dict()
+                    for name in ('coarse', 'swap'))
+    attention = coarse['model']['backbone'].pop('attention')
+    swap['model']['backbone'].pop('attention')
+    assert coarse == swap  # weights of the teacher, and nothing else differs
+    grid = coarse['model']['backbone']['img_size'] // coarse['model']['backbone']['patch_size']
+    assert attention['type'] == 'adala_mm.CoarseToFineAttention'
+    assert attention['num_open'] < 0.4 * (grid / attention['tile']) ** 2
 
 
 @pytest.mark.parametrize(('seconds', 'shown'), [(0, '0:00'), (59.9, '0:59'), (60, '1:00'), (605, '10:05'),
@@ -257,7 +269,8 @@ def test_progress(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo.time, 'time', lambda: 1060.0)
     demo.report_progress(tmp_path, 1000.0, live=False)
     line = capsys.readouterr().out
-    assert f'{100 * worked / whole:3.0f} %' in line and f'stage1 75/{run.iterations}' in line and '1/10 runs' in line
+    assert f'{100 * worked / whole:3.0f} %' in line and f'stage1 75/{run.iterations}' in line
+    assert f'1/{len(demo.RUNS)} runs' in line
     eta = re.search(r'ETA (\d+):(\d\d)', line)
     assert int(eta[1]) * 60 + int(eta[2]) == pytest.approx(60 * (whole - worked) / worked, abs=2)
 
@@ -277,11 +290,11 @@ def test_results(report, tmp_path):
     made_up_demo(tmp_path, report)
     data = report.results(tmp_path, seconds=123.4)
     assert [row['name'] for row in data['rows']] == [name for _, name, *_ in report.ROWS]
-    assert [row['as_is'] for row in data['rows']] == [80, 70, 60, 50, 40]
-    assert [row['tuned'] for row in data['rows']] == [82, 77, 72, 67, 62]
+    assert [row['as_is'] for row in data['rows']] == [80, 70, 60, 50, 40, 30]
+    assert [row['tuned'] for row in data['rows']] == [82, 77, 72, 67, 62, 57]
     # Both columns are shares of the teacher as it is, before its own fine-tuning.
-    assert [row['as_is_kept'] for row in data['rows']] == [100, 87.5, 75, 62.5, 50]
-    assert data['rows'][-1]['tuned_kept'] == pytest.approx(77.5) and data['rows'][0]['tuned_kept'] == 102.5
+    assert [row['as_is_kept'] for row in data['rows']] == [100, 87.5, 75, 62.5, 50, 37.5]
+    assert data['rows'][-1]['tuned_kept'] == pytest.approx(71.25) and data['rows'][0]['tuned_kept'] == 102.5
     assert {row['iterations'] for row in data['rows']} == {100}
     assert data['mask2former'] == 55.5 and data['seconds'] == 123
     assert data['rel_error'] == {'stage1': [1.2, 0.9], 'stage2_only': [1.2, 0.6], 'stage2': [0.9, 0.5]}
@@ -295,6 +308,7 @@ def test_table(report, tmp_path):
     assert rule == '|' + '---|' * (header.count('|') - 1)
     assert rows[0] == '| softmax teacher | 6 / 0 | 80.00 | 100.0 % | 82.00 | 102.5 % |'
     assert rows[1] == '| swap only | 0 / 6 | 70.00 | 87.5 % | 77.00 | 96.2 % |'
+    assert rows[2] == '| swap, coarse to fine | 0 / 6 | 60.00 | 75.0 % | 72.00 | 90.0 % |'
     assert len(rows) == len(report.ROWS)
 
 

@@ -139,11 +139,13 @@ def test_results_are_those_of_the_records(tool):
     # The demo's own list of runs says which config is behind which row.
     configs = {run.name: run.config for run in load_tool('demo').RUNS}
     rows = {row['name']: row for row in demo['rows']}
-    for run, row, *_ in load_tool('demo_report').ROWS:
-        assert with_results[configs[run]] == dict(mIoU=pytest.approx(rows[row]['tuned'], rel=1e-3))
+    ends = {configs[run]: row for run, row, *_ in load_tool('demo_report').ROWS}
+    unrecorded = {config for config, row in ends.items() if row not in rows}
+    for config in ends.keys() - unrecorded:
+        assert with_results[config] == dict(mIoU=pytest.approx(rows[ends[config]]['tuned'], rel=1e-3))
     for run, errors in demo['rel_error'].items():
         assert with_results[configs[run]] == {'align/rel_error': pytest.approx(errors[-1], rel=1e-3)}
-    assert set(with_results) == {*configs.values(), *(run['config'] for run in real.values())}
+    assert set(with_results) == {*configs.values(), *(run['config'] for run in real.values())} - unrecorded
 
 
 def test_nothing_is_claimed_that_is_not_there():

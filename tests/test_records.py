@@ -21,7 +21,7 @@ MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'c
 RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json', 'study.json', 'frontier.json')]
 RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json', 'model.json', 'training.json')]
 PAGES = [ROOT / name for name in ('README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md',
-                                  'docs/frontier.md')]
+                                  'docs/frontier.md', 'docs/approximations.md')]
 
 sys.path.insert(0, str(ROOT / 'tools'))  # where tools find each other
 
@@ -247,6 +247,7 @@ def tables(tmp_path, monkeypatch):
         rows=rows, costs={'224': dict(rows=dict(softmax=cost, A=cost | dict(vit_ms=3.0)), machine=MACHINE | dict(
             dirty=True))})))
     (root / 'docs/frontier.md').write_text(marked('frontier'))
+    (root / 'docs/approximations.md').write_text(marked('approximations'))
     write_benchmarks(root / 'benchmarks/results/cpu')
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     module = tool('make_tables')
@@ -318,6 +319,18 @@ def test_frontier(tables):
     assert lines[-2] == '| 224 | as is | A: 87.0 %, 0.75 | A: 87.0 %, 0.75 | softmax |'
     assert about.startswith('a_vit, 250 photographs; seeds 0; 2 cores (A CPU)')
     assert about.endswith('Commits abc1234, abc1234+ (+: files were changed).')
+
+
+def test_approximations(tables):
+    path = tables.ROOT / 'docs/results/frontier.json'
+    data = json.loads(path.read_text())
+    data['rows']['A']['label'] = 'Monarch'
+    data['costs']['224']['rows']['Monarch'] = data['costs']['224']['rows']['A']
+    path.write_text(json.dumps(data))
+    title, *lines, about = tables.TABLES['approximations']().splitlines()
+    assert title == '**224 x 224 pixels**' and '| Monarch | 87.0 | 0.75 |' in lines
+    assert len(rows_of('\n'.join(lines))) == 3  # others are not recorded; softmax is what they are measured by
+    assert about == tables.TABLES['frontier']().splitlines()[-1]
 
 
 def test_days_are_the_papers_or_at_its_rate(tables):

@@ -47,6 +47,7 @@ RUNS = [
     Run('stage2_only', 'stage2_demo_nostage1_beacons', ('teacher',), cost=28),
     Run('stage2', 'stage2_demo_beacons', ('stage1',), cost=28),
     Run('swap', 'linear_demo_swap_beacons', ('teacher',), cost=22),
+    Run('coarse', 'linear_demo_coarse_beacons', ('teacher',), cost=30),
     Run('stage1_only', 'linear_demo_stage1only_beacons', ('stage1',), cost=22),
     Run('stage2_only_tuned', 'linear_demo_stage2only_beacons', ('stage2_only',), cost=22),
     Run('both', 'linear_demo_beacons', ('stage2',), cost=22),
@@ -116,7 +117,7 @@ def main() -> None:
     out.mkdir(parents=True)
     data_root = str(Path(args.data_root).resolve())
     live, began, last_line = sys.stdout.isatty(), time.time(), 0.0
-    print(f'Ten runs of tools/train.py, then a report: {out}/report.html')
+    print(f'{len(RUNS)} runs of tools/train.py, then a report: {out}/report.html')
     while not all(run.done for run in RUNS):
         for run in RUNS:
             if run.process and not run.done and run.process.poll() is not None:

@@ -59,7 +59,8 @@ TASKS = {'adala_mm.AttentionAlignment': 'Attention Alignment', 'adala_mm.Feature
 # Config of the demo -> the row of its record that it ended in, and the column.
 DEMO_ROWS = dict(
     teacher_demo_beacons=('softmax teacher', 'as_is'), linear_demo_softmax_beacons=('softmax teacher', 'tuned'),
-    linear_demo_swap_beacons=('swap only', 'tuned'), linear_demo_stage1only_beacons=('stage 1 only', 'tuned'),
+    linear_demo_swap_beacons=('swap only', 'tuned'), linear_demo_coarse_beacons=('swap, coarse to fine', 'tuned'),
+    linear_demo_stage1only_beacons=('stage 1 only', 'tuned'),
     linear_demo_stage2only_beacons=('stage 2 only', 'tuned'), linear_demo_beacons=('stage 1 + 2', 'tuned'))
 DEMO_ERRORS = dict(stage1_demo_beacons='stage1', stage2_demo_nostage1_beacons='stage2_only',
                    stage2_demo_beacons='stage2')
@@ -69,7 +70,7 @@ def recorded_scores() -> dict[str, dict[str, float]]:
     """Config name -> metrics at the end of its recorded run."""
     demo = json.loads((ROOT / 'docs/results/demo.json').read_text())
     rows = {row['name']: row for row in demo['rows']}
-    scores = {name: dict(mIoU=rows[row][column]) for name, (row, column) in DEMO_ROWS.items()}
+    scores = {name: dict(mIoU=rows[row][column]) for name, (row, column) in DEMO_ROWS.items() if row in rows}
     scores |= {name: {'align/rel_error': demo['rel_error'][run][-1]} for name, run in DEMO_ERRORS.items()}
     scores['mask2former_demo_beacons'] = dict(mIoU=demo['mask2former'])
     for run in json.loads((ROOT / 'docs/results/real.json').read_text()).values():

@@ -19,13 +19,14 @@ from study_report import ALIGNMENT, SEGMENTATION, chain, compute, lengths, read_
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.frontier import advice
+from adala_mm.utils.frontier import advice, agreements, each_size
 from adala_mm.utils.frontier import table as frontier_table
 from adala_mm.utils.tables import ablation_table, markdown_table
 from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md']
+PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
+         'docs/approximations.md']
 
 
 def demo() -> str:
@@ -185,16 +186,31 @@ def study_costs() -> str:
 def frontier() -> str:
     """What compare_attentions.py found, and the advice that follows from it."""
     data = recorded('frontier')
+    return frontier_table(data) + '\n\n' + advice(data) + '\n\n' + conditions(data)
+
+
+# Rows of the page on approximations: labels of the frontier's records, kernels first.
+APPROXIMATIONS = ('Linear', 'Performer', 'Hedgehog', 'plus', 'WindowedLinear', 'Nystromformer', "Monarch, the paper's",
+                  'Monarch', 'CoarseToFine, small', 'CoarseToFine')
+
+
+def approximations() -> str:
+    """Approximations of softmax and kernels, as they are and after the same alignment."""
+    data = recorded('frontier')
+    return each_size(data, lambda size: agreements(data, APPROXIMATIONS, size)) + '\n\n' + conditions(data)
+
+
+def conditions(data: dict) -> str:
+    """Of the frontier's records."""
     rows, costs = list(data['rows'].values()), list(data['costs'].values())
     m, seeds = rows[0]['machine'], sorted({row['seed'] for row in rows})
     commits = dict.fromkeys(row['machine']['commit'] + '+' * bool(row['machine']['dirty']) for row in rows + costs)
     changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
     models = dict.fromkeys(row['settings']['model'] for row in rows)
     photographs = dict.fromkeys(row['settings']['photographs'].partition(',')[0] for row in rows)
-    return frontier_table(data) + '\n\n' + advice(data) + (
-        f'\n\n{", ".join(models)}, {", ".join(photographs)} photographs; seeds {", ".join(map(str, seeds))}; '
-        f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. Commits {", ".join(commits)}'
-        f'{changed}.')
+    return (f'{", ".join(models)}, {", ".join(photographs)} photographs; seeds {", ".join(map(str, seeds))}; '
+            f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. Commits {", ".join(commits)}'
+            f'{changed}.')
 
 
 def benchmark(name: str, table: Callable[[dict], str]) -> str:
@@ -213,7 +229,7 @@ TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, download
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
-              memory_by_depth=lambda: benchmark('training', depth_table))
+              memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
 
 
 def fill(text: str) -> str:

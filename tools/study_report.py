@@ -97,8 +97,8 @@ def draw(path: Path, records: dict[str, dict], plan: dict[str, dict]) -> None:
     Those have their names in the first panel alone. Recipes are the alignments that no other alignment goes on from.
     """
     records = {key: run for key, run in records.items() if set(ALIGNMENT) <= set(run['scores'][-1])}
-    figure = Figure(figsize=(13, 5.6), layout='constrained')
-    panels = figure.subplots(1, len(DRAWN))
+    figure = Figure(figsize=(13, 7), layout='constrained')
+    panels = figure.subplots(1, len(DRAWN), width_ratios=[1.5] + [1] * (len(DRAWN) - 1))  # names are in the first
     recipes = [name for name in plan if seeds_of(records, name)
                and not any(run['after'] in seeds_of(records, name) for run in records.values())]
     marks = []

@@ -6,7 +6,7 @@ a ``seed`` after ``stage1`` and ``stage2`` iterations of alignment, with its sco
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ SCORES = {'agreement': ('agreement (%)', 1), 'rel_error': ('feature error', 2), 
           'miou': ('mIoU', 1)}
 Training = tuple[int, int]  # iterations of stages 1 and 2
 UNTRAINED = (0, 0)
+EXACT = 1e-3  # a feature error that rounding explains
 # How long the whole ViT may take, as a multiple of softmax's time at the same size.
 LIMITS = {'at any time': float('inf'), 'in the time of softmax': 1.0, 'in half of its time': 0.5}
 
@@ -110,7 +111,28 @@ def advice(data: dict) -> str:
 
 def table(data: dict) -> str:
     """A table for each size, a row for each attention, the best first; scores of all trainings side by side."""
-    return '\n\n'.join(f'**{size} x {size} pixels**\n\n{size_table(data, size)}' for size in sizes_of(data))
+    return each_size(data, lambda size: size_table(data, size))
+
+
+def each_size(data: dict, content: Callable[[int], str]) -> str:
+    return '\n\n'.join(f'**{size} x {size} pixels**\n\n{content(size)}' for size in sizes_of(data))
+
+
+def agreements(data: dict, labels: Iterable[str], size: int) -> str:
+    """Agreement of some attentions at a size, a column for each training, and their time.
+
+    Left out is what was not recorded, and what is softmax itself at this size.
+    """
+    trainings, rows = trainings_of(data, size), []
+    for label in labels:
+        found = [scores(data, label, size, training) for training in trainings]
+        if any(score['rel_error'] > EXACT for score in found if score):
+            time = relative(data, size, label, 'vit_ms')
+            rows.append([label, *(f'{score["agreement"]:.1f}' if score else '-' for score in found),
+                         '-' if time is None else f'{time:.2f}'])
+    if beside := yardstick(data, size):
+        rows.append(['softmax, moved by one pixel', f'{beside["agreement"]:.1f}', *['-'] * len(trainings)])
+    return markdown_table(['agreement (%) of', *map(describe, trainings), 'time, softmax = 1'], rows)
 
 
 def size_table(data: dict, size: int) -> str:

@@ -102,7 +102,7 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], colours
     frame = axis.get_window_extent().extents
     around = np.concatenate([spots - 9, spots + 9], axis=1)  # a name there would seem to be the point's
     paths = [axis.transData.transform_path(line.get_path()).interpolated(30).vertices for line in lines]
-    taken = np.concatenate([np.concatenate([path - 2, path + 2], axis=1) for path in [*paths, np.empty((0, 2))]])
+    taken = np.concatenate([np.concatenate([path - 3, path + 3], axis=1) for path in [*paths, np.empty((0, 2))]])
     angles, reaches = (values.ravel() for values in np.meshgrid(np.linspace(0, 2 * np.pi, 24, endpoint=False), REACHES))
     halo = [withStroke(linewidth=2.5, foreground='white')]
     for i, (spot, (*place, name), colour) in enumerate(zip(spots, points, colours, strict=True)):
@@ -113,12 +113,14 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], colours
         boxes = np.concatenate([spot + offsets - half, spot + offsets + half], axis=1)
         covered = overlap(boxes, np.concatenate([taken, np.delete(around, i, axis=0)])).sum(axis=1)
         outside = 4 * half.prod() - overlap(boxes, frame[None])[:, 0]
-        best = np.argmin(covered + 3 * outside + 4 * reaches)
+        best = np.argmin(covered + 3 * outside + 8 * reaches)
         taken, points_per_pixel = np.concatenate([taken, boxes[best:best + 1]]), 72 / figure.dpi
         text.set_position(offsets[best] * points_per_pixel)
         if reaches[best] > REACHES[0]:
-            nearest = np.clip(0, offsets[best] - half, offsets[best] + half) * points_per_pixel
-            axis.annotate('', place, xytext=nearest, textcoords='offset points', zorder=1,
+            nearest = np.clip(0, offsets[best] - half, offsets[best] + half)
+            way = spot + np.linspace(0.2, 1, 10)[:, None] * nearest  # later names keep off this line, too
+            taken = np.concatenate([taken, np.concatenate([way - 3, way + 3], axis=1)])
+            axis.annotate('', place, xytext=nearest * points_per_pixel, textcoords='offset points', zorder=1,
                           arrowprops=dict(arrowstyle='-', color=colour, lw=0.6, shrinkA=0, shrinkB=2))
 
 

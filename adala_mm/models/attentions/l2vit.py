@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention, merge_heads
-from adala_mm.ops import exporting, in_float32, weighted_sums
+from adala_mm.models.attentions.tiles import from_tiles, padded, real_patches, to_tiles
+from adala_mm.ops import in_float32, weighted_sums
 from adala_mm.registry import ATTENTIONS
 
 
@@ -100,26 +101,21 @@ class WindowAttention(Attention):
         self.window_size, self.mask_padding = window_size, mask_padding
 
     def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        (h, w), s = hw, self.window_size
-        rows, columns = (h + s - 1) // s, (w + s - 1) // s
-        margin = 0, columns * s - w, 0, rows * s - h
+        window = self.window_size, self.window_size
+        grid = to_tiles(x[:, None, num_prefix:], hw, window)  # (B, 1, W, s s, C): zeros, until they are projected
+        q, k, v = self.project(torch.cat([x[:, :num_prefix], grid.flatten(1, 3)], dim=1))
+        real = F.pad(real_patches(hw, window, x.device).flatten(), (num_prefix, 0), value=True)[None, None, :, None]
 
-        def windows(a: Tensor) -> Tensor:  # patches (B, H, h' w', D) to (B, H W, s s, D): each window a head
-            return a[:, :, num_prefix:].unflatten(2, (rows, s, columns, s)).transpose(3, 4).flatten(4, 5).flatten(1, 3)
-        def with_prefix(a: Tensor) -> Tensor:  # (B, H, P + h' w', D) to (B, H W, P + s s, D)
-            prefix = a[:, :, None, :num_prefix].expand(-1, -1, rows * columns, -1, -1).flatten(1, 2)
+        def windows(a: Tensor) -> Tensor:  # (B, H, P + W s s, D) to (B, H W, s s, D): each window a head
+            return a[:, :, num_prefix:].unflatten(2, grid.shape[2:4]).flatten(1, 2)
+        def with_prefix(a: Tensor) -> Tensor:  # (B, H, P + W s s, D) to (B, H W, P + s s, D)
+            prefix = a[:, :, None, :num_prefix].expand(-1, -1, grid.shape[2], -1, -1).flatten(1, 2)
             return torch.cat([prefix, windows(a)], dim=2)
 
-        grid = F.pad(x[:, num_prefix:].unflatten(1, hw), (0, 0, *margin)).flatten(1, 2)
-        q, k, v = self.project(torch.cat([x[:, :num_prefix], grid], dim=1))
-        real = F.pad(F.pad(x.new_ones(h, w), margin).flatten(), (num_prefix, 0), value=1)[None, None, :, None] > 0
-        padded = exporting() or any(margin)  # a branch would tie an exported graph to one size
-        mask = with_prefix(real).mT.repeat(1, self.num_heads, 1, 1) if self.mask_padding and padded else None
+        masked = self.mask_padding and padded(hw, window)
+        mask = with_prefix(real).mT.repeat(1, self.num_heads, 1, 1) if masked else None
         out = F.scaled_dot_product_attention(windows(q), with_prefix(k), with_prefix(v), attn_mask=mask)
-        out = out.unflatten(1, (-1, rows, columns)).unflatten(4, (s, s)).transpose(3, 4).flatten(2, 5)
-        if padded:
-            place = torch.arange(h, device=x.device)[:, None] * (columns * s) + torch.arange(w, device=x.device)
-            out = out.index_select(2, place.flatten())  # (B, H, h w, D)
+        out = from_tiles(out.unflatten(1, (self.num_heads, -1)), hw, window)
         if num_prefix:
             out = torch.cat([F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, attn_mask=real.mT), out], dim=2)
         return merge_heads(out)
