@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from adala_mm.evaluation.likeness import fit_head, mean_iou, shares_of
+from adala_mm.evaluation.likeness import fit_head, mean_iou, moved, shares_of
 from adala_mm.models.attentions import InLineAttention
 from adala_mm.utils import frontier
 
@@ -101,6 +101,7 @@ def test_rows_are_recorded_and_not_made_again(call, tmp_path, monkeypatch):
     assert list(rows) == ['Linear/32/seed0/0+0', 'Linear/32/seed0/2+0', 'Linear/32/seed0/2+1', 'softmax/32/seed0/0+0']
     teacher = rows.pop('softmax/32/seed0/0+0')
     assert teacher['agreement'] == 100 and teacher['rel_error'] < 1e-5 and teacher['miou'] > 0
+    assert teacher['moved']['rel_error'] > 0.01 and 0 <= teacher['moved']['agreement'] <= 100
     assert all(row['rel_error'] > 0.01 and 0 <= row['knn'] <= 100 for row in rows.values())
     assert rows['Linear/32/seed0/2+1']['settings']['batch'] == 4
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
@@ -249,6 +250,11 @@ def test_words_that_are_no_attentions(words, message):
         parse_attentions(words)
 
 
+def test_images_are_moved_by_a_pixel():
+    images = torch.arange(6).view(1, 1, 1, 6)
+    assert moved(dict(images=images, top=None))['images'].flatten().tolist() == [0, 0, 1, 2, 3, 4]
+
+
 def test_head_and_iou_by_hand():
     ids = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255], [2, 2, 2, 2], [2, 2, 2, 2]], dtype=torch.uint8)
     shares = shares_of(ids, 3, 2)
@@ -290,6 +296,8 @@ def test_table_and_advice(data):
     assert frontier.advice(data).splitlines()[2:] == [
         '| 224 | as is | c: 90.0 %, 1.20 | b: 20.0 %, 0.40 | b: 20.0 %, 0.40 |',
         '| 224 | stage 1: 50 | c: 95.0 %, 1.20 | a: 65.0 %, 0.80 | b: 50.0 %, 0.40 |']
+    data['rows']['softmax/224/seed0/0+0']['moved'] = dict(agreement=85.44, rel_error=0.352)
+    assert frontier.table(data).endswith('moved to the right by one pixel: agreement 85.4 %, feature error 0.35.')
     del data['costs']['224']['rows']['b']  # not measured: in the table, and never recommended
     assert '| b | 20.0 / 50.0 | 0.50 / 0.50 | 70.0 / 70.0 |  |  |  |  |  |' in frontier.table(data)
     assert frontier.advice(data).splitlines()[-1].endswith('| a: 65.0 %, 0.80 | softmax |')
@@ -308,10 +316,11 @@ def test_names_in_the_picture_do_not_cover_each_other(data, tmp_path, monkeypatc
         data['rows'] |= {f'{i}/{stage1}': data['rows'][f'a/224/seed0/{stage1}+0'] | dict(label=f'attention {i}')
                          for stage1 in (0, 50)}
         data['costs']['224']['rows'][f'attention {i}'] = data['costs']['224']['rows']['a']
+    data['rows']['softmax/224/seed0/0+0']['moved'] = dict(agreement=85.44, rel_error=0.352)
     frontier.draw(tmp_path / 'picture.png', data)
     panel, = figures[0].axes
     assert panel.get_title() == '224 x 224 pixels, stage 1: 50'
-    names = [text for text in panel.texts if text.get_text() not in ('', 'slower than softmax')]
+    names = [text for text in panel.texts if text.get_text() and ' ' not in text.get_text().removeprefix('attention ')]
     assert {text.get_text() for text in names} == {'softmax', 'a', 'b', 'c', *(f'attention {i}' for i in range(8))}
     boxes = [text.get_window_extent() for text in names]
     assert not [1 for i, one in enumerate(boxes) for other in boxes[:i] if one.overlaps(other)]

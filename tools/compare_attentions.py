@@ -47,7 +47,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS  # noqa: E402
 
 from adala_mm import align, linearize  # noqa: E402
 from adala_mm.analysis.images import spread  # noqa: E402
-from adala_mm.evaluation.likeness import ImageList, augmented, likeness, load_teacher, make_reference  # noqa: E402
+from adala_mm.evaluation.likeness import ImageList, augmented, likeness, load_teacher, make_reference, moved  # noqa: E402
 from adala_mm.linearization import find_attention  # noqa: E402
 from adala_mm.models.attentions import build_attention  # noqa: E402
 from adala_mm.registry import ATTENTIONS  # noqa: E402
@@ -325,12 +325,15 @@ def run_job(setting: Setting, label: str, attention: dict | None, size: int, see
                 student = linearize(student, attention)
             train(setting, student, label, attention, size, seed, training)
             scores = likeness(student.eval(), reference)
+            if attention is None:  # the teacher, beside itself
+                scores['moved'] = {name: value for name, value in likeness(student, moved(reference)).items()
+                                   if name in ('agreement', 'rel_error')}
             row = scores | dict(
                 label=label, size=size, seed=seed, stage1=training[0], stage2=training[1],
                 seconds=round(time.time() - began), settings=setting.row(attention, training), machine=setting.ran_on)
             keep(setting, 'rows', key(label, size, seed, training), row)
             told.append(f'{label}, {size} px, {describe(training)}: '
-                        + ', '.join(f'{name} {value:.3g}' for name, value in scores.items())
+                        + ', '.join(f'{name} {value:.3g}' for name, value in scores.items() if name != 'moved')
                         + f' ({clock(row["seconds"])})')
     return told
 

@@ -130,6 +130,15 @@ def likeness(model: nn.Module, reference: Reference) -> dict[str, float]:
     return scores
 
 
+def moved(reference: Reference) -> Reference:
+    """The same questions about images that have been moved to the right by one pixel: what a yardstick may be.
+
+    A student cannot be asked to be nearer to its teacher than the teacher is to itself, on pictures that look the same.
+    """
+    images = reference['images']
+    return dict(reference, images=torch.cat([images[..., :1], images[..., :-1]], dim=-1))
+
+
 @torch.no_grad()
 def answers(model: nn.Module, images: Tensor, reference: Reference) -> Iterator[tuple[Tensor, Tensor]]:
     """Final tokens (B, N, C) and most probable classes (B,) of images (n, 3, S, S) uint8, a batch at a time."""

@@ -66,6 +66,12 @@ def labels_of(data: dict, size: int) -> list[str]:
     return sorted(labels, key=rank)
 
 
+def yardstick(data: dict, size: int) -> dict[str, float]:
+    """Agreement and feature error of softmax with itself, on photographs moved by one pixel; empty if not recorded."""
+    rows = [row for row in data['rows'].values() if row['label'] == SOFTMAX and row['size'] == size]
+    return rows[0].get('moved', {}) if rows else {}
+
+
 def relative(data: dict, size: int, label: str, cost: str) -> float | None:
     """A cost as a multiple of softmax's; None if it was not measured."""
     rows = data['costs'].get(str(size), {}).get('rows', {})
@@ -123,7 +129,11 @@ def size_table(data: dict, size: int) -> str:
         rows.append([label, *cells])
     told = ' / '.join(map(describe, trainings))
     header = [f'{SCORES[name][0]}{": " + told if name == names[0] and len(trainings) > 1 else ""}' for name in names]
-    return markdown_table(['attention', *header, 'time', 'of a layer', 'memory', 'GMAC', 'extra parameters'], rows)
+    found = markdown_table(['attention', *header, 'time', 'of a layer', 'memory', 'GMAC', 'extra parameters'], rows)
+    if beside := yardstick(data, size):
+        found += ('\n\nSoftmax and itself on the same photographs, moved to the right by one pixel: agreement '
+                  f'{beside["agreement"]:.1f} %, feature error {beside["rel_error"]:.2f}.')
+    return found
 
 
 def draw(path: str | Path, data: dict) -> None:
@@ -170,6 +180,10 @@ def draw_panel(axis: Axes, data: dict, size: int) -> tuple[list[tuple[float, flo
     axis.axvspan(1, high, color='C3', alpha=0.06, lw=0, zorder=0)
     axis.text(0.99, 0.01, 'slower than softmax', transform=axis.transAxes, ha='right', color='C3', fontsize=11)
     axis.set_xlim(low, high)
+    if beside := yardstick(data, size):
+        axis.axhline(beside['agreement'], color='0.35', lw=1, ls='--', zorder=0)
+        axis.text(0.01, beside['agreement'] + 0.6, 'softmax, photographs moved by one pixel', color='0.35', fontsize=9,
+                  transform=axis.get_yaxis_transform())
     ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20) if low <= tick <= high]
     axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()

@@ -1,4 +1,4 @@
-# A linear head on the frozen features of the attention that is nearest to softmax, after stages 1 and 2.
+# A linear head on the frozen features of the attention that is nearest to softmax, after stage 1.
 from mmengine.config import read_base
 
 with read_base():
@@ -7,4 +7,4 @@ with read_base():
 
 model['backbone'].update(attention=coarse_attention)
 model['backbone'].update(
-    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_deitt_coarse_caltech/iter_1200.pth'))
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_deitt_coarse_caltech/iter_200.pth'))

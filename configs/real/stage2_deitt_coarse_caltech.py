@@ -1,4 +1,4 @@
-# The attention that is nearest to softmax, stage 2: all layers are compared, at a small rate.
+# The attention that is nearest to softmax, stage 2: all layers are compared, at a hundredth of the paper's rate.
 from mmengine.config import read_base
 
 with read_base():
@@ -9,4 +9,4 @@ model['backbone'].update(attention=coarse_attention)
 model['backbone'].update(
     init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_deitt_coarse_caltech/iter_200.pth'))
 model.update(layers=list(range(12)))
-optim_wrapper['optimizer'].update(lr=6e-5)
+optim_wrapper['optimizer'].update(lr=1e-5)
