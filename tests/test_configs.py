@@ -510,6 +510,8 @@ for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=Tru
         PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
         for _head in ('mask2former', 'linear'):
             PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
+for _head in ('mask2former', 'linear'):
+    PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
 for _vfm in TABLE5_STAGE2:  # calibrated between stages 1 and 2
     PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
     PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}
