@@ -8,7 +8,7 @@ from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.tiles import from_tiles, padded, real_patches, to_tiles
 from adala_mm.registry import ATTENTIONS
 
-Cells = tuple[Tensor, Tensor, Tensor]  # keys and values (B, H, M, m, D) and counts (M, m) of m members of M cells
+Cells = tuple[Tensor, Tensor, Tensor]  # keys and values (B, H, M, D), and counts (M,) of the tokens behind them
 
 
 def nested_tiles(x: Tensor, hw: tuple[int, int], side: int, levels: int) -> Tensor:
@@ -21,19 +21,25 @@ def nested_tiles(x: Tensor, hw: tuple[int, int], side: int, levels: int) -> Tens
     return out
 
 
-def pyramid(k: Tensor, v: Tensor, count: Tensor, levels: int) -> list[Cells]:
-    """Cells of tokens, then cells of four cells, each with its mean key and value, up to one cell of all the coarsest.
+def pyramid(k: Tensor, v: Tensor, count: Tensor, members: list[int]) -> list[Cells]:
+    """Means of as many cells as ``members`` says at each level, the coarsest first, tokens last.
 
-    ``k`` and ``v`` (B, H, M, m, D) are zero where ``count`` (M, m), the number of tokens behind a member, is.
+    ``k`` and ``v`` (B, H, N, D) are zero where ``count`` (N,), the number of tokens at a place, is.
     """
     cells = [(k, v, count)]
-    for level in range(1, levels + 1):
-        group = (1, -1) if level == levels else (-1, 4)
-        k, v = (x.sum(dim=3).unflatten(2, group) for x in (k, v))
-        count = count.sum(dim=1).unflatten(0, group)
+    for number in members:
+        k, v = (x.unflatten(2, (-1, number)).sum(dim=3) for x in (k, v))
+        count = count.unflatten(0, (-1, number)).sum(dim=1)
         size = count.clamp_min(1).unsqueeze(-1)
-        cells.append((k / size, v / size, count))
+        cells.insert(0, (k / size, v / size, count))
     return cells
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows (B, H, L, n, D) of x (B, H, M, D), by their numbers (B, H, L, n)."""
+    batch, heads, rows = x.shape[:3]
+    offset = rows * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
+    return x.flatten(0, 2).index_select(0, (ids + offset).flatten()).view(*ids.shape, -1)
 
 
 @ATTENTIONS.register_module()
@@ -52,8 +58,7 @@ class CoarseToFineAttention(Attention):
     as the grid has is O(N log N). Gradients pass through the weights, not through the choice of tiles. Any grid: where
     a tile reaches over its edge it has fewer tokens. One call of PyTorch's fused attention, in its precision.
 
-    Mean keys beside chosen tiles: Yuan et al. 2025 (Native Sparse Attention, one token a query and as gated branches);
-    several levels: Tang et al., ICLR 2022 (QuadTree attention).
+    Near it: Tang et al., ICLR 2022 (QuadTree attention), and Yuan et al. 2025 (means and tiles as gated branches).
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
@@ -85,41 +90,36 @@ class CoarseToFineAttention(Attention):
         queries = to_tiles(queries, hw, block)  # (B, H, L, S, D)
         real = real_patches(hw, block, q.device) if padded(hw, block) else None
         one = q.new_ones(1, 1, hw[0] * hw[1], 1)
-        tokens = [nested_tiles(x, hw, self.tile, self.levels) for x in (*patches, one)]  # (B, H, M, s^2, D)
-        cells = pyramid(*tokens[:2], tokens[2][0, 0, :, :, 0], self.levels)
+        k, v, count = (nested_tiles(x, hw, self.tile, self.levels).flatten(2, 3) for x in (*patches, one))
+        cells = pyramid(k, v, count[0, 0, :, 0], [self.tile ** 2] + [4] * (self.levels - 1))
 
-        *met, bias = self.met_by(queries, cells, real)
-        met = [torch.cat([x.unsqueeze(2).expand(-1, -1, y.shape[2], -1, -1), y], dim=3)
-               for x, y in zip(prefix[1:], met, strict=True)]
-        bias = F.pad(bias, (num_prefix, 0)).unsqueeze(3)  # (B, H, L, 1, P + keys)
-        out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (queries, *met)), bias.flatten(0, 1))
+        ids, bias = self.met_by(queries, cells, real, num_prefix)
+        met = [take(torch.cat([prefix[i + 1], *(cell[i] for cell in cells)], dim=2), ids) for i in (0, 1)]
+        out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (queries, *met, bias.unsqueeze(3))))
         return torch.cat([first, from_tiles(out.unflatten(0, batch), hw, block)], dim=2)
 
-    def met_by(self, queries: Tensor, cells: list[Cells], real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, H, L, n, D) that the queries of each block meet, and what their logits get (B, H, L, n).
+    def met_by(self, queries: Tensor, cells: list[Cells], real: Tensor | None, begin: int) -> tuple[Tensor, Tensor]:
+        """Whom the queries of each block meet, as rows (B, H, L, n), and what their logits get, (B, H, L, n).
 
-        ``real`` (L, S) tells queries from padding.
+        ``real`` (L, S) tells queries from padding. All meet the first ``begin`` rows; those of ``cells`` follow.
         """
-        scaled, total, found = queries.detach() * queries.shape[-1] ** -0.5, None, []
-        cell = torch.zeros(*queries.shape[:3], 1, dtype=torch.long, device=queries.device)  # (B, H, L, K)
-        for keys, values, count in reversed(cells):
-            k, v, bias = opened(keys, cell), opened(values, cell), count.log()[cell].flatten(3)
-            if values is not cells[0][1]:
-                logits = scaled @ k.detach().mT + bias.unsqueeze(3)  # (B, H, L, S, n)
+        def counted(length: int) -> Tensor:
+            return torch.arange(length, device=queries.device).expand(*queries.shape[:3], -1)
+
+        scaled, total = queries.detach() * queries.shape[-1] ** -0.5, None
+        ids, rows = counted(cells[0][2].shape[0]), [counted(begin)]
+        biases = [torch.zeros_like(rows[0], dtype=queries.dtype)]
+        for level, (keys, _, count) in enumerate(cells):
+            bias = count.log()[ids]  # (B, H, L, n)
+            rows.append(ids + begin)
+            begin += count.shape[0]
+            if level + 1 < len(cells):
+                logits = scaled @ take(keys.detach(), ids).mT + bias.unsqueeze(3)  # (B, H, L, S, n)
                 total = logits.logsumexp(-1, keepdim=True) if total is None else total
                 share = logits - total if real is None else (logits - total).masked_fill(~real[..., None], -torch.inf)
-                chosen = share.amax(dim=3).topk(min(self.num_open, k.shape[3])).indices  # (B, H, L, K)
+                chosen = share.amax(dim=3).topk(min(self.num_open, ids.shape[3])).indices  # (B, H, L, K)
                 bias = bias.scatter(-1, chosen, -torch.inf)
-                member = torch.arange(count.shape[1], device=cell.device)
-                cell = (cell.unsqueeze(-1) * count.shape[1] + member).flatten(3).gather(-1, chosen)
-            found.append((k, v, bias))
-        k, v, bias = zip(*found, strict=True)
-        return torch.cat(k, dim=3), torch.cat(v, dim=3), torch.cat(bias, dim=-1)
-
-
-def opened(x: Tensor, ids: Tensor) -> Tensor:
-    """Members (B, H, L, K m, D) of the cells (B, H, L, K) of x (B, H, M, m, D)."""
-    (batch, heads, number), members = x.shape[:3], x.shape[3:]
-    offset = number * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
-    flat = x.reshape(batch * heads * number, -1).index_select(0, (ids + offset).flatten())
-    return flat.view(*ids.shape, *members).flatten(3, 4)
+                members = self.tile ** 2 if level + 2 == len(cells) else 4
+                ids = (ids.gather(-1, chosen).unsqueeze(-1) * members + counted(members).unsqueeze(3)).flatten(3)
+            biases.append(bias)
+        return torch.cat(rows, dim=-1), torch.cat(biases, dim=-1)
