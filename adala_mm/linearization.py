@@ -99,8 +99,9 @@ def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
                          "as in dict(type='auto', grid=(32, 32))")
     few = grid[0] * grid[1] < FEW_PATCHES
     options = dict(tile=2, block=4) if few else {}
-    say(f'auto: CoarseToFineAttention with {options or "its defaults"} for {grid[0]} x {grid[1]} patches, as it comes '
-        'nearest to softmax' + (', which itself is faster at so few patches' if few else ''))
+    told = ', '.join(f'{name}={value}' for name, value in options.items()) or 'its defaults'
+    say(f'auto: CoarseToFineAttention with {told} for {grid[0]} x {grid[1]} patches, as it comes nearest to softmax' +
+        (', which itself is faster at so few patches' if few else ''))
     return {'type': 'CoarseToFineAttention', **options}
 
 
