@@ -13,6 +13,7 @@ from adala_mm.models.attentions import Attention
 from adala_mm.registry import ATTENTIONS
 
 Model = TypeVar('Model', bound=nn.Module)
+FEW_PATCHES = 24 * 24  # with fewer, tiles of 4 x 4 patches would be open nearly all, or all
 
 
 def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 'linear',
@@ -29,8 +30,10 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
         model: timm ``VisionTransformer`` or ``Eva``, transformers ``Dinov2Model``, ``Dinov2WithRegistersModel``,
             ``CLIPVisionModel`` or ``SiglipVisionModel``, mmpretrain ``VisionTransformer``, our ``AdaLAViT``; or a model
             with one of them inside, such as a classifier or ``CLIPModel``.
-        attention: class name without "Attention" in any case (``linear``, ``hedgehog``, ``rala``, ...), a registered
-            name, ``dict(type=..., <options>)``, or a subclass of `adala_mm.models.attentions.Attention`.
+        attention: class name without "Attention" in any case (``linear``, ``hedgehog``, ``coarse-to-fine``, ...), a
+            registered name, ``dict(type=..., <options>)``, or a subclass of `adala_mm.models.attentions.Attention`.
+            ``auto`` takes what `advised` says for the image size that the model was built for, ``dict(type='auto',
+            grid=(64, 64))`` for another one, in patches.
         keep_softmax: blocks that stay as they are, negative ones counted from the end. So do blocks that have been
             replaced before: two calls give two kinds of attention.
         inplace: change ``model`` instead of a copy. Hooks on the replaced attentions are lost either way.
@@ -42,7 +45,7 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     Raises:
         TypeError: for a model that is not supported, or an attention in it that is not.
         ValueError: for an unknown attention, a block that does not exist, a model without softmax blocks, or one that
-            drops attention weights in training.
+            drops attention weights in training; for ``auto`` without a patch grid.
     """
     vit, family = find_vit(model if inplace else (model := copy.deepcopy(model)))
     attentions = family.attentions_of(vit)
@@ -59,6 +62,8 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     new_layout = layout is None
     layout = Layout(family.num_prefix(vit)) if new_layout else layout
     cfg, grid = find_attention(attention), family.grid(vit)
+    if cfg.get('type') == 'auto':
+        cfg = advised(**{'grid': grid} | {key: value for key, value in cfg.items() if key != 'type'})
     replaced = {i: family.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
     for i, attn in replaced.items():  # only now that all have been built
         setattr(family.blocks_of(vit)[i], family.attention, attn)
@@ -77,13 +82,36 @@ def linearize_blocks(model: nn.Module, attentions: Sequence[dict[str, Any] | Non
             linearize(model, kind, keep_softmax=others, inplace=True)
 
 
+def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
+    """The attention that ``auto`` stands for, for images of ``grid`` (h, w) patches; logs which, and why.
+
+    It is `CoarseToFineAttention`, which comes nearest to softmax without training (docs/frontier.md). From 24 x 24
+    patches on (384 px in patches of 16) it has its defaults: 16 tiles of 4 x 4 patches are open. An image of 14 x 14
+    patches (224 px) has no more tiles than that, so that it would be softmax by a longer way: below 24 x 24, tiles
+    have 2 x 2 patches and blocks 4 x 4. Softmax is faster there anyway. Its cost grows faster than N; an attention
+    that is strictly O(N) has to be asked for by its name.
+
+    Raises:
+        ValueError: if ``grid`` is not two numbers from 1 on.
+    """
+    if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"attention 'auto' depends on the patch grid of the images, and that is {grid}: say which, "
+                         "as in dict(type='auto', grid=(32, 32))")
+    few = grid[0] * grid[1] < FEW_PATCHES
+    options = dict(tile=2, block=4) if few else {}
+    told = ', '.join(f'{name}={value}' for name, value in options.items()) or 'its defaults'
+    say(f'auto: CoarseToFineAttention with {told} for {grid[0]} x {grid[1]} patches, as it comes nearest to softmax' +
+        (', which itself is faster at so few patches' if few else ''))
+    return {'type': 'CoarseToFineAttention', **options}
+
+
 def find_attention(attention: str | dict[str, Any] | type[Attention]) -> dict[str, Any]:
-    """What `build_attention` takes, for a short name, a registered name, a dict or a class."""
+    """What `build_attention` takes, for a short name, a registered name, a dict or a class; ``auto`` stays."""
     if isinstance(attention, dict):
         return {**attention, **find_attention(attention['type'])} if 'type' in attention else attention
     ATTENTIONS.import_from_location()
-    short = str(attention).removeprefix('adala_mm.').lower().removesuffix('attention')
-    names = {name.lower().removesuffix('attention'): name for name in ATTENTIONS.module_dict}
+    short = str(attention).removeprefix('adala_mm.').lower().replace('_', '').replace('-', '').removesuffix('attention')
+    names = {name.lower().removesuffix('attention'): name for name in ATTENTIONS.module_dict} | {'auto': 'auto'}
     return {'type': names.get(short, attention) if isinstance(attention, str) else attention}
 
 

@@ -175,7 +175,8 @@ class Listed(Dataset):
 
 @pytest.mark.parametrize('name', ['stage2_dinov2l_fsdp_in22k', 'stage2_dinov2l_earlystop_in22k', 'linear_l2vitt_in1k',
                                   'mask2former_dinov2b_ade20k', 'upernet_l2vitt_ade20k', 'stage2_demo_beacons',
-                                  'calibrate_dinov2l_plus_coco', 'calibrate_deitt_plus_caltech'])
+                                  'calibrate_dinov2l_plus_coco', 'calibrate_deitt_plus_caltech',
+                                  'calibrate_dinov2b_coarse_coco', 'stage1_clipl_coarse_coco'])
 def test_recipes_of_this_repository_are_in_order(name, monkeypatch):
     monkeypatch.setattr(Plan, 'dataset', lambda self, loader: Listed())
     (path,) = ROOT.glob(f'configs/*/{name}.py')

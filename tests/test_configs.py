@@ -161,7 +161,7 @@ def test_name_and_length(name):
 
 
 # Formatting takes 0.3 s a file, and the other configs of these folders differ from the chosen ones in numbers only.
-SAMPLES = dict(adala='_dinov2l_(softmax_|fsdp_|fast_)?(ade20k|in1k|in22k|coco)', adala_plus='plus',
+SAMPLES = dict(adala='_dinov2l_(softmax_|fsdp_|fast_)?(ade20k|in1k|in22k|coco)', adala_plus='plus|dinov2b_coarse',
                baselines='scratch_in1kl|_lolcats_native_', demo='_demo_(beacons|softmax_beacons)',
                real='_deitt_(camvid|caltech|softmax_camvid)')
 
@@ -398,6 +398,39 @@ def test_twin_differs_only_in_attention_and_weights(name):
     assert contents[0] == contents[1]
 
 
+@pytest.mark.parametrize('vfm', TABLE5_STAGE2)
+@pytest.mark.parametrize(('stage', 'dataset'), [
+    ('stage1', 'coco'), ('stage2', 'in22k'), ('mask2former', 'ade20k'), ('linear', 'in1k')])
+def test_coarse_is_the_papers_run_but_for_what_it_states(stage, dataset, vfm):
+    ours, paper = (config(f'{stage}_{vfm}{kind}_{dataset}').to_dict() for kind in ('_coarse', ''))
+    depth = ours['model']['backbone']['depth']
+    assert ours['model']['backbone'].pop('attention') == {'type': 'adala_mm.CoarseToFineAttention'}
+    if stage == 'stage2':
+        assert ours['model'].pop('layers') == list(range(depth))
+        terms = ours['model'].pop('loss', dict(mse=1.0))
+        assert terms.pop('mse') * ours['model'].pop('loss_scale') == paper['model'].pop('loss_scale')
+        assert terms == (dict(class_token=1.0) if paper['model']['backbone'].get('class_token', True) else {})
+    if stage.startswith('stage'):
+        assert ours['optim_wrapper']['optimizer'].pop('lr') < paper['optim_wrapper']['optimizer'].pop('lr')
+        assert ours.pop('param_scheduler')['end'] == paper['train_cfg']['max_epochs']
+        paper.pop('param_scheduler', None)
+    for cfg in (ours, paper):
+        cfg['model']['backbone'].pop('init_cfg')
+        cfg['model']['backbone'].pop('attention', None)
+        cfg.pop('coarse_attention', None)
+    assert ours == paper
+
+
+@pytest.mark.parametrize('vfm', TABLE5_STAGE2)
+def test_calibration_of_coarse_has_the_student_of_its_stages(vfm):
+    calibration = config(f'calibrate_{vfm}_coarse_coco')
+    assert calibration.train_cfg == dict(type='adala_mm.CalibrationLoop', images=512,
+                                         max_iters=calibration.model.backbone.depth)
+    images = config(f'stage1_{vfm}_coarse_coco').train_dataloader
+    assert calibration.train_dataloader == images and calibration.get('param_scheduler') is None
+    assert calibration.model.teacher == config(f'stage2_{vfm}_coarse_in22k').model.teacher
+
+
 @pytest.mark.parametrize(('attention', 'target'), [('hedgehog', 'weights'), ('lolcats', 'heads')])
 def test_native_alignment_differs_only_in_target_and_what_learns(attention, target):
     native, ours = config(f'stage1_dinov2l_{attention}_native_coco'), config(f'stage1_dinov2l_{attention}_coco')
@@ -472,12 +505,17 @@ PREVIOUS = {
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
     'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
 }
-for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True)).items():
+for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True, coarse=True)).items():
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
                                           ('deitt', 'caltech', 'caltech', 'camvid')):
         PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
         for _head in ('mask2former', 'linear'):
             PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
+for _head in ('mask2former', 'linear'):
+    PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
+for _vfm in TABLE5_STAGE2:  # calibrated between stages 1 and 2
+    PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
+    PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}
 
 
 def previous(name: str) -> set[str]:

@@ -353,6 +353,8 @@ CHILDREN = {
         'baselines/mask2former_dinov2l_cosformer_cityscapes': '24 of 24 blocks MeanBesideLinear'},
     ('docs/beyond.md', "model['backbone']['attention'] ="): {
         'real/stage2_deitt_caltech': '12 of 12 blocks HedgehogAttention'},
+    ('docs/beyond.md', "attention=dict(type='adala_mm.CoarseToFineAttention'"): {
+        'real/stage2_deitt_caltech': '12 of 12 blocks CoarseToFineAttention'},
     ('docs/beyond.md', "type='adala_mm.TaskModelAlignment'"): {
         'adala/mask2former_dinov2l_ade20k': '24 of 24 blocks LinearAttention'},
     ('docs/training.md', 'patience=3)]\ndefault_hooks'): {

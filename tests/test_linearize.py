@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from adala_mm import align, linearize
 from adala_mm.adapters import Adapter
-from adala_mm.linearization import is_linear
+from adala_mm.linearization import advised, is_linear
 from adala_mm.models.attentions import Attention, LinearAttention
 from adala_mm.registry import ATTENTIONS, MODELS
 from adala_mm.utils.cost import peak_bytes
@@ -277,6 +277,35 @@ def test_ways_to_name_an_attention(attention):
     assert layers[0].feature_map == ('relu' if isinstance(attention, dict) else 'elu1')
 
 
+@pytest.mark.parametrize('name', ['coarsetofine', 'coarse_to_fine', 'Coarse-to-Fine', 'windowed_linear', 'monarch'])
+def test_words_of_a_name_may_be_apart(name):
+    wanted = re.sub('[_-]', '', name).lower()
+    kinds = {type(layer).__name__.lower() for layer in attentions(linearize(timm_vit(), name))}
+    assert kinds == {f'timm{wanted}attention'}
+
+
+@every_family
+@torch.no_grad()
+def test_auto_takes_the_advice_for_the_image_size(family, caplog):
+    """A grid of 4 x 4 has 4 tiles of 2 x 2 patches: all are open, and that is softmax."""
+    caplog.set_level(logging.INFO, 'adala_mm')
+    model, images = build(family), torch.randn(2, 3, *SIZES[0])
+    small, large = linearize(model, 'auto'), linearize(model, dict(type='auto', grid=(20, 32)))
+    torch.testing.assert_close(run(small, images), run(model, images), rtol=1e-4, atol=1e-4)
+    for other, sides in ((small, (2, 4)), (large, (4, 8))):
+        assert other.num_linear_blocks == 3 and run(other, torch.randn(1, 3, *SIZES[1])).isfinite().all()
+        assert {(layer.tile, layer.block, layer.num_open) for layer in attentions(other)} == {(*sides, 16)}
+    said = [message for message in caplog.messages if message.startswith('auto: CoarseToFineAttention with ')]
+    assert [re.search(r'for (\d+ x \d+) patches', message)[1] for message in said] == ['4 x 4', '20 x 32']
+    assert ['faster' in message for message in said] == [True, False]
+
+
+def test_where_the_advice_changes():
+    small, default = dict(type='CoarseToFineAttention', tile=2, block=4), dict(type='CoarseToFineAttention')
+    assert [advised(grid) for grid in ((14, 14), (23, 24), (24, 24), (18, 32), (128, 128))] == [
+        small, small, default, default, default]
+
+
 class MeanAttention(Attention):
     def mix(self, q, k, v, hw, num_prefix):
         return v.mean(dim=2, keepdim=True).expand_as(v)
@@ -375,6 +404,9 @@ def two_vits() -> nn.Module:
     (lambda: timm_vit(attn_drop_rate=0.1), {}, ValueError, r'attn_drop=0\.1.*set this dropout to 0'),
     (lambda: hf_vit('hf_clip', attention_dropout=0.1), {}, ValueError, r'CLIPAttention drops.*dropout=0\.1'),
     (timm_vit, dict(attention='hedgehogs'), ValueError, "unknown attention type 'hedgehogs'.*Registered"),
+    (timm_vit, dict(attention=dict(type='auto', grid=None)), ValueError, r"that is None: say which.*grid=\(32, 32\)"),
+    (timm_vit, dict(attention=dict(type='auto', grid=1024)), ValueError, 'that is 1024: say which'),
+    (timm_vit, dict(attention=dict(type='auto', gird=(4, 4))), TypeError, 'gird'),
     (timm_vit, dict(attention=nn.Linear), ValueError, 'unknown attention type.*Linear'),
     (timm_vit, dict(attention={'feature_map': 'relu'}), ValueError, 'unknown attention type None'),
     (timm_vit, dict(attention={'type': 'linear', 'featuremap': 'relu'}), TypeError, 'featuremap'),

@@ -306,6 +306,39 @@ def test_tables_of_a_study(tables):
     assert '3 of them a run' in rows[-1] and 'Commits def5678+ (' in rows[-1]
 
 
+def test_recipes_by_budget(tables, monkeypatch):
+    """The teacher first, then trainings of one length side by side; runs without records are left out."""
+    path, plan = tables.ROOT / 'docs/results/study.json', tables.ROOT / 'configs/real/study.yml'
+    records = json.loads(path.read_text())
+    records |= {'other/seed0': records['one/seed0'] | dict(softmax_blocks=0, linear_blocks=12)}
+    for run in records.values():
+        run['scores'][-1]['knn/teacher_accuracy'] = 73.24
+    path.write_text(json.dumps(records))
+    plan.write_text(plan.read_text() + '  other: {config: d, swap: other as is, label: other}\n')
+    monkeypatch.setattr(tables, 'RECIPES', ['one', 'two', 'later', 'other'])
+    header, _, teacher, *rows = rows_of(tables.TABLES['recipe']())
+    assert header[4:] == ['top-1 agreement (%)', 'relative feature error', '1-NN accuracy (%)', 'seeds']
+    assert teacher == ['softmax teacher', '12 / 0', '', '', '100.0', '0.000', '73.2', '']
+    assert [row[:3] for row in rows] == [
+        ['none', '1 / 11', '0'], ['other as is', '0 / 12', '0'], ['first', '1 / 11', '10'], ['other', '0 / 12', '10'],
+        ['both', '1 / 11', '10 + 30']]
+
+
+def test_agreement_of_the_readme(tables):
+    path = tables.ROOT / 'docs/results/study.json'
+    records = json.loads(path.read_text())
+    for name in ('paper_1', 'paper_250', 'paper_1200', 'coarse_1', 'coarse_1200'):
+        recipe, end = name.split('_')
+        for seed in (0, 1):
+            second = records[f'two/seed{seed}'] | dict(after=f'{recipe}_1/seed{seed}')
+            records[f'{name}/seed{seed}'] = records[f'one/seed{seed}'] if end == '1' else second
+    path.write_text(json.dumps(records))
+    assert rows_of(tables.TABLES['agreement']()) == [
+        ['agreement with the teacher (%), by iterations', 'untrained', '10', '10 + 30', '10 + 30'], ['---'] * 5,
+        ['softmax teacher', *['100'] * 4], ['*coarse*', '1', '21', '', '61'],
+        ["the paper's recipe", '1', '21', '61', '61']]
+
+
 def test_scores_in_the_picture_are_means_over_the_seeds(tables):
     records = json.loads((tables.ROOT / 'docs/results/study.json').read_text())
     chains = [tool('study_report').chain(records, f'two/seed{seed}') for seed in (0, 1)]

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ from adala_mm.utils.tables import ablation_table, markdown_table
 from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
+# Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.
+ENDS = (1, 250, 1200)
+RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
 PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
          'docs/approximations.md']
 
@@ -55,8 +59,9 @@ def real_alignment() -> str:
     ]) + footnote(two)
 
 
-def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml', scored: str | None = None) -> str:
-    """Table of a study, or of those of its runs that score_study.py has ``scored`` on other images."""
+def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml', scored: str | None = None,
+          recipes: bool = False) -> str:
+    """Table of a study, or of those of its runs that score_study.py has ``scored`` on other images, or of `RECIPES`."""
     path = ROOT / file
     records, plan = json.loads((ROOT / f'docs/results/{path.stem}.json').read_text()), read_plan(path)
     if scored:
@@ -64,12 +69,14 @@ def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.y
         plan = {name: run for name, run in plan.items() if seeds_of(again, name)}
         # What they have gone through before they were scored is the study's.
         records = {key: run for key, run in records.items() if key.rpartition('/')[0] not in plan} | again
+    if recipes:
+        plan = {name: run for name, run in plan.items() if name in RECIPES}
     machines = [run['machine'] for run in shown(records, plan, columns)]
     places = dict.fromkeys(f'{m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, Python {m["python"]}, '
                            f'torch {m["torch"]}' for m in machines)
     commits = dict.fromkeys(m['commit'] + '+' * bool(m['dirty']) for m in machines)
     changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
-    return table(records, plan, columns) + (
+    return table(records, plan, columns, by_budget=recipes) + (
         f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Commits {", ".join(commits)}{changed}.')
 
 
@@ -169,10 +176,11 @@ def downloads() -> str:
 
 
 def study_costs() -> str:
-    """What the study's two recipes cost on a CPU, as far as each was trained."""
+    """What the study's recipes cost on a CPU, as far as each was trained."""
     records, plan, rows = recorded('study'), read_plan(ROOT / 'configs/real/study.yml'), []
-    for name in ('paper_1', 'paper_250', 'paper_1200', 'plus_1', 'plus_250', 'plus_1200'):
-        chains = [chain(records, key) for key in seeds_of(records, name)]
+    for name in RECIPES:
+        if not (chains := [chain(records, key) for key in seeds_of(records, name)]):
+            continue
         scores = [runs[-1]['scores'][-1] for runs in chains]
         steps = chains[0][-1]['iterations']
         rows.append([plan[name]['label'], ' + '.join(map(str, lengths(chains[0], steps))),
@@ -181,6 +189,20 @@ def study_costs() -> str:
                      spread([score['align/top1_agreement'] for score in scores], 1), str(len(chains))])
     header = ['recipe', 'iterations', '10¹² multiply-adds', 'minutes', 'top-1 agreement (%)', 'seeds']
     return markdown_table(header, rows)
+
+
+def agreement() -> str:
+    """How often students of each recipe agree with their teacher, from no training to the longest; means over seeds."""
+    records, rows = recorded('study'), [['softmax teacher'] + ['100'] * (1 + len(ENDS))]
+    for recipe, title in dict(coarse='*coarse*', plus='*plus*', paper="the paper's recipe").items():
+        runs = [[records[key]['scores'] for key in seeds_of(records, f'{recipe}_{end}')] for end in ENDS]
+        if runs[0]:
+            found = [[scores[0] for scores in runs[0]], *([scores[-1] for scores in ended] for ended in runs)]
+            rows.append([title, *(f'{statistics.fmean(score["align/top1_agreement"] for score in scores):.0f}'
+                                  if scores else '' for scores in found)])
+    trained = [chain(records, seeds_of(records, f'paper_{end}')[0]) for end in ENDS]
+    return markdown_table(['agreement with the teacher (%), by iterations', 'untrained',
+                           *(' + '.join(f'{run["iterations"]:,}' for run in runs) for runs in trained)], rows)
 
 
 def frontier() -> str:
@@ -223,6 +245,8 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
 TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
+              agreement=agreement,
+              recipe=lambda: study({key: ALIGNMENT[key] for key in ALIGNMENT if key != 'align/cosine'}, recipes=True),
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,

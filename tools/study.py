@@ -5,7 +5,8 @@
 
 The study file names ``runs``, each with a ``config`` of the folder that the study is in, and perhaps with the run that
 it comes ``after`` and starts from, a number of ``iterations``, ``options`` as of --cfg-options, a ``label`` for tables,
-and one for its scores before training, ``swap``, if nothing comes before it. ``seeds`` and ``amp`` are for all. A run's
+and one for its scores before training, ``swap``, if nothing comes before it. ``seeds`` are for all, and so is ``amp``
+where a run has none of its own. A run's
 work dir is ``work_dirs/<study>/<name>/seed<n>``; <study> is the file's name, which no other study may have. What is
 finished is recorded in ``--out`` at once, which keeps the records that it has. Recorded runs are not run again, unless
 another one starts from weights that are no longer there.
@@ -38,7 +39,7 @@ from adala_mm.utils.timing import save
 
 TOOLS = Path(__file__).parent
 WORDS = ('label', 'swap')  # what tables call a run, which may change
-KEYS = ('config', 'after', 'iterations', 'options', *WORDS)
+KEYS = ('config', 'after', 'iterations', 'options', 'amp', *WORDS)
 STUDY_KEYS = ('runs', 'seeds', 'amp')
 Run = tuple[str, int]  # name, seed
 
@@ -129,8 +130,10 @@ class Study:
         self.path, self.out, self.data_root, self.threads = path, out, data_root, threads
         self.folder = Path('work_dirs') / path.stem
         self.plan = read_study(path)
-        self.amp = bool(self.plan.get('amp'))
         self.records = json.loads(out.read_text()) if out.exists() else {}
+
+    def amp(self, run: Run) -> bool:
+        return bool(self.plan.runs[run[0]].get('amp', self.plan.get('amp')))
 
     def key(self, run: Run) -> str:
         return f'{run[0]}/seed{run[1]}'
@@ -168,7 +171,7 @@ class Study:
         folder = self.work_dir(run)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, TOOLS / 'train.py', self.config(run), '--work-dir', folder, '--seed', run[1],
-                   *['--amp'] * self.amp]
+                   *['--amp'] * self.amp(run)]
         newest = folder / 'last_checkpoint'
         if (folder / PREEMPTED).exists() or (
                 newest.exists() and (folder / Path(newest.read_text().strip()).name).exists()):
@@ -199,7 +202,7 @@ class Study:
         config = Config.fromfile(newest_log(folder).with_name('config.py'))  # as it ran
         source = json.loads((newest_log(folder).parents[1] / 'run.json').read_text())['source']
         return record(folder) | dict(
-            after=before and self.key(before), plan=self.stated(run), amp=self.amp,
+            after=before and self.key(before), plan=self.stated(run), amp=self.amp(run),
             minutes=round(sum(map(minutes, logs_of_run(folder))), 1),
             machine=self.machine(source),
             batch_size=config.train_dataloader.batch_size, training_multiply_adds=training_cost(config),
@@ -224,8 +227,8 @@ class Study:
         todo = {run for run in runs if self.key(run) not in self.records}
         for run in set(runs) - todo:
             known = self.records[self.key(run)]
-            was = dict(known['plan'], amp=known.get('amp', self.amp))  # one that says nothing of it may stay
-            if was != (now := dict(self.stated(run), amp=self.amp)):
+            was = dict(known['plan'], amp=known.get('amp', self.amp(run)))  # one that says nothing of it may stay
+            if was != (now := dict(self.stated(run), amp=self.amp(run))):
                 raise ValueError(f'{self.key(run)} is recorded in {self.out} as {was}, and the study says {now}: '
                                  f'rename it, or remove the record and {self.work_dir(run)}')
         for run in list(todo):

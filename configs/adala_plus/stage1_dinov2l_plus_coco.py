@@ -1,4 +1,4 @@
-# The best recipe that we know, stage 1: learnt exponential feature maps, convolved values.
+# The recipe plus, stage 1: learnt exponential feature maps, convolved values.
 from mmengine.config import read_base
 
 with read_base():

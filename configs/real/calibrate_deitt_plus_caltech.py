@@ -1,4 +1,4 @@
-# The best recipe that we know, between its stages: output projections in closed form, from stage 1's checkpoint.
+# The recipe plus, between its stages: output projections in closed form, from stage 1's checkpoint.
 from mmengine.config import read_base
 
 with read_base():

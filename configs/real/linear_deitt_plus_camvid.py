@@ -1,4 +1,4 @@
-# A linear head on the frozen features of the best recipe that we know.
+# A linear head on the frozen features of the recipe plus.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# A linear head on the frozen features of the best recipe that we know, with two blocks kept softmax.
+# A linear head on the frozen features of the recipe plus, with two blocks kept softmax.
 from mmengine.config import read_base
 
 with read_base():

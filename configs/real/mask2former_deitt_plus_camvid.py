@@ -1,4 +1,4 @@
-# Stage 3 after the best stages that we know: learnt exponential feature maps, convolved values, all layers compared.
+# The recipe plus, stage 3: learnt exponential feature maps, convolved values, all layers compared.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# The best recipe that we know, stage 1, with two blocks kept softmax.
+# The recipe plus, stage 1, with two blocks kept softmax.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# The best recipe that we know, stage 2: all layers are compared, at half the paper's rate.
+# The recipe plus, stage 2: all layers are compared, at half the paper's rate.
 from mmengine.config import read_base
 
 with read_base():
