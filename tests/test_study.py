@@ -62,7 +62,7 @@ def test_seeds_are_done_one_after_the_other_and_runs_bring_what_they_need(tmp_pa
 @pytest.mark.parametrize(('runs', 'message'), [
     (dict(one=dict(config='a'), two=dict(config='a', after='one', swap='x')), 'has a label swap, and comes after'),
     (dict(one=dict(config='a', lr=1)), "run 'one' has an unknown key 'lr'; there are config, after, "
-     'iterations, options, label, swap'),
+     'iterations, options, amp, label, swap'),
     (dict(one=dict(config='a', after='two'), two=dict(config='a')), "'one' comes after 'two', which is not among the "
                                                                     'runs before it: none')])
 def test_studies_that_cannot_be(runs, message, tmp_path):
@@ -216,6 +216,13 @@ def test_a_recorded_run_of_another_precision(tmp_path):
     study.records = {'one/seed0': dict(plan=dict(config='a'), amp=False)}
     with pytest.raises(ValueError, match="one/seed0 is recorded in .*'amp': False.*, and the study says .*'amp': True"):
         study.outstanding([run])
+
+
+def test_a_run_may_have_a_precision_of_its_own(tmp_path):
+    path = write_study(tmp_path, one=dict(config='a', amp=False), two=dict(config='a'))
+    path.write_text(path.read_text() + 'amp = True\n')
+    study = Study(path, tmp_path / 'out.json', None, 1)
+    assert [study.amp((name, 0)) for name in ('one', 'two')] == [False, True]
 
 
 @pytest.mark.parametrize('name', ['real/study', 'demo/demo_seeds'])
