@@ -13,7 +13,7 @@ from adala_mm.models.attentions import Attention
 from adala_mm.registry import ATTENTIONS
 
 Model = TypeVar('Model', bound=nn.Module)
-FEW_PATCHES = 24 * 24  # with fewer, tiles of 4 x 4 patches would be open nearly all, or all
+FEW_PATCHES = 32 * 32  # with fewer, most of the tiles of 4 x 4 patches would be open, or all
 
 
 def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 'linear',
@@ -85,11 +85,11 @@ def linearize_blocks(model: nn.Module, attentions: Sequence[dict[str, Any] | Non
 def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
     """The attention that ``auto`` stands for, for images of ``grid`` (h, w) patches; logs which, and why.
 
-    It is `CoarseToFineAttention`, which comes nearest to softmax without training (docs/frontier.md). From 24 x 24
-    patches on (384 px in patches of 16) it has its defaults: 16 tiles of 4 x 4 patches are open. An image of 14 x 14
-    patches (224 px) has no more tiles than that, so that it would be softmax by a longer way: below 24 x 24, tiles
-    have 2 x 2 patches and blocks 4 x 4. Softmax is faster there anyway. Its cost grows faster than N; an attention
-    that is strictly O(N) has to be asked for by its name.
+    It is `CoarseToFineAttention`, which comes nearest to softmax without training (docs/frontier.md). From 32 x 32
+    patches on (512 px in patches of 16) 24 tiles of 4 x 4 patches are open. An image of 14 x 14 patches (224 px) has no
+    more tiles than that, so that it would be softmax by a longer way: below 32 x 32, 16 tiles of 2 x 2 patches are, for
+    blocks of 4 x 4. Softmax is faster there anyway. Its cost grows faster than N; an attention that is strictly O(N)
+    has to be asked for by its name.
 
     Raises:
         ValueError: if ``grid`` is not two numbers from 1 on.
@@ -98,8 +98,8 @@ def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
         raise ValueError(f"attention 'auto' depends on the patch grid of the images, and that is {grid}: say which, "
                          "as in dict(type='auto', grid=(32, 32))")
     few = grid[0] * grid[1] < FEW_PATCHES
-    options = dict(tile=2, block=4) if few else {}
-    told = ', '.join(f'{name}={value}' for name, value in options.items()) or 'its defaults'
+    options = dict(tile=2, num_open=16, block=4) if few else dict(tile=4, num_open=24, block=8)
+    told = ', '.join(f'{name}={value}' for name, value in options.items())
     say(f'auto: CoarseToFineAttention with {told} for {grid[0]} x {grid[1]} patches, as it comes nearest to softmax' +
         (', which itself is faster at so few patches' if few else ''))
     return {'type': 'CoarseToFineAttention', **options}

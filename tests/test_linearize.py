@@ -290,20 +290,21 @@ def test_auto_takes_the_advice_for_the_image_size(family, caplog):
     """A grid of 4 x 4 has 4 tiles of 2 x 2 patches: all are open, and that is softmax."""
     caplog.set_level(logging.INFO, 'adala_mm')
     model, images = build(family), torch.randn(2, 3, *SIZES[0])
-    small, large = linearize(model, 'auto'), linearize(model, dict(type='auto', grid=(20, 32)))
+    small, large = linearize(model, 'auto'), linearize(model, dict(type='auto', grid=(32, 48)))
     torch.testing.assert_close(run(small, images), run(model, images), rtol=1e-4, atol=1e-4)
-    for other, sides in ((small, (2, 4)), (large, (4, 8))):
+    for other, options in ((small, (2, 4, 16)), (large, (4, 8, 24))):
         assert other.num_linear_blocks == 3 and run(other, torch.randn(1, 3, *SIZES[1])).isfinite().all()
-        assert {(layer.tile, layer.block, layer.num_open) for layer in attentions(other)} == {(*sides, 16)}
+        assert {(layer.tile, layer.block, layer.num_open) for layer in attentions(other)} == {options}
     said = [message for message in caplog.messages if message.startswith('auto: CoarseToFineAttention with ')]
-    assert [re.search(r'for (\d+ x \d+) patches', message)[1] for message in said] == ['4 x 4', '20 x 32']
+    assert [re.search(r'for (\d+ x \d+) patches', message)[1] for message in said] == ['4 x 4', '32 x 48']
     assert ['faster' in message for message in said] == [True, False]
 
 
 def test_where_the_advice_changes():
-    small, default = dict(type='CoarseToFineAttention', tile=2, block=4), dict(type='CoarseToFineAttention')
-    assert [advised(grid) for grid in ((14, 14), (23, 24), (24, 24), (18, 32), (128, 128))] == [
-        small, small, default, default, default]
+    small, large = (dict(type='CoarseToFineAttention', tile=tile, num_open=num_open, block=2 * tile)
+                    for tile, num_open in ((2, 16), (4, 24)))
+    assert [advised(grid) for grid in ((14, 14), (31, 32), (32, 32), (24, 48), (128, 128))] == [
+        small, small, large, large, large]
 
 
 class MeanAttention(Attention):
