@@ -89,7 +89,7 @@ def test_metafiles_are_up_to_date(tool, folder):
 
 @pytest.mark.parametrize('name', [
     'stage1_deitt_caltech', 'mask2former_demo_beacons', 'linear_dinov2b_softmax_in1k', 'linear_dinov2l_monarch_in1k',
-    'linear_l2vitt_in1k'])
+    'linear_l2vitt_in1k', 'stage1_dinov2b_coarse_coco'])
 def test_flops(tool, name):
     entry = listed(name)
     facts = tool.metadata(Config.fromfile(ROOT / entry['Config']), name)

@@ -211,7 +211,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     labelled = [entry for name in args.labelled for entry in read_list(root / name)]
     if missing := [str(image) for image, number in labelled if number is None]:
         raise ValueError(f'--labelled: {missing[0]} has no class; a line is "path class-id"')
-    alignment = tuple(image for image in lines if image not in set(held_out))
+    kept = {*held_out, *scored}
+    alignment = tuple(image for image in lines if image not in kept)
     if not scored or len(labelled) < 2 or len(alignment) < args.batch:
         raise ValueError(f'{len(scored)} photographs to score, {len(labelled)} labelled ones and {len(alignment)} to '
                          f'align on in batches of {args.batch}: there must be more')

@@ -80,9 +80,9 @@ def relative(data: dict, size: int, label: str, cost: str) -> float | None:
 
 
 def points(data: dict, size: int, training: Training) -> list[Point]:
-    """All attentions that have gone through ``training``, without softmax."""
+    """All attentions that have gone through ``training``, without softmax, and what is softmax by a longer way."""
     return [Point(label, time, found['agreement']) for label in labels_of(data, size) if label != SOFTMAX
-            and (found := scores(data, label, size, training))
+            and (found := scores(data, label, size, training)) and found['rel_error'] > EXACT
             and (time := relative(data, size, label, 'vit_ms')) is not None]
 
 

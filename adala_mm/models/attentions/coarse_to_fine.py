@@ -50,15 +50,15 @@ class CoarseToFineAttention(Attention):
     ``w_ij = exp(q_i·k_j / sqrt D)``, and the tiles that stay closed, a mean key and value each, with
     ``w_ij = n_j exp(q_i·k_j / sqrt D)``, n_j being the number of their tokens: the softmax of tokens that are all like
     the mean. Queries come in blocks of the patch grid, and a block opens the K tiles with the greatest weight that any
-    of its queries gives them while all are closed. With all tiles open, that is softmax attention. Queries of class and
-    register tokens take the softmax over all keys, O(N).
+    of its queries gives them while all are closed. Queries of class and register tokens have all open: softmax, O(N).
 
     With ``levels=2`` there are tiles of four tiles above them: K of those open into their tiles, K of these into
     tokens; and so on. Every query then meets ``N / (4^(L-1) s^2) + 4 (L-1) K + K s^2`` keys, which with as many levels
-    as the grid has is O(N log N). Gradients pass through the weights, not through the choice of tiles. Any grid: where
-    a tile reaches over its edge it has fewer tokens. One call of PyTorch's fused attention, in its precision.
+    as the grid has is O(N log N); they are gathered once a block, which takes memory. Gradients pass through the
+    weights, not the choice of tiles. Any grid: where a tile reaches over its edge it has fewer tokens. One call of
+    PyTorch's fused attention, in its precision.
 
-    Near it: Tang et al., ICLR 2022 (QuadTree attention), and Yuan et al. 2025 (means and tiles as gated branches).
+    Near it: QuadTree attention (Tang et al., ICLR 2022); means and tiles as gated branches (Yuan et al. 2025).
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
