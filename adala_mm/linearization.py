@@ -86,10 +86,11 @@ def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
     """The attention that ``auto`` stands for, for images of ``grid`` (h, w) patches; logs which, and why.
 
     It is `CoarseToFineAttention`, the kind that comes nearest to softmax without training (docs/frontier.md). From
-    32 x 32 patches on (512 px in patches of 16) 24 tiles of 4 x 4 patches are open. An image of 14 x 14 patches (224
-    px) has no more tiles than that, so that it would be softmax by a longer way: below 32 x 32, 16 tiles of 2 x 2
-    patches are, for blocks of 4 x 4; at 8 x 8 and less, those are all. Softmax is faster there anyway. Its cost grows
-    faster than N; an attention that is strictly O(N) has to be asked for by its name.
+    32 x 32 patches on (512 px in patches of 16) 16 tiles of 4 x 4 patches are open, which is faster than softmax; with
+    ``num_open=24`` it is nearer, and faster at larger images only. An image of 14 x 14 patches (224 px) has no more
+    tiles than 16, so that it would be softmax by a longer way: below 32 x 32, 16 tiles of 2 x 2 patches are, for blocks
+    of 4 x 4; at 8 x 8 and less, those are all. Softmax is faster there anyway. Its cost grows faster than N; an
+    attention that is strictly O(N) has to be asked for by its name.
 
     Raises:
         ValueError: if ``grid`` is not two numbers from 1 on.
@@ -98,7 +99,7 @@ def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
         raise ValueError(f"attention 'auto' depends on the patch grid of the images, and that is {grid}: say which, "
                          "as in dict(type='auto', grid=(32, 32))")
     few = grid[0] * grid[1] < FEW_PATCHES
-    options = dict(tile=2, num_open=16, block=4) if few else dict(tile=4, num_open=24, block=8)
+    options = dict(tile=2, num_open=16, block=4) if few else dict(tile=4, num_open=16, block=8)
     told = ', '.join(f'{name}={value}' for name, value in options.items())
     say(f'auto: CoarseToFineAttention with {told} for {grid[0]} x {grid[1]} patches, the kind that comes nearest to '
         'softmax' + (', which itself is faster at so few patches' if few else ''))
