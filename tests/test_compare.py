@@ -254,7 +254,8 @@ def test_words_that_are_no_attentions(words, message):
 
 def test_images_are_moved_by_a_pixel():
     images = torch.arange(6).view(1, 1, 1, 6)
-    assert moved(dict(images=images, top=None))['images'].flatten().tolist() == [0, 0, 1, 2, 3, 4]
+    reference = dict.fromkeys(('top', 'features', 'mean', 'std'), images) | dict(images=images)
+    assert moved(reference)['images'].flatten().tolist() == [0, 0, 1, 2, 3, 4]
 
 
 def test_head_and_iou_by_hand():

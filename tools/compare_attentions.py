@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import inspect
 import json
 import logging
 import multiprocessing
@@ -32,6 +31,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,9 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from study import locked  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from torchvision.datasets.folder import IMG_EXTENSIONS  # noqa: E402
 
 from adala_mm import align, linearize  # noqa: E402
-from adala_mm.analysis.images import spread  # noqa: E402
+from adala_mm.analysis.images import named_images, spread  # noqa: E402
 from adala_mm.evaluation.likeness import ImageList, augmented, likeness, load_teacher, make_reference, moved  # noqa: E402
 from adala_mm.linearization import find_attention  # noqa: E402
 from adala_mm.models.attentions import build_attention  # noqa: E402
@@ -83,6 +83,7 @@ class Setting:
     work: Path
     ran_on: dict = field(default_factory=dict)
 
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """What scores depend on beside the attention, in words that are the same on every machine."""
         return dict(model=self.model, weights=file_sha256(self.weights)[:16] if self.weights else 'hub',
@@ -93,10 +94,10 @@ class Setting:
         """Settings of one row, by which changed ones are noticed."""
         aligned = dict(alignment=named(self.alignment), batch=self.batch, bf16=self.bf16)
         whole = attention and described(attention)
-        return self.facts() | dict(attention=whole) | (aligned if training != UNTRAINED else {})
+        return self.facts | dict(attention=whole) | (aligned if training != UNTRAINED else {})
 
     def reference(self, size: int) -> Path:
-        return self.work / f'reference_{size}_{digest(self.facts())}.pt'
+        return self.work / f'reference_{size}_{digest(self.facts)}.pt'
 
 
 def digest(value: Any) -> str:
@@ -162,22 +163,19 @@ def described(cfg: dict) -> dict[str, Any]:
     """
     try:
         with torch.device('meta'):
-            layer, given = build_attention(cfg, **LAYER, grid=(14, 14), num_prefix=1).built_from
+            return build_attention(cfg, **LAYER, grid=(14, 14), num_prefix=1).adala_mm | dict(type=cfg['type'])
     except (TypeError, ValueError) as error:
         raise ValueError(f'{cfg}: {error}') from error
-    options = {name: option.default for name, option in inspect.signature(layer).parameters.items()
-               if option.default is not inspect.Parameter.empty and name not in ('qkv_bias', *layer.needs)}
-    return json.loads(json.dumps(dict(type=cfg['type']) | options | given))  # as the records have it
 
 
 def read_list(path: Path) -> list[tuple[Path, int | None]]:
     """Images of a folder, or of a list with their classes where it has them.
 
     Raises:
-        FileNotFoundError: if there is neither.
+        FileNotFoundError: if there is neither, and for a folder without images.
     """
     if path.is_dir():
-        return [(file, None) for file in sorted(path.rglob('*')) if file.suffix.lower() in IMG_EXTENSIONS]
+        return [(Path(file), None) for file in named_images([str(path)])]
     if not path.is_file():
         raise FileNotFoundError(f'no list or folder of images at {path}; name another one, or where the data are with '
                                 '--data-root DIR')
@@ -327,8 +325,7 @@ def run_job(setting: Setting, label: str, attention: dict | None, size: int, see
             train(setting, student, label, attention, size, seed, training)
             scores = likeness(student.eval(), reference)
             if attention is None:  # the teacher, beside itself
-                scores['moved'] = {name: value for name, value in likeness(student, moved(reference)).items()
-                                   if name in ('agreement', 'rel_error')}
+                scores['moved'] = likeness(student, moved(reference))
             row = scores | dict(
                 label=label, size=size, seed=seed, stage1=training[0], stage2=training[1],
                 seconds=round(time.time() - began), settings=setting.row(attention, training), machine=setting.ran_on)
@@ -398,9 +395,9 @@ def run_jobs(setting: Setting, attentions: Attentions, jobs: list[tuple[str, int
     return failed
 
 
-def clock(seconds: float) -> str:
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f'{hours}:{minutes:02d}:{int(seconds) % 60:02d}'
+def clock(seconds: float) -> timedelta:
+    """Whole seconds, which are written as 0:12:34."""
+    return timedelta(seconds=int(seconds))
 
 
 def measure_costs(setting: Setting, attentions: Attentions, size: int, seconds: float = 20) -> dict[str, dict]:

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -74,10 +74,15 @@ def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.y
     machines = [run['machine'] for run in shown(records, plan, columns)]
     places = dict.fromkeys(f'{m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, Python {m["python"]}, '
                            f'torch {m["torch"]}' for m in machines)
-    commits = dict.fromkeys(m['commit'] + '+' * bool(m['dirty']) for m in machines)
-    changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
     return table(records, plan, columns, by_budget=recipes) + (
-        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. Commits {", ".join(commits)}{changed}.')
+        f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. {commits(machines)}')
+
+
+def commits(machines: Iterable[dict]) -> str:
+    """At which the code of recorded runs was."""
+    names = dict.fromkeys(m['commit'] + '+' * bool(m['dirty']) for m in machines)
+    changed = ' (+: files were changed)' * any(name.endswith('+') for name in names)
+    return f'Commits {", ".join(names)}{changed}.'
 
 
 def real_camvid() -> str:
@@ -226,13 +231,11 @@ def conditions(data: dict) -> str:
     """Of the frontier's records."""
     rows, costs = list(data['rows'].values()), list(data['costs'].values())
     m, seeds = rows[0]['machine'], sorted({row['seed'] for row in rows})
-    commits = dict.fromkeys(row['machine']['commit'] + '+' * bool(row['machine']['dirty']) for row in rows + costs)
-    changed = ' (+: files were changed)' * any(commit.endswith('+') for commit in commits)
     models = dict.fromkeys(row['settings']['model'] for row in rows)
     photographs = dict.fromkeys(row['settings']['photographs'].partition(',')[0] for row in rows)
     return (f'{", ".join(models)}, {", ".join(photographs)} photographs; seeds {", ".join(map(str, seeds))}; '
-            f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. Commits {", ".join(commits)}'
-            f'{changed}.')
+            f'{m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch {m["torch"]}. '
+            + commits(row['machine'] for row in rows + costs))
 
 
 def benchmark(name: str, table: Callable[[dict], str]) -> str:

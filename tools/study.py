@@ -6,10 +6,9 @@
 The study file names ``runs``, each with a ``config`` of the folder that the study is in, and perhaps with the run that
 it comes ``after`` and starts from, a number of ``iterations``, ``options`` as of --cfg-options, a ``label`` for tables,
 and one for its scores before training, ``swap``, if nothing comes before it. ``seeds`` are for all, and so is ``amp``
-where a run has none of its own. A run's
-work dir is ``work_dirs/<study>/<name>/seed<n>``; <study> is the file's name, which no other study may have. What is
-finished is recorded in ``--out`` at once, which keeps the records that it has. Recorded runs are not run again, unless
-another one starts from weights that are no longer there.
+where a run has none of its own. A run's work dir is ``work_dirs/<study>/<name>/seed<n>``; <study> is the file's name,
+which no other study may have. What is finished is recorded in ``--out`` at once, which keeps the records that it has.
+Recorded runs are not run again, unless another one starts from weights that are no longer there.
 """
 from __future__ import annotations
 

@@ -120,9 +120,10 @@ def likeness(model: nn.Module, reference: Reference) -> dict[str, float]:
         begun += len(tokens)
     agree, metric = torch.cat(top) == reference['top'], KNNMetric(k=1)
     scores = dict(agreement=100 * float(agree[:len(wanted)].float().mean()),
-                  rel_error=(error / float(wanted.square().sum())) ** 0.5,
-                  knn=metric.accuracy(metric.neighbours(torch.cat(pooled).cpu()[reference['labelled']]),
-                                      reference['classes']))
+                  rel_error=(error / float(wanted.square().sum())) ** 0.5)
+    if 'labelled' in reference:
+        scores['knn'] = metric.accuracy(metric.neighbours(torch.cat(pooled).cpu()[reference['labelled']]),
+                                        reference['classes'])
     if 'scenes' in reference:
         maps = [patches(model, tokens) @ reference['weight'].to(tokens).T + reference['bias'].to(tokens)
                 for tokens, _ in answers(model, reference['scenes'], reference)]
@@ -131,12 +132,15 @@ def likeness(model: nn.Module, reference: Reference) -> dict[str, float]:
 
 
 def moved(reference: Reference) -> Reference:
-    """The same questions about images that have been moved to the right by one pixel: what a yardstick may be.
+    """What ``agreement`` and ``rel_error`` need, of scored photographs that have been moved to the right by one pixel.
 
-    A student cannot be asked to be nearer to its teacher than the teacher is to itself, on pictures that look the same.
+    A yardstick: a student cannot be asked to be nearer to its teacher than the teacher is to itself, on pictures that
+    look the same.
     """
-    images = reference['images']
-    return dict(reference, images=torch.cat([images[..., :1], images[..., :-1]], dim=-1))
+    count = len(reference['features'])
+    images = reference['images'][:count]
+    return dict(images=torch.cat([images[..., :1], images[..., :-1]], dim=-1), top=reference['top'][:count],
+                **{name: reference[name] for name in ('features', 'mean', 'std')})
 
 
 @torch.no_grad()

@@ -40,10 +40,10 @@ def monarch_attention(q: Tensor, k: Tensor, v: Tensor, num_steps: int = 1, real:
         return torch.cat([single[which].unsqueeze(2).expand(-1, -1, blocks.shape[2], -1, -1), blocks], dim=3)
 
     columns = q.transpose(2, 3)  # (B, H, j, l, D)
-    a = q  # (B, H, k, j, D); where L = [k = l], and the query of a padded place is zero
-    for step in range(num_steps):
-        if step:
-            share = left[..., p:] if real is None else left[..., p:] * real.T[..., None]  # noqa: F821  (B, H, j, l, k)
+    a, left = q, None  # a (B, H, k, j, D); where L = [k = l], and the query of a padded place is zero
+    for _ in range(num_steps):
+        if left is not None:
+            share = left[..., p:] if real is None else left[..., p:] * real.T[..., None]  # (B, H, j, l, k)
             total = share.sum(-2).unsqueeze(-1).clamp_min(torch.finfo(q.dtype).tiny)
             a = (share.mT @ columns / total).transpose(2, 3)
         logits = a @ k.mT  # (B, H, k, j, i)
