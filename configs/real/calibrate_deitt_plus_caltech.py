@@ -3,9 +3,7 @@ from mmengine.config import read_base
 
 with read_base():
     from .stage2_deitt_plus_caltech import *
+    from .._base_.schedules.calibrate import *
 
-train_cfg = dict(type='adala_mm.CalibrationLoop', max_iters=12, val_interval=12, images=512)
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.0, weight_decay=0.0))  # no steps
-param_scheduler = None
-default_hooks['checkpoint'].update(interval=4)
-default_hooks['logger'].update(interval=1)
+train_cfg.update(max_iters=12, val_interval=12)
+default_hooks['checkpoint'].update(max_keep_ckpts=2)
