@@ -299,7 +299,8 @@ def training_speed_table(data: dict) -> str:
             continue
         ratios = [speedup(baseline['ms'], row['ms']), f'{row["mib"] / baseline["mib"]:.2f}'
                   ] if 'ms' in baseline and row is not baseline else ['', '']
-        table.append([*cells, f'{1000 * data["settings"]["batch"] / row["ms"]:.2f}', ratios[0], f'{row["mib"]:,.0f}',
+        batch = row.get('batch') or data['settings']['batch']  # earlier records have it in their settings
+        table.append([*cells, f'{1000 * batch / row["ms"]:.2f}', ratios[0], f'{row["mib"]:,.0f}',
                       ratios[1]])
     return markdown_table(['stage', 'version', 'images/s', 'against straightforward', 'peak MiB', 'of straightforward'],
                           table)

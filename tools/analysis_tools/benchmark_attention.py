@@ -272,7 +272,8 @@ def draw(path: Path, data: dict) -> None:
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel('ms')
     axes[0, 0].legend()
-    figure.suptitle(f'{data["machine"]["device"]}: batch {s["batch"][0]}, {s["heads"]} heads of {s["dim"]}, {s["dtype"]}')
+    figure.suptitle(f'{data["machine"]["device"]}: batch {s["batch"][0]}, {s["heads"]} heads of {s["dim"]}, '
+                    f'{s["dtype"]}')
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -66,7 +66,8 @@ def errors(core: Core, exact_core: Core, qkv: Tensor) -> dict[str, float]:
     exact = qkv.detach().double().requires_grad_()
     out, wanted = core(qkv), exact_core(exact)
     upstream = torch.randn_like(out)
-    grad, wanted_grad = torch.autograd.grad(out, qkv, upstream)[0], torch.autograd.grad(wanted, exact, upstream.double())[0]
+    grad, = torch.autograd.grad(out, qkv, upstream)
+    wanted_grad, = torch.autograd.grad(wanted, exact, upstream.double())
     return dict(error=float((out - wanted).norm() / wanted.norm()),
                 gradient_error=float((grad - wanted_grad).norm() / wanted_grad.norm()))
 
@@ -98,7 +99,8 @@ def main() -> None:
     parser.add_argument('--out', default='work_dirs/benchmarks/kernels.json')
     args = parser.parse_args()
     log = RowLog(args.out, KEY, hardware(device), settings(args))
-    jobs = [dict(zip(KEY, values, strict=True)) for values in itertools.product(OURS, args.dtype, args.dims, args.tokens)]
+    jobs = [dict(zip(KEY, values, strict=True))
+            for values in itertools.product(OURS, args.dtype, args.dims, args.tokens)]
     for row in side_by_side(check, [job for job in jobs if not log.has(**job)], args.processes):
         log.add(row)
         print(row, flush=True)
