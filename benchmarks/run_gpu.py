@@ -30,6 +30,8 @@ from adala_mm.utils.timing import default_device, hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = ('mmengine', 'mmcv', 'mmseg', 'mmdet', 'timm')  # OpenMMLab's packages, and what comes with them
+# The CPU only, Triton's interpreter, nothing compiled; threads would fight about tensors that are tiny.
+DRY = dict(CUDA_VISIBLE_DEVICES='', TRITON_INTERPRET='1', TORCHDYNAMO_DISABLE='1', OMP_NUM_THREADS='1')
 Run = Callable[[list[str], float, Path, dict[str, str]], str]
 
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None, run: Run = run) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print('no CUDA device: --dry-run walks through all parts on the CPU', file=sys.stderr)
         return 1
-    environment = dict(CUDA_VISIBLE_DEVICES='', TRITON_INTERPRET='1', TORCHDYNAMO_DISABLE='1') if args.dry_run else {}
+    environment = DRY if args.dry_run else {}
     machine = hardware(torch.device('cpu') if args.dry_run else default_device())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
     with ExitStack() as stack:

@@ -24,6 +24,8 @@ from adala_mm.utils.tables import markdown_table
 Call = Callable[[], object]
 Timer = Callable[[Call], float]
 
+CACHE = 2 ** 28  # bytes, more than any L2 cache has
+
 
 def default_device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -51,12 +53,12 @@ def gpu_timer(device: torch.device) -> Timer:
 
     The cache is flushed by reading: lines that were written would have to go back to memory while the call runs.
     """
-    more_than_any_cache = torch.zeros(2 ** 26, device=device)  # 256 MiB
+    cold = torch.zeros(CACHE // 4, device=device)
 
     def seconds(function: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(10_000_000)  # cycles, some 5 ms, in which all launches queue up
-        more_than_any_cache.sum()
+        cold.sum()
         start.record()
         function()
         end.record()
@@ -240,6 +242,15 @@ def time_cell(row: dict, baseline: dict) -> str:
     if row.get('backend') and row is baseline:
         text += f' ({row["backend"]})'
     return f'{text}, {speedup(baseline["ms"], row["ms"])}' if 'ms' in baseline and row is not baseline else text
+
+
+def check_table(data: dict) -> str:
+    """What check_kernels.py found: one row per case."""
+    return markdown_table(
+        ['core', 'dtype', 'channels', 'tokens', 'error', 'of the gradient', 'bound', 'NaN stays NaN', ''],
+        [[row['name'], row['dtype'], str(row['dim']), f'{row["tokens"]:,}',
+          *(f'{row[name]:.1e}' if name in row else '' for name in ('error', 'gradient_error', 'bound')),
+          {True: 'yes', False: 'no'}.get(row.get('nan_stays'), ''), row.get('note', '')] for row in data['rows']])
 
 
 def model_speed_table(data: dict) -> str:

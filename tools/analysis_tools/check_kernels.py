@@ -48,8 +48,8 @@ def check(job: dict) -> dict:
 def inputs(tokens: int, dim: int, device: torch.device) -> Tensor:
     """qkv (2, N, 3, 4, D) by which coarse-to-fine attention opens the same tiles in every precision.
 
-    Of the 4 x 4 tiles of the largest square grid, the 16 that it opens have keys that all queries like, by e^2.5: about
-    as much weight as all others have together, at the lengths that are usual here.
+    Of the 4 x 4 tiles of the largest square grid, the 16 that it opens have keys that all queries like, by e^2.5: at
+    4,097 tokens about as much weight as all others have together. With 64 channels or more that is far beyond chance.
     """
     torch.manual_seed(0)
     qkv, side = torch.randn(2, tokens, 3, 4, dim, device=device), isqrt(tokens)
@@ -68,14 +68,14 @@ def errors(core: Core, exact_core: Core, qkv: Tensor) -> dict[str, float]:
     upstream = torch.randn_like(out)
     grad, = torch.autograd.grad(out, qkv, upstream)
     wanted_grad, = torch.autograd.grad(wanted, exact, upstream.double())
-    return dict(error=float((out - wanted).norm() / wanted.norm()),
-                gradient_error=float((grad - wanted_grad).norm() / wanted_grad.norm()))
+    return dict(error=((out - wanted).norm() / wanted.norm()).item(),
+                gradient_error=((grad - wanted_grad).norm() / wanted_grad.norm()).item())
 
 
 def nan_stays(core: Core, qkv: Tensor) -> bool:
     """Whether what a NaN spoils is NaN, and nothing else: of one query its answer, of one key all of that head.
 
-    Both spoil the gradients of all keys and values of their heads.
+    Both spoil the gradients of all other keys and values of their heads.
     """
     spoilt = qkv.detach().clone()
     spoilt[0, -1, 0, 0] = spoilt[1, -1, 1, 0] = torch.nan
@@ -85,8 +85,8 @@ def nan_stays(core: Core, qkv: Tensor) -> bool:
     wanted[0, -1, 0] = wanted[1, :, 0] = True
     grad = torch.autograd.grad(out, spoilt, torch.ones_like(out))[0]
     lost = out.isnan()
-    return bool((lost == wanted.unsqueeze(-1)).all() and grad[:, :, 1:, 0].isnan().all()
-                and grad[0, -1, 0, 0].isnan().all() and not grad[:, :, :, 1:].isnan().any())
+    return bool((lost == wanted.unsqueeze(-1)).all() and grad[:, :-1, 1:, 0].isnan().all()
+                and not grad[:, :, :, 1:].isnan().any())
 
 
 def main() -> None:
