@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -157,18 +159,56 @@ def test_same_tiles_are_open_in_every_precision(load):
     assert row['error'] < 0.005 and row['gradient_error'] < 0.01 and 'note' not in row
 
 
-def test_part_is_ended_with_all_that_it_started(load, tmp_path):
-    """In time, too: nothing is left to keep the GPU busy."""
-    log, pid = tmp_path / 'run.log', tmp_path / 'pid'
-    command = ['bash', '-c', f'echo begun; sleep 600 & echo $! > {pid}; wait']
-    assert load('run_gpu').run(command, 1, log, {}) == 'stopped: its 1 s were up'
-    assert log.read_text() == 'begun\n'
+def test_part_is_ended_with_all_that_it_started(load, tmp_path, monkeypatch):
+    """Nothing is left to keep the GPU busy."""
+    module, log, pid = load('run_gpu'), tmp_path / 'run.log', tmp_path / 'pid'
+
+    class Process(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            wait_for(pid.exists)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+    monkeypatch.setattr(module.subprocess, 'Popen', Process)
+    command = ['bash', '-c', f'echo begun; sleep 600 & {write_pid("$!", pid)}; wait']
+    assert module.run(command, 7, log, {}) == 'stopped: its 7 s were up' and log.read_text() == 'begun\n'
+    wait_for(lambda: ended(pid))
+
+
+def test_whoever_ends_the_script_ends_its_part(load, tmp_path):
+    """By SIGTERM, as those do who lend a machine."""
+    module, pid, before = load('run_gpu'), tmp_path / 'pid', signal.getsignal(signal.SIGTERM)
+
+    def end() -> None:
+        wait_for(pid.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(command: list[str], *others) -> str:
+        threading.Thread(target=end).start()
+        return module.run(['bash', '-c', f'{write_pid("$$", pid)}; sleep 600'], *others)
+    try:
+        with pytest.raises(SystemExit, match='143'):
+            module.main(['--dry-run', '--out', str(tmp_path), '--parts', 'core'], run)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    wait_for(lambda: ended(pid))
+
+
+def write_pid(number: str, path: Path) -> str:
+    return f'echo {number} > {path}.part; mv {path}.part {path}'
+
+
+def ended(pid: Path) -> bool:
     state = Path(f'/proc/{pid.read_text().strip()}/stat')
-    for _ in range(100):
-        if not state.exists() or state.read_text().rpartition(')')[2].split()[0] == 'Z':
+    return not state.exists() or state.read_text().rpartition(')')[2].split()[0] == 'Z'
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
             return
-        time.sleep(0.1)
-    pytest.fail('it still runs')
+        time.sleep(0.02)
+    pytest.fail('it does not happen within a minute')
 
 
 def test_how_parts_end(load, tmp_path):
@@ -227,7 +267,7 @@ def test_torn_lines(tmp_path, capsys):
     log = RowLog(path, ['n'], MACHINE, {})
     assert not log.has(n=2)
     log.add(dict(n=3))
-    assert latest_rows(path)[0] == [dict(n=1), dict(n=3)]
+    assert [rows for _, rows in read_runs(path)] == [[dict(n=1)], [dict(n=3)]]
     assert f'{path}, line 3 is torn and left out: {{"n": 2, "m' in capsys.readouterr().err
     path.write_text('{"n": 1}\n')
     with pytest.raises(ValueError, match='does not begin with a line that says what its rows are measured on'):
