@@ -258,6 +258,71 @@ def test_averaged_weights_resume(scenes, sharp_pretrained, tmp_path, whole_runs,
     assert of_average[0] == before[0] and of_average[10] != before[10]  # no step, nothing to average
 
 
+@pytest.mark.parametrize(('by_epoch', 'what', 'when', 'at'), [
+    (True, 'raise', 'step', 7), (True, 'raise', 'validation', 10), (True, 'terminate', 'validation', 5),
+    (True, 'terminate', 'step', 6), (False, 'raise', 'step', 8), (False, 'terminate', 'validation', 10)])
+def test_sums_of_gradients_go_on(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch, what, when, at):
+    """Five iterations of an epoch, in updates of three: every checkpoint but the last falls between two of them."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    cfg.optim_wrapper.accumulative_counts = 3
+    whole, work_dir = whole_runs(cfg, 'accumulated', by_epoch), tmp_path / 'run'
+    with pytest.raises((Killed, SystemExit)):
+        train(cfg, work_dir, harm=dict(what=what, when=when, at=at))
+    saved = [load_checkpoint(path) for path in work_dir.glob('*.pth')]
+    assert {checkpoint['meta']['iter'] % 3 for checkpoint in saved} - {0}
+    for checkpoint in saved:
+        assert checkpoint.get('pending_gradients', {}).get('steps', 0) == checkpoint['meta']['iter'] % 3
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    assert 'pending_gradients' not in load_checkpoint(work_dir / last(by_epoch))
+
+
+def test_sums_of_another_accumulation_are_left_out(scenes, sharp_pretrained, tmp_path):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.optim_wrapper.accumulative_counts = 3
+    kill(cfg, tmp_path / 'run', at=6)
+    cfg.optim_wrapper.accumulative_counts = 2
+    train(cfg, tmp_path / 'run', resume=True)
+    log = log_of(tmp_path / 'run')
+    assert 'gradients of 2 iterations that wait for an update. They are left out: accumulative_counts is 2, and was 3' \
+        in log
+    assert load_checkpoint(tmp_path / 'run' / last(True))['meta']['iter'] == STEPS
+
+
+def log_of(work_dir: Path) -> str:
+    return ''.join(path.read_text() for path in sorted(work_dir.glob('*/*.log')))
+
+
+@pytest.mark.parametrize('batch', [1, 4])
+@pytest.mark.parametrize('sampler', ['DefaultSampler', 'InfiniteSampler', 'epochs'])
+def test_another_batch_goes_on_at_the_next_sample(scenes, sharp_pretrained, tmp_path, sampler, batch, monkeypatch):
+    """After 16 of 30 samples."""
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=sampler == 'epochs')
+    if sampler != 'epochs':
+        cfg.train_dataloader.sampler.type = sampler
+    train(cfg, tmp_path / 'whole')
+    order = [name for _, images, *_ in diary(tmp_path / 'whole').values() for name in images]
+    with pytest.raises(SystemExit):
+        train(cfg, tmp_path / 'run', harm=dict(what='terminate', when='step', at=6))
+    cfg.train_dataloader.batch_size = batch
+    if sampler != 'epochs':
+        cfg.train_cfg.max_iters = 8 + 14 // batch
+    train(cfg, tmp_path / 'run', resume=True)
+    steps = list(diary(tmp_path / 'run').items())
+    numbers, batches = [step for step, _ in steps], [number for _, (number, *_) in steps]
+    seen = [name for _, (_, images, *_) in steps for name in images]
+    assert numbers == list(range(len(steps)))
+    assert seen == order[:len(seen)] and len(seen) >= 28  # a finite sampler's last batch of an epoch may be small
+    if sampler == 'epochs':
+        assert len(seen) == 30
+        assert batches == [*range(5), 0, 1, 2, *(range(6, 10) if batch == 1 else [2]), *range(-(-10 // batch))]
+    place = '16 samples.' if sampler == 'InfiniteSampler' else '6 samples of epoch 2.'
+    assert f'1 process(es) x {batch} go on where 1 process(es) x 2 were: after {place}' in log_of(tmp_path / 'run')
+    final = load_checkpoint(max(tmp_path.glob('run/*.pth'), key=os.path.getmtime))
+    assert final['meta']['data_position']['batch_size'] == batch
+
+
 @LOOPS
 def test_workers_do_not_show(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
     """Two workers, killed and resumed, draw the same augmentation as none."""
