@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -321,6 +322,119 @@ def test_another_batch_goes_on_at_the_next_sample(scenes, sharp_pretrained, tmp_
     assert f'1 process(es) x {batch} go on where 1 process(es) x 2 were: after {place}' in log_of(tmp_path / 'run')
     final = load_checkpoint(max(tmp_path.glob('run/*.pth'), key=os.path.getmtime))
     assert final['meta']['data_position']['batch_size'] == batch
+
+
+def averaged(cfg: Config) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='EMAHook', momentum=0.2)]
+
+
+def accumulated(cfg: Config) -> None:
+    cfg.optim_wrapper.accumulative_counts = 3  # of 5 iterations of an epoch
+
+
+def mixed_precision(cfg: Config) -> None:
+    cfg.optim_wrapper.update(type='adala_mm.CPUAmpOptimWrapper', dtype='float16',
+                             loss_scale=dict(init_scale=2.0 ** 10, growth_interval=4))
+
+
+def checkpointed(cfg: Config) -> None:
+    cfg.model.backbone.with_cp = True
+
+
+def progressive(cfg: Config) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []),
+                        dict(type='adala_mm.ProgressiveResolutionHook', sizes={0: 16, 1: 32})]
+
+
+def stopped_early(cfg: Config) -> None:
+    """After two epochs: only the validation before training counts as better than what came before it."""
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(
+        type='adala_mm.EarlyStoppingHook', monitor={'align/rel_error': 'less'}, patience=2, min_delta=0.99)]
+
+
+def redrawn(cfg: Config) -> None:
+    cfg.model.backbone.attention = dict(type='adala_mm.PerformerAttention', redraw_interval=4)
+
+
+def corrupt_skipped(cfg: Config) -> None:
+    """Two of ten files are empty, to a data set that passes over them."""
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(type='adala_mm.ImageFiles', data_root=f'{dataset.data_root}_corrupt')
+    dataset.pop('with_label', None)
+
+
+FEATURES = {
+    'averaged weights': averaged, 'accumulation': accumulated, 'mixed precision': mixed_precision,
+    'activation checkpointing': checkpointed, 'progressive resolution': progressive, 'early stopping': stopped_early,
+    'redrawn features': redrawn, 'corrupt images': corrupt_skipped}
+CELLS = {  # of a run of epochs, which saves after 5, 10, 15 iterations and validates then
+    ('SIGKILL', 'training'): dict(what='kill', when='step', at=7),
+    ('SIGKILL', 'validation'): dict(what='kill', when='validation', at=10),
+    ('SIGKILL', 'saving'): dict(what='kill', when='half', at=11),
+    ('SIGTERM', 'training'): dict(what='terminate', when='step', at=6),
+    ('SIGTERM', 'validation'): dict(what='terminate', when='validation', at=5),
+    ('SIGTERM', 'saving'): dict(what='terminate', when='written', at=6)}
+
+
+@pytest.fixture(scope='module')
+def corrupt_scenes(scenes) -> Path:
+    """The same scenes, two of them empty files; beside the others, under the name that `corrupt_skipped` knows."""
+    root = scenes.with_name(f'{scenes.name}_corrupt')
+    shutil.copytree(scenes, root)
+    for name in ('0003.png', '0008.png'):
+        (root / 'images/train' / name).write_bytes(b'')
+    return root
+
+
+def strike_and_resume(cfg: Config, work_dir: Path, harm: dict) -> None:
+    """In a child, which has everything imported: the signals are real."""
+    child = multiprocessing.get_context('fork').Process(target=train, args=(cfg, work_dir), kwargs=dict(harm=harm))
+    child.start()
+    child.join(600)
+    assert child.exitcode == (-signal.SIGKILL if harm['what'] == 'kill' else 128 + signal.SIGTERM)
+    train(cfg, work_dir, resume=True)
+
+
+def with_features(names: Iterable[str], scenes: Path, init_cfg: dict) -> Config:
+    cfg = config('stage2', scenes, init_cfg, by_epoch=True)
+    for name in names:
+        FEATURES[name](cfg)
+    return cfg
+
+
+def assert_same_end(whole: Path, pieces: Path) -> None:
+    """All that the last checkpoint has, and all that the steps saw."""
+    final = sorted(path.name for path in whole.glob('epoch_*.pth'))
+    assert sorted(path.name for path in pieces.glob('*.pth')) == final
+    one, two = (load_checkpoint(run / final[-1]) for run in (whole, pieces))
+    for key in sorted(one.keys() - {'message_hub', 'meta'}):
+        assert_equal(one[key], two[key], key)
+    assert one.keys() == two.keys() and diary(pieces) == diary(whole)
+    stops = [run['message_hub']['runtime_info'].get('early_stopping') for run in (one, two)]
+    assert stops[0] == stops[1] and one['meta']['iter'] == two['meta']['iter']
+
+
+def assert_equal(one: object, two: object, place: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for key in one:
+            assert_equal(one[key], two[key], f'{place}.{key}')
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), place
+    else:
+        assert one == two, place
+
+
+@pytest.mark.parametrize(('pair', 'cell'), zip([
+    ('averaged weights', 'accumulation'), ('mixed precision', 'early stopping'), ('redrawn features', 'corrupt images'),
+    ('activation checkpointing', 'redrawn features'), ('progressive resolution', 'averaged weights'),
+    ('accumulation', 'mixed precision')], CELLS, strict=True), ids=lambda part: '-'.join(part))
+def test_pairs_of_features(scenes, corrupt_scenes, sharp_pretrained, tmp_path, pair, cell):
+    """A sample of what `make test-faults` does with every pair."""
+    cfg = with_features(pair, scenes, sharp_pretrained)
+    train(cfg, tmp_path / 'whole')
+    strike_and_resume(cfg, tmp_path / 'run', CELLS[cell])
+    assert_same_end(tmp_path / 'whole', tmp_path / 'run')
 
 
 @LOOPS

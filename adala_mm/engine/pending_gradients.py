@@ -3,13 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.dist import all_reduce, get_world_size
-from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from adala_mm.engine.gathering import GatheringHook
 from adala_mm.engine.sharded_runner import shard_like, whole
 from adala_mm.registry import HOOKS
 
@@ -23,7 +23,7 @@ def pending_steps(wrapper: OptimWrapper) -> int:
 
 
 @HOOKS.register_module()
-class PendingGradientsHook(Hook):
+class PendingGradientsHook(GatheringHook):
     """A checkpoint that falls between two updates has the gradients that were summed up so far.
 
     With ``accumulative_counts=4`` an epoch of 1,251 iterations ends three iterations after an update. MMEngine would
@@ -61,17 +61,8 @@ class PendingGradientsHook(Hook):
         runner.logger.warning(f'The checkpoint has gradients of {loaded["steps"]} iterations that wait for an update. '
                               f'They are left out: {lost}')
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.gradients = {}
-        if any(isinstance(hook, CheckpointHook) and not hook.by_epoch
-               and hook.every_n_train_iters(runner, hook.interval, hook.save_begin) for hook in runner.hooks):
-            self.gather(runner)
-
-    def after_train_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        self.gather(runner)
-
     def gather(self, runner: Runner) -> None:
-        """Makes ready for a checkpoint; all processes must call it together."""
+        self.gradients = {}
         if not pending_steps(runner.optim_wrapper):
             return
         for name, parameter in named_parameters(runner).items():
@@ -85,6 +76,7 @@ class PendingGradientsHook(Hook):
             checkpoint[KEY] = dict(
                 steps=steps, accumulative_counts=runner.optim_wrapper._accumulative_counts,
                 gradients={name: value.cpu() for name, value in self.gradients.items()})
+            self.gradients = {}  # the optimizer drops its own after the update
 
 
 def named_parameters(runner: Runner) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from adala_mm.engine.ema import leave_validation
-from adala_mm.engine.pending_gradients import PendingGradientsHook
+from adala_mm.engine.gathering import GatheringHook
 from adala_mm.registry import HOOKS
 
 FILE = 'preempted.pth'
@@ -80,7 +80,7 @@ class PreemptionHook(Hook):
         name = signal.Signals(self.received).name
         runner.logger.warning(f'{name}: saving {FILE} after iteration {done}, then leaving; continue with --resume')
         for hook in runner.hooks:
-            if isinstance(hook, PendingGradientsHook):
+            if isinstance(hook, GatheringHook):
                 hook.gather(runner)
         runner.save_checkpoint(runner.work_dir, FILE, meta=dict(epoch=runner.epoch, iter=done), by_epoch=False)
         barrier()
