@@ -5,7 +5,9 @@ that need no real process are in test_resume.py, test_watchdogs.py and test_dist
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -23,9 +25,26 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
-from test_resume import STEPS, assert_same_run, config, diary, last, scenes  # noqa: F401  scenes is a fixture
+from test_resume import (
+    CELLS,
+    FEATURES,
+    STEPS,
+    assert_same_end,
+    assert_same_run,
+    config,
+    corrupt_scenes,  # noqa: F401  a fixture, as scenes is
+    diary,
+    last,
+    scenes,  # noqa: F401
+    strike_and_resume,
+    with_features,
+)
+from test_resume import train as run
 
 from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.records import machine
+from adala_mm.utils.tables import markdown_table
+from adala_mm.utils.timing import save
 
 EPOCHS = last(by_epoch=True)
 
@@ -280,25 +299,42 @@ def test_truncated_images(scenes, sharp_pretrained, tmp_path, table):  # noqa: F
           f'{len(listed)} listed, the run went on; with max_corrupt=0: {error[:90]} ...')
 
 
-class Table:
-    """Prints the rows that tests recorded, in whichever process they ran."""
+@pytest.mark.parametrize('pair', itertools.combinations(FEATURES, 2), ids='-'.join)
+def test_pair(scenes, corrupt_scenes, sharp_pretrained, tmp_path, table, pair):  # noqa: F811
+    cfg = with_features(pair, scenes, sharp_pretrained)
+    run(cfg, tmp_path / 'whole')
+    for cell, harm in CELLS.items():
+        strike_and_resume(cfg, tmp_path / '-'.join(cell), harm)
+        assert_same_end(tmp_path / 'whole', tmp_path / '-'.join(cell))
+    table(' x '.join(pair), 'resumed run bitwise equal', f'equal after {", ".join(map(" in ".join, CELLS))}')
 
-    def __init__(self) -> None:
+
+class Table:
+    """Prints the rows that tests recorded, in whichever process they ran, and writes them where ``out`` says."""
+
+    def __init__(self, out: Path | None) -> None:
         self.rows: list[tuple] = []
+        self.out = out
 
     def pytest_runtest_logreport(self, report) -> None:
         cells = dict(report.user_properties)
         if report.when == 'call' or report.outcome != 'passed':
             name = report.nodeid.rpartition('::')[2]
             seen = cells.get('seen') if report.passed else f'{report.outcome.upper()}: {report.longreprtext[-150:]}'
-            self.rows.append((cells.get('fault', name), cells.get('expected', ''), seen))
+            row = (cells.get('fault', name), cells.get('expected', ''), seen)
+            self.rows.append(tuple(' '.join(str(cell).split()) for cell in row))
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
-        terminalreporter.write_line('\n| fault | expected | seen |\n|---|---|---|')
-        for row in sorted(self.rows):
-            terminalreporter.write_line('| ' + ' | '.join(' '.join(str(cell).split()) for cell in row) + ' |')
+        header = ['fault', 'expected', 'seen']
+        terminalreporter.write_line('\n' + markdown_table(header, sorted(self.rows)))
+        if self.out is not None:
+            save(self.out, dict(rows=sorted(self.rows), machine=machine()))
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    sys.exit(pytest.main([__file__, '-q', '-p', 'no:cacheprovider', *(sys.argv[1:] or ['-n', '2'])], plugins=[Table()]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', type=Path, help='where the rows are recorded')
+    args, others = parser.parse_known_args()
+    sys.exit(pytest.main([__file__, '-q', '-p', 'no:cacheprovider', *(others or ['-n', '2'])],
+                         plugins=[Table(args.out)]))
