@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from test_resume import (
     CELLS,
     FEATURES,
     STEPS,
+    accumulated,
     assert_same_end,
     assert_same_run,
     config,
@@ -297,6 +299,50 @@ def test_truncated_images(scenes, sharp_pretrained, tmp_path, table):  # noqa: F
     assert code == 1 and 'max_corrupt=0' in error and '.png' in error, error
     table('truncated and empty images', 'skipped, counted and listed; too many stop the run',
           f'{len(listed)} listed, the run went on; with max_corrupt=0: {error[:90]} ...')
+
+
+def assert_close(one: Path, two: Path) -> None:
+    states = [load_checkpoint(path)['state_dict'] for path in (one, two)]
+    assert all(torch.allclose(value, states[1][key], rtol=1e-3, atol=1e-5) for key, value in states[0].items())
+
+
+def test_resumed_on_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+    """In the middle of an epoch and of an accumulation; the two have the batch of the one."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.model.backbone.drop_path_rate = 0.0  # drawn by each process
+    accumulated(cfg)
+    wanted, work_dir = whole('accumulated', cfg), tmp_path / 'run'
+    code, printed = train(cfg, work_dir, harm=dict(what='terminate', when='step', at=6))
+    assert code == 143, printed[-4000:]
+    done = len(diary(work_dir))
+    cfg.train_dataloader.batch_size //= 2
+    printed = finish(cfg, work_dir, gpus=2)
+    assert (f'2 process(es) x 1 x 3 accumulated go on where 1 process(es) x 2 x 3 accumulated were: after '
+            f'{2 * done - 10} samples of epoch 2.') in printed
+    assert f'No gradient is lost: those of {done % 3} iterations are in the checkpoint' in printed
+    other = {step: rest for step, *rest in map(json.loads, (work_dir / 'diary1.jsonl').read_text().splitlines())}
+    for step, (batch, images, *_) in diary(wanted).items():
+        mine = diary(work_dir)[step]
+        assert (mine[0], sorted(mine[1] + (other[step][1] if step >= done else []))) == (batch, sorted(images))
+    assert_close(wanted / EPOCHS, work_dir / EPOCHS)
+    table('resumed on two processes, inside an epoch and an accumulation',
+          'every image once, weights equal up to rounding',
+          f'{done} steps on one, {STEPS - done} on two: the same images in each; weights equal up to rounding')
+
+
+def test_sums_of_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+    """Each has a sum of gradients of its own when the epoch ends, and only one writes."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.train_dataloader.batch_size //= 2
+    cfg.default_hooks.preemption.interval = 1
+    accumulated(cfg)
+    wanted, work_dir = whole('accumulated on 2', cfg, 2), tmp_path / 'run'
+    train(cfg, work_dir, harm=dict(what='kill', when='batch', at=7), gpus=2)
+    printed = finish(cfg, work_dir, gpus=2)
+    assert 'No gradient is lost: those of 2 iterations are in the checkpoint' in printed
+    assert_same_run(wanted, work_dir, EPOCHS)
+    table('one of two processes killed, gradients summed up over the end of an epoch', 'resumed run bitwise equal',
+          'bitwise equal')
 
 
 @pytest.mark.parametrize('pair', itertools.combinations(FEATURES, 2), ids='-'.join)
