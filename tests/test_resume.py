@@ -19,6 +19,7 @@ import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
+from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
@@ -28,7 +29,7 @@ from torch.utils.data import BatchSampler
 from adala_mm.datasets import LoadImageFromFile
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import PreemptionHook
-from adala_mm.engine.exact_resume import newest_checkpoint
+from adala_mm.engine.exact_resume import newest_checkpoint, standing_of
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.randomness import seed_all
@@ -536,24 +537,65 @@ def test_the_newest_whole_checkpoint_is_taken(scenes, sharp_pretrained, tmp_path
     assert_same_run(whole, work_dir, last(by_epoch))
 
 
+def write_checkpoint(path: Path, steps: int, minute: int, modified: int = 0) -> Path:
+    """By the runner that writes them in training, on a clock that stands at ``minute``."""
+    runner = SimpleNamespace(
+        epoch=1, iter=steps, train_loop=SimpleNamespace(_epoch=1), model=torch.nn.Linear(20, 20, bias=False), seed=0,
+        cfg=Config(), experiment_name='one', train_dataloader=SimpleNamespace(dataset=None), message_hub=MessageHub('one'),
+        call_hook=lambda *args, **kwargs: None, get_hooks_info=str)
+    torch.nn.init.constant_(runner.model.weight, float(steps))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.time.strftime', lambda *args: f'20260102_03{minute:02}00')
+        Runner.save_checkpoint(runner, str(path.parent), path.name, save_optimizer=False, save_param_scheduler=False,
+                               meta=dict(epoch=1, iter=steps), by_epoch=False)
+    os.utime(path, (modified, modified))
+    return path
+
+
+@pytest.mark.parametrize(('files', 'newest', 'told'), [
+    # name, iteration, minute of writing, time of modification
+    ([('epoch_9.pth', 9, 1, 20), ('epoch_11.pth', 11, 2, 10)], 'epoch_11.pth', ''),  # copied in another order
+    ([('epoch_9.pth', 9, 1, 0), ('epoch_10.pth', 10, 2, 0)], 'epoch_10.pth', ''),
+    ([('preempted.pth', 5, 1, 20), ('step=7.pth', 7, 2, 10)], 'step=7.pth', ''),  # by another filename_tmpl
+    ([('preempted.pth', 8, 3, 0), ('step=7.pth', 7, 2, 10)], 'preempted.pth', ''),
+    ([('iter_5.pth', 5, 1, 0), ('iter_7.pth', 7, 1, 0), ('epoch_3.pth', 6, 1, 9)], 'iter_7.pth', ''),  # in one second
+    ([('epoch_2.pth', 6, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 9)], 'epoch_2.pth', ''),
+    ([('epoch_1.pth', 3, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 0)], 'best_mIoU_epoch_2.pth', ''),
+    ([('epoch_11.pth', 11, 1, 0), ('epoch_3.pth', 3, 2, 0)], 'epoch_3.pth',  # the run was started anew
+     'epoch_11.pth stands at iteration 11, further than epoch_3.pth at 3, but was written before')])
+def test_which_checkpoint_is_the_newest(files, newest, told, tmp_path):
+    warnings: list[str] = []
+    for name, *facts in files:
+        write_checkpoint(tmp_path / name, *facts)
+    torch.save(dict(weight=torch.zeros(2)), tmp_path / 'teacher.pth')  # weights are no checkpoint of a run
+    assert newest_checkpoint(tmp_path, warnings.append) == tmp_path / newest
+    assert len(warnings) == bool(told) and told in ''.join(warnings)
+
+
 def test_damage_anywhere_in_a_file_is_found(tmp_path):
     warnings: list[str] = []
     assert newest_checkpoint(tmp_path, warnings.append) is None
-    for i in range(3):
-        torch.save(dict(state_dict=dict(weight=torch.full((500,), float(i)))), tmp_path / f'iter_{i}.pth')
-        os.utime(tmp_path / f'iter_{i}.pth', (i, i))
-    assert newest_checkpoint(tmp_path, warnings.append).name == 'iter_2.pth' and not warnings
-    whole = bytearray((tmp_path / 'iter_2.pth').read_bytes())
+    paths = [write_checkpoint(tmp_path / f'iter_{i}.pth', i, i) for i in range(3)]
+    assert newest_checkpoint(tmp_path, warnings.append) == paths[2] and not warnings
+    whole = bytearray(paths[2].read_bytes())
     whole[whole.index(torch.tensor(2.0).numpy().tobytes() * 10) + 500] ^= 1  # one bit of one weight
-    (tmp_path / 'iter_2.pth').write_bytes(whole)
-    (tmp_path / 'iter_1.pth').write_bytes(b'')
-    os.utime(tmp_path / 'iter_1.pth', (1, 1))
-    os.utime(tmp_path / 'iter_2.pth', (2, 2))
-    assert newest_checkpoint(tmp_path, warnings.append).name == 'iter_0.pth'
-    assert 'iter_2.pth is damaged' in warnings[0] and 'checksum' in warnings[0] and 'iter_1.pth' in warnings[1]
-    (tmp_path / 'iter_0.pth').write_bytes(b'PK')
-    with pytest.raises(ValueError, match='none of the 3 checkpoints .* move them away'):
+    paths[2].write_bytes(whole)
+    paths[1].write_bytes(b'')
+    assert newest_checkpoint(tmp_path, warnings.append) == paths[0]
+    assert 'iter_1.pth is damaged' in warnings[0]
+    assert 'iter_2.pth is damaged' in warnings[1] and 'checksum' in warnings[1]
+    paths[0].write_bytes(b'PK')
+    with pytest.raises(ValueError, match=r'none of the 3 checkpoints .*iter_0.pth is damaged .* move them away'):
         newest_checkpoint(tmp_path, warnings.append)
+
+
+def test_where_a_run_stood_is_read_without_its_tensors(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / 'iter_4.pth', 4, 1)
+    mapped, load = [], torch.load
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: (
+        mapped.append(torch.utils.serialization.config.load.mmap), load(*args, **kwargs))[1])
+    assert standing_of(path) == ('20260102_030100', 4, False)
+    assert mapped == [True] and not torch.utils.serialization.config.load.mmap
 
 
 def test_nothing_to_resume_starts_at_the_beginning(scenes, sharp_pretrained, tmp_path, whole_runs):

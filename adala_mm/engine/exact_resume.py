@@ -4,8 +4,9 @@ import functools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.utils.serialization
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
@@ -31,8 +32,8 @@ class ExactResumeHook(Hook):
 
     On resume
 
-    - the newest whole checkpoint is taken: a torn one, and what a killed process had half written, is passed over with
-      a message;
+    - the newest whole checkpoint is taken, by what the files say of themselves: a torn one, and what a killed process
+      had half written, is passed over with a message;
     - the sampler starts at the next sample, also inside an epoch, without reading what was seen;
     - a validation that was due when the checkpoint was written, and may have been lost, is done (again) first.
 
@@ -166,10 +167,20 @@ def validation_is_due(runner: Runner, position: DataPosition) -> bool:
     return done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
 
 
+class Standing(NamedTuple):
+    """Where a run stood when a checkpoint was written, as the file itself says: copying changes none of it."""
+
+    time: str  # %Y%m%d_%H%M%S, local
+    iter: int
+    in_validation: bool  # a best one; what validation changes, such as the patience of early stopping, has changed
+
+
 def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
     """The newest checkpoint of a run that can be read from end to end, or None if there is no checkpoint at all.
 
-    Half-written files are deleted. ``warn`` is called with a line for each file that is passed over.
+    It is the one that was written last by its own account, whatever it is called. One of the best, which is written
+    after the validation that follows a checkpoint, comes after that. Half-written files are deleted. ``warn`` is called
+    with a line for each file that is passed over.
 
     Raises:
         ValueError: if there are checkpoints, and none of them can be read.
@@ -177,16 +188,48 @@ def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
     for part in work_dir.glob(f'*.pth{PART}'):
         warn(f'deleted {part}: a process was stopped while it wrote it')
         part.unlink()
-    found = sorted((path for pattern in ('epoch_*.pth', 'iter_*.pth', 'preempted.pth')
-                    for path in work_dir.glob(pattern)), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in found:
+    found, problems = {}, []
+    for path in sorted(work_dir.glob('*.pth')):
+        try:
+            if (standing := standing_of(path)) is not None:
+                found[path] = standing
+        except (OSError, ValueError) as error:
+            problems.append(f'{path} is damaged ({str(error).splitlines()[0]})')
+            warn(f'{problems[-1]}: taking another one')
+    times = {standing.iter: standing.time for standing in found.values() if not standing.in_validation}
+
+    def order(path: Path) -> tuple:
+        time, steps, in_validation = found[path]
+        return (times.get(steps, time) if in_validation else time), steps, not in_validation
+
+    for path in sorted(found, key=order, reverse=True):
         if (problem := damage(path)) is None:
+            for other in (other for other in found if found[other].iter > found[path].iter):
+                warn(f'{other} stands at iteration {found[other].iter}, further than {path.name} at '
+                     f'{found[path].iter}, but was written before: it is taken for one of an earlier run. To go on '
+                     f'from it instead: --resume {other}')
             return path
-        warn(f'{path} is damaged ({problem}): taking the one before it')
-    if found:
-        raise ValueError(f'none of the {len(found)} checkpoints in {work_dir} can be read, the newest being '
-                         f'{found[0].name}: move them away to start at the beginning')
+        problems.append(f'{path} is damaged ({problem})')
+        warn(f'{problems[-1]}: taking the one before it')
+        del found[path]
+    if problems:
+        raise ValueError(f'none of the {len(problems)} checkpoints in {work_dir} can be read ({"; ".join(problems)}): '
+                         'move them away to start at the beginning')
     return None
+
+
+def standing_of(path: Path) -> Standing | None:
+    """Where a run stood; None for a file of another kind, such as weights alone. Tensors are not read.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    with torch.utils.serialization.config.patch('load.mmap', zipfile.is_zipfile(path)):
+        state = load_checkpoint(path)
+    meta = state.get('meta') if isinstance(state, dict) else None
+    if not isinstance(meta, dict) or not isinstance(meta.get('iter'), int):
+        return None
+    return Standing(str(meta.get('time', '')), meta['iter'], path.name.startswith('best_'))
 
 
 def damage(path: Path) -> str | None:
