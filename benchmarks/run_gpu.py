@@ -104,7 +104,10 @@ def main(argv: Sequence[str] | None = None, run: Run = run) -> int:
         out = args.out or (Path(stack.enter_context(tempfile.TemporaryDirectory())) if args.dry_run else
                            ROOT / 'benchmarks/results' / re.sub(r'\W+', '_', machine['device'].lower()))
         out.mkdir(parents=True, exist_ok=True)
-        log = RowLog(out / 'run.jsonl', ['part'], machine, dict(parts=args.parts, dry_run=args.dry_run))
+        try:
+            log = RowLog(out / 'run.jsonl', ['part'], machine, dict(parts=args.parts, dry_run=args.dry_run))
+        except ValueError as error:
+            parser.error(str(error))
         outcomes = run_parts(args, out, log, environment, run)
     wrong = {name: outcome for name, outcome in outcomes.items() if outcome.startswith(('failed', 'stopped'))}
     if wrong:

@@ -127,6 +127,16 @@ def test_second_run_goes_on(run_gpu, load, tmp_path, monkeypatch):
     assert [len(rows) for _, rows in read_runs(path)] == [len(lines) - 4, 8] and len(rows_of(path)) == 16
 
 
+def test_rows_of_a_gpu_are_safe_from_a_dry_run(run_gpu, tmp_path, capsys):
+    options = '--out', str(tmp_path), '--parts', 'core'
+    RowLog(tmp_path / 'core.jsonl', ['part'], MACHINE, {})
+    assert run_gpu(*options) > 10 and 'core.jsonl holds rows of A GPU, this is ' in capsys.readouterr().err
+    RowLog(tmp_path / 'other/run.jsonl', ['part'], MACHINE, {})
+    with pytest.raises(SystemExit, match='2'):
+        run_gpu('--out', str(tmp_path / 'other'))
+    assert 'run.jsonl holds rows of A GPU, this is ' in capsys.readouterr().err
+
+
 def test_our_failure_is_the_exit_status(run_gpu, load, tmp_path, monkeypatch, capsys):
     """Those of other people's kernels are not: in a dry run, cuDNN fails always."""
     tool = load('benchmark_attention')

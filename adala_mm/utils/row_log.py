@@ -1,12 +1,17 @@
 """Measured rows in JSON-lines files: each is there as soon as it is measured, and nothing is ever overwritten."""
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 from adala_mm.utils.fingerprint import sources_fingerprint
+from adala_mm.utils.timing import hardware, settings
 
 Row = dict[str, object]
 
@@ -34,7 +39,8 @@ class RowLog:
         self.appends = self.path.suffix == '.jsonl'
         if not self.appends:
             return
-        own = dict(machine=dict(machine), sources=sources_fingerprint(), settings=dict(settings), key=self.key)
+        own = dict(started=datetime.now(timezone.utc).isoformat(timespec='seconds'), machine=dict(machine),
+                   sources=sources_fingerprint(), settings=dict(settings), key=self.key)
         for head, rows in read_runs(self.path) if self.path.exists() else []:
             if head['machine']['device'] != machine['device']:
                 raise ValueError(f'{self.path} holds rows of {head["machine"]["device"]}, this is {machine["device"]}: '
@@ -69,6 +75,15 @@ class RowLog:
 def _conditions(head: Mapping) -> tuple[dict, str]:
     """What rows must share to stand beside each other; of commits, whether they changed the sources."""
     return {name: value for name, value in head['machine'].items() if name != 'commit'}, head['sources']
+
+
+def open_log(parser: argparse.ArgumentParser, args: argparse.Namespace, key: Sequence[str],
+             device: torch.device) -> RowLog:
+    """That of a tool with the option ``--out``; ends the program with a message if there are rows of another device."""
+    try:
+        return RowLog(args.out, key, hardware(device), settings(args))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def read_runs(path: str | Path) -> list[tuple[dict, list[Row]]]:

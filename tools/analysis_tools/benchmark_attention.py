@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adala_mm.ops import elu1, linear_attention_packed, linear_attention_reference
-from adala_mm.utils.row_log import RowLog
+from adala_mm.utils.row_log import RowLog, open_log
 from adala_mm.utils.side_by_side import side_by_side
 from adala_mm.utils.timing import (
     Allowance,
@@ -231,7 +231,7 @@ def warm_up(args: argparse.Namespace, log: RowLog) -> None:
     """Calls once, in several processes, what has to be compiled, so that whoever comes next finds it in the caches."""
     jobs = [cell | dict(name=name) for cell in cells(args) for name in COMPILING if name in args.competitors]
     os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'  # there are processes enough
-    for row in side_by_side(first_call, [job for job in jobs if not log.has(**job)], args.warm_up):
+    for row in side_by_side(first_call, jobs, args.warm_up):  # those that the log has too: its machine may be another
         log.add(row)
 
 
@@ -304,7 +304,7 @@ def main() -> None:
     args.seconds = args.seconds or (0.5 if args.quick else 2.0)
     if 'backward' in args.passes:  # alone, it goes over the same graph again and again
         importlib.import_module('torch._functorch.config').donated_buffer = False
-    log = RowLog(args.out, KEY, hardware(device), settings(args))
+    log = open_log(parser, args, KEY, device)
     (warm_up if args.warm_up else measure)(args, log)
     data = dict(rows=list(log.rows.values()), settings=settings(args), machine=hardware(device))
     if not log.appends:

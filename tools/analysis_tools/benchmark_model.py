@@ -20,7 +20,7 @@ from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.cost import multiply_adds
-from adala_mm.utils.row_log import RowLog
+from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
     Allowance,
     Call,
@@ -188,7 +188,7 @@ def main() -> None:
     # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))
     device = default_device()
-    log = RowLog(args.out, KEY, hardware(device), settings(args))
+    log = open_log(parser, args, KEY, device)
     for arch in args.arch or ('S' if args.quick else 'SBL'):
         for dtype in args.dtype:
             allowance = Allowance(args.time_limit)

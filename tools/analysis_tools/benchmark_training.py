@@ -38,7 +38,7 @@ from adala_mm.models.backbones import AdaLAViT
 from adala_mm.ops import linear_attention_reference
 from adala_mm.registry import MODELS
 from adala_mm.utils.cli import find_config, one_message
-from adala_mm.utils.row_log import RowLog
+from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
     default_device,
     depth_table,
@@ -252,7 +252,7 @@ def main() -> None:
         with one_message():
             cfg, dataset = open_dataset(args.config, args.data_root)
     logging.disable(logging.INFO)  # MMEngine lists every parameter
-    log = RowLog(args.out, KEY, hardware(device), settings(args))
+    log = open_log(parser, args, KEY, device)
     for stage in args.stages:
         if not all(log.has(**key(args, stage), version=name) for name in versions(args)):
             for row in measure(args, stage, device):

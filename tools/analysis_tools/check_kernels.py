@@ -15,7 +15,7 @@ import torch
 from benchmark_attention import DTYPES, OURS, Core, coarse_to_fine, competitors, plain
 from torch import Tensor
 
-from adala_mm.utils.row_log import RowLog
+from adala_mm.utils.row_log import open_log
 from adala_mm.utils.side_by_side import side_by_side
 from adala_mm.utils.timing import default_device, exit_if_failed, failure, hardware, save, settings
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--out', default='work_dirs/benchmarks/kernels.json')
     args = parser.parse_args()
-    log = RowLog(args.out, KEY, hardware(device), settings(args))
+    log = open_log(parser, args, KEY, device)
     jobs = [dict(zip(KEY, values, strict=True))
             for values in itertools.product(OURS, args.dtype, args.dims, args.tokens)]
     for row in side_by_side(check, [job for job in jobs if not log.has(**job)], args.processes):
