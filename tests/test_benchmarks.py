@@ -182,11 +182,12 @@ def test_attention_core_needs_torch_alone(tmp_path):
             'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")')
     out = tmp_path / 'a.json'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, 'tools/analysis_tools/benchmark_attention.py',
-                           '--tokens', '64', '--seconds', '1e-9', '--competitors', 'ours', '--out', str(out)], cwd=ROOT,
-                          env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=False,
-                          timeout=600)
+                           '--tokens', '64', '--seconds', '1e-9', '--competitors', 'ours', 'coarse', '--out', str(out)],
+                          cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+                          check=False, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert json.loads(out.read_text())['rows'] and 'no picture' in done.stdout
+    assert {row['name'] for row in json.loads(out.read_text())['rows']} == {'ours'} and 'no picture' in done.stdout
+    assert 'coarse is left out: No module named' in done.stdout
 
 
 def test_models(bench, tool, monkeypatch):

@@ -173,10 +173,11 @@ def one_pass(what: str, core: Core, qkv: Tensor, grad: Tensor | None) -> Call:
 
 def make_inputs(what: str, cell: dict, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """qkv (B, N, 3, H, D), and the output's gradient (B, N, H, D) if the pass wants one."""
-    shape, dtype, differs = [cell[name] for name in KEY[2:5]], DTYPES[cell['dtype']], what != 'forward'
-    shape.insert(1, cell['tokens'])
-    qkv = torch.randn(*shape[:2], 3, *shape[2:], device=device, dtype=dtype, requires_grad=differs)
-    return qkv, torch.randn(shape, device=device, dtype=dtype) if differs else None
+    b, n, h, d = (cell[name] for name in ('batch', 'tokens', 'heads', 'dim'))
+    options = dict(device=device, dtype=DTYPES[cell['dtype']])
+    if what == 'forward':
+        return torch.randn(b, n, 3, h, d, **options), None
+    return torch.randn(b, n, 3, h, d, **options, requires_grad=True), torch.randn(b, n, h, d, **options)
 
 
 def cells(args: argparse.Namespace) -> Iterator[dict]:
