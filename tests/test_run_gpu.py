@@ -428,3 +428,36 @@ def test_tables_of_a_gpu(tmp_path, monkeypatch):
             '| ViT-L | 512 | bf16, CUDA graph | Linear | 0 / 24 | 2.0 | 500.00 | 2.00x |',
             '| 3 | ours, bf16 | 200.00 | 2.00x |', 'The part "spot" stopped: its 40 s were up.'):
         assert words in text, text
+
+
+def test_too_small_a_gpu(run_gpu, load, tmp_path, monkeypatch):
+    """Where not even the inputs fit, rows say so, and what is smaller is still measured."""
+    tool = load('benchmark_attention')
+    make_inputs = tool.make_inputs
+
+    def allocate(what: str, cell: dict, device: torch.device) -> tuple:
+        if what == 'forward':
+            raise torch.OutOfMemoryError('too much')
+        return make_inputs(what, cell, device)
+    monkeypatch.setattr(tool, 'make_inputs', allocate)
+    assert run_gpu('--out', str(tmp_path), '--parts', 'compile', 'core') == 0
+    for part, figure in (('compile', 'seconds'), ('core', 'ms')):
+        rows = [row for row in rows_of(tmp_path / f'{part}.jsonl') if row['name'] == 'ours']
+        assert [(row['pass'], row.get('note'), figure in row) for row in rows] == [
+            ('forward', 'out of memory', False), ('backward', None, True)]
+
+
+def test_lost_device_ends_the_benchmark(monkeypatch):
+    """After an illegal access every call fails: rows that say so of innocent kernels would count as measured."""
+    class Device:
+        type = 'cuda'
+    lost = []
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: 1 / 0 if lost else None)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+
+    def broken() -> None:
+        raise RuntimeError('an illegal memory access')
+    assert timing.failure(broken, Device()) == 'failed: RuntimeError'
+    lost.append(True)
+    with pytest.raises(ZeroDivisionError):
+        timing.failure(broken, Device())

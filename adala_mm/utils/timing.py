@@ -115,6 +115,7 @@ def failure(function: Call, device: torch.device) -> str:
         reason = f'failed: {type(error).__name__}'
         print(f'{reason}: {error}', flush=True)
     if device.type == 'cuda':
+        synchronize(device)  # raises if the device is lost to this process: whatever came next would be wrong
         torch.cuda.empty_cache()
     return reason
 

@@ -16,7 +16,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from adala_mm.utils.timing import (
     save,
     settings,
     softmax_kernels,
+    synchronize,
     take_turns,
     total_memory,
     wall_timer,
@@ -167,7 +168,9 @@ def one_pass(what: str, core: Core, qkv: Tensor, grad: Tensor | None) -> Call:
         return forward
     if what == 'forward + backward':
         return lambda: torch.autograd.grad(core(qkv), qkv, grad)
-    out = functools.cache(functools.partial(core, qkv))  # the forward pass is made once, by the first call
+    # The forward pass is made once, by the first call. Compiled ones would give its results' memory away otherwise.
+    importlib.import_module('torch._functorch.config').donated_buffer = False
+    out = functools.cache(functools.partial(core, qkv))
     return lambda: torch.autograd.grad(out(), qkv, grad, retain_graph=True)
 
 
@@ -194,8 +197,13 @@ def measure(args: argparse.Namespace, log: RowLog) -> None:
     for cell in cells(args):
         if not all(log.has(**cell, name=name) for name in cores):
             torch.compiler.reset()  # each shape is compiled for itself
-            for row in measure_cell(cell, cores, device, timer, allowances[cell['pass']], args.seconds):
-                log.add(row)
+            try:
+                for row in measure_cell(cell, cores, device, timer, allowances[cell['pass']], args.seconds):
+                    log.add(row)
+            except torch.OutOfMemoryError:  # not of one call: there is no room for what they all work on
+                for name in cores:
+                    if not log.has(**cell, name=name):
+                        log.add(cell | dict(name=name, note='out of memory'))
 
 
 def measure_cell(cell: dict, cores: dict[str, Core], device: torch.device, timer: Callable, allowance: Allowance,
@@ -241,11 +249,15 @@ def first_call(job: dict) -> dict:
     device = default_device()
     if job['name'] not in (cores := competitors([job['name']], device)):
         return dict(note='not installed')
-    qkv, grad = make_inputs(job['pass'], job, device)
-    if qkv.nbytes > 2 ** 30:
+    if prod(job[name] for name in ('batch', 'tokens', 'heads', 'dim')) > 2 ** 28:
         return dict(note='left to who measures: several of these would not fit the memory')
+
+    def call() -> None:
+        one_pass(job['pass'], cores[job['name']], *make_inputs(job['pass'], job, device))()
+
+    synchronize(device)
     start = time.perf_counter()
-    note = failure(one_pass(job['pass'], cores[job['name']], qkv, grad), device)
+    note = failure(call, device)
     seconds = time.perf_counter() - start
     if device.type == 'cuda':
         torch.cuda.empty_cache()  # for the other processes
@@ -303,8 +315,6 @@ def main() -> None:
     args = parser.parse_args()
     args.tokens = sorted(args.tokens or (QUICK_TOKENS if args.quick else TOKENS))
     args.seconds = args.seconds or (0.5 if args.quick else 2.0)
-    if 'backward' in args.passes:  # alone, it goes over the same graph again and again
-        importlib.import_module('torch._functorch.config').donated_buffer = False
     log = open_log(parser, args, KEY, device)
     (warm_up if args.warm_up else measure)(args, log)
     data = dict(rows=list(log.rows.values()), settings=settings(args), machine=hardware(device))
