@@ -51,7 +51,7 @@ PARTS = (
     Part('compile', 60, 'benchmark_attention', f'{CORE} ours coarse compiled fbi_la --warm-up {{processes}}',
          f'{TINY_CORE} --competitors ours coarse compiled'),
     Part('check', 50, 'check_kernels', '--dtype bf16 --dims 64 80 128 --tokens 197 4097 --processes {processes}',
-         '--dims 16 --tokens 17'),
+         '--dims 16 --tokens 17 --processes 1'),
     # The batches are in the order of their worth, should time be up: 128, 512, 16 heads in flight.
     Part('core', 130, 'benchmark_attention',
          f'{CORE} sdpa flash cudnn efficient math ours coarse compiled fbi_la --seconds 0.3',
@@ -64,7 +64,7 @@ PARTS = (
          '--arch L --size 512 --batch 8 --dtype bf16 --stages 1 2 3 --seconds 3',
          '--arch T --size 32 --batch 1 --dtype fp32 --seconds 1e-9 --head mask2former_demo_beacons', STACK),
     Part('spot', 40, 'check_kernels', '--dtype fp16 fp32 --dims 64 80 128 --tokens 197 4097 --processes {processes}',
-         '--dims 16 --tokens 17'),
+         '--dims 16 --tokens 17 --processes 1'),
 )
 
 
