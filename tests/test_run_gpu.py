@@ -238,7 +238,7 @@ def test_what_a_part_leaves_is_there_for_the_next(load, tmp_path, monkeypatch):
         return ''
     monkeypatch.setattr(module.signal, 'signal', lambda *_: None)
     assert module.main(['--dry-run', '--out', str(tmp_path), '--parts', 'compile', 'check', 'core'], run) == 0
-    assert limits == [60, 100, 220]
+    assert limits == [600, 1090, 2380]  # ten times the budgets, in a dry run
 
 
 def test_script_without_a_gpu():
