@@ -6,6 +6,7 @@ from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from adala_mm.datasets.folders import printable
 from adala_mm.registry import HOOKS
 
 FEW = 1000  # draws after which a share of them means something
@@ -94,4 +95,4 @@ class CorruptImagesHook(Hook):
 
 def few(images: dict[str, str]) -> str:
     first = [f'{path} ({problem})' for path, problem in list(images.items())[:3]]
-    return ', '.join(first) + (f' and {len(images) - 3:,} more' if len(images) > 3 else '')
+    return printable(', '.join(first)) + (f' and {len(images) - 3:,} more' if len(images) > 3 else '')
