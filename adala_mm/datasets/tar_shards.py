@@ -92,7 +92,6 @@ def scan_shard(root: str, shard: str) -> Shard:
                     continue
                 if name in spans:
                     again.append(name)
-                    del spans[name]
                 spans[name] = span
                 links.pop(name, None)
     except tarfile.ReadError as error:
