@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -257,6 +258,184 @@ def test_averaged_weights_resume(scenes, sharp_pretrained, tmp_path, whole_runs,
     assert all(torch.equal(value, ours[key]) for key, value in wanted.items())
     before, of_average = (dict(zip(*curve(run, 'align/rel_error'), strict=True)) for run in (plain, whole))
     assert of_average[0] == before[0] and of_average[10] != before[10]  # no step, nothing to average
+
+
+@pytest.mark.parametrize(('by_epoch', 'what', 'when', 'at'), [
+    (True, 'raise', 'step', 7), (True, 'raise', 'validation', 10), (True, 'terminate', 'validation', 5),
+    (True, 'terminate', 'step', 6), (False, 'raise', 'step', 8), (False, 'terminate', 'validation', 10)])
+def test_sums_of_gradients_go_on(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch, what, when, at):
+    """Five iterations of an epoch, in updates of three: every checkpoint but the last falls between two of them."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    cfg.optim_wrapper.accumulative_counts = 3
+    whole, work_dir = whole_runs(cfg, 'accumulated', by_epoch), tmp_path / 'run'
+    with pytest.raises((Killed, SystemExit)):
+        train(cfg, work_dir, harm=dict(what=what, when=when, at=at))
+    saved = [load_checkpoint(path) for path in work_dir.glob('*.pth')]
+    assert {checkpoint['meta']['iter'] % 3 for checkpoint in saved} - {0}
+    for checkpoint in saved:
+        assert checkpoint.get('pending_gradients', {}).get('steps', 0) == checkpoint['meta']['iter'] % 3
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    assert 'pending_gradients' not in load_checkpoint(work_dir / last(by_epoch))
+
+
+def test_sums_of_another_accumulation_are_left_out(scenes, sharp_pretrained, tmp_path):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.optim_wrapper.accumulative_counts = 3
+    kill(cfg, tmp_path / 'run', at=6)
+    cfg.optim_wrapper.accumulative_counts = 2
+    train(cfg, tmp_path / 'run', resume=True)
+    log = log_of(tmp_path / 'run')
+    assert 'gradients of 2 iterations that wait for an update. They are left out: accumulative_counts is 2, and was 3' \
+        in log
+    assert load_checkpoint(tmp_path / 'run' / last(True))['meta']['iter'] == STEPS
+
+
+def log_of(work_dir: Path) -> str:
+    return ''.join(path.read_text() for path in sorted(work_dir.glob('*/*.log')))
+
+
+@pytest.mark.parametrize('batch', [1, 4])
+@pytest.mark.parametrize('sampler', ['DefaultSampler', 'InfiniteSampler', 'epochs'])
+def test_another_batch_goes_on_at_the_next_sample(scenes, sharp_pretrained, tmp_path, sampler, batch, monkeypatch):
+    """After 16 of 30 samples."""
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=sampler == 'epochs')
+    if sampler != 'epochs':
+        cfg.train_dataloader.sampler.type = sampler
+    train(cfg, tmp_path / 'whole')
+    order = [name for _, images, *_ in diary(tmp_path / 'whole').values() for name in images]
+    with pytest.raises(SystemExit):
+        train(cfg, tmp_path / 'run', harm=dict(what='terminate', when='step', at=6))
+    cfg.train_dataloader.batch_size = batch
+    if sampler != 'epochs':
+        cfg.train_cfg.max_iters = 8 + 14 // batch
+    train(cfg, tmp_path / 'run', resume=True)
+    steps = list(diary(tmp_path / 'run').items())
+    numbers, batches = [step for step, _ in steps], [number for _, (number, *_) in steps]
+    seen = [name for _, (_, images, *_) in steps for name in images]
+    assert numbers == list(range(len(steps)))
+    assert seen == order[:len(seen)] and len(seen) >= 28  # a finite sampler's last batch of an epoch may be small
+    if sampler == 'epochs':
+        assert len(seen) == 30
+        assert batches == [*range(5), 0, 1, 2, *(range(6, 10) if batch == 1 else [2]), *range(-(-10 // batch))]
+    place = '16 samples.' if sampler == 'InfiniteSampler' else '6 samples of epoch 2.'
+    assert f'1 process(es) x {batch} go on where 1 process(es) x 2 were: after {place}' in log_of(tmp_path / 'run')
+    final = load_checkpoint(max(tmp_path.glob('run/*.pth'), key=os.path.getmtime))
+    assert final['meta']['data_position']['batch_size'] == batch
+
+
+def averaged(cfg: Config) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='EMAHook', momentum=0.2)]
+
+
+def accumulated(cfg: Config) -> None:
+    cfg.optim_wrapper.accumulative_counts = 3  # of 5 iterations of an epoch
+
+
+def mixed_precision(cfg: Config) -> None:
+    cfg.optim_wrapper.update(type='adala_mm.CPUAmpOptimWrapper', dtype='float16',
+                             loss_scale=dict(init_scale=2.0 ** 10, growth_interval=4))
+
+
+def checkpointed(cfg: Config) -> None:
+    cfg.model.backbone.with_cp = True
+
+
+def progressive(cfg: Config) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []),
+                        dict(type='adala_mm.ProgressiveResolutionHook', sizes={0: 16, 1: 32})]
+
+
+def stopped_early(cfg: Config) -> None:
+    """After two epochs: only the validation before training counts as better than what came before it."""
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(
+        type='adala_mm.EarlyStoppingHook', monitor={'align/rel_error': 'less'}, patience=2, min_delta=0.99)]
+
+
+def redrawn(cfg: Config) -> None:
+    cfg.model.backbone.attention = dict(type='adala_mm.PerformerAttention', redraw_interval=4)
+
+
+def corrupt_skipped(cfg: Config) -> None:
+    """Two of ten files are empty, to a data set that passes over them."""
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(type='adala_mm.ImageFiles', data_root=f'{dataset.data_root}_corrupt')
+    dataset.pop('with_label', None)
+
+
+FEATURES = {
+    'averaged weights': averaged, 'accumulation': accumulated, 'mixed precision': mixed_precision,
+    'activation checkpointing': checkpointed, 'progressive resolution': progressive, 'early stopping': stopped_early,
+    'redrawn features': redrawn, 'corrupt images': corrupt_skipped}
+CELLS = {  # of a run of epochs, which saves after 5, 10, 15 iterations and validates then
+    ('SIGKILL', 'training'): dict(what='kill', when='step', at=7),
+    ('SIGKILL', 'validation'): dict(what='kill', when='validation', at=10),
+    ('SIGKILL', 'saving'): dict(what='kill', when='half', at=11),
+    ('SIGTERM', 'training'): dict(what='terminate', when='step', at=6),
+    ('SIGTERM', 'validation'): dict(what='terminate', when='validation', at=5),
+    ('SIGTERM', 'saving'): dict(what='terminate', when='written', at=6)}
+
+
+@pytest.fixture(scope='module')
+def corrupt_scenes(scenes) -> Path:
+    """The same scenes, two of them empty files; beside the others, under the name that `corrupt_skipped` knows."""
+    root = scenes.with_name(f'{scenes.name}_corrupt')
+    shutil.copytree(scenes, root)
+    for name in ('0003.png', '0008.png'):
+        (root / 'images/train' / name).write_bytes(b'')
+    return root
+
+
+def strike_and_resume(cfg: Config, work_dir: Path, harm: dict) -> None:
+    """In a child, which has everything imported: the signals are real."""
+    child = multiprocessing.get_context('fork').Process(target=train, args=(cfg, work_dir), kwargs=dict(harm=harm))
+    child.start()
+    child.join(600)
+    assert child.exitcode == (-signal.SIGKILL if harm['what'] == 'kill' else 128 + signal.SIGTERM)
+    train(cfg, work_dir, resume=True)
+
+
+def with_features(names: Iterable[str], scenes: Path, init_cfg: dict) -> Config:
+    cfg = config('stage2', scenes, init_cfg, by_epoch=True)
+    for name in names:
+        FEATURES[name](cfg)
+    return cfg
+
+
+def assert_same_end(whole: Path, pieces: Path) -> None:
+    """All that the last checkpoint has, and all that the steps saw."""
+    final = sorted(path.name for path in whole.glob('epoch_*.pth'))
+    assert sorted(path.name for path in pieces.glob('*.pth')) == final
+    one, two = (load_checkpoint(run / final[-1]) for run in (whole, pieces))
+    for key in sorted(one.keys() - {'message_hub', 'meta'}):
+        assert_equal(one[key], two[key], key)
+    assert one.keys() == two.keys() and diary(pieces) == diary(whole)
+    stops = [run['message_hub']['runtime_info'].get('early_stopping') for run in (one, two)]
+    assert stops[0] == stops[1] and one['meta']['iter'] == two['meta']['iter']
+
+
+def assert_equal(one: object, two: object, place: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for key in one:
+            assert_equal(one[key], two[key], f'{place}.{key}')
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), place
+    else:
+        assert one == two, place
+
+
+@pytest.mark.parametrize(('pair', 'cell'), zip([
+    ('averaged weights', 'accumulation'), ('mixed precision', 'early stopping'), ('redrawn features', 'corrupt images'),
+    ('activation checkpointing', 'redrawn features'), ('progressive resolution', 'averaged weights'),
+    ('accumulation', 'mixed precision')], CELLS, strict=True), ids=lambda part: '-'.join(part))
+def test_pairs_of_features(scenes, corrupt_scenes, sharp_pretrained, tmp_path, pair, cell):
+    """A sample of what `make test-faults` does with every pair."""
+    cfg = with_features(pair, scenes, sharp_pretrained)
+    train(cfg, tmp_path / 'whole')
+    strike_and_resume(cfg, tmp_path / 'run', CELLS[cell])
+    assert_same_end(tmp_path / 'whole', tmp_path / 'run')
 
 
 @LOOPS

@@ -10,9 +10,10 @@ import torch.utils.serialization
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
 from adala_mm.engine.calibration_loop import CalibrationLoop
+from adala_mm.engine.data_position import KEY, DataPosition
 from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import PART
 from adala_mm.utils.checkpoint import load_checkpoint
@@ -42,6 +43,9 @@ class ExactResumeHook(Hook):
         ValueError: if no checkpoint of a work dir can be read.
     """
 
+    saved: dict[str, int] | None = None  # of the checkpoint that was loaded
+    position: DataPosition | None = None  # of this run; a stream of samples has none
+
     priority = 'LOWEST'  # a step's seed is set after every other hook, a due validation done when they are ready
 
     def before_run(self, runner: Runner) -> None:
@@ -58,6 +62,13 @@ class ExactResumeHook(Hook):
             else:
                 runner._load_from = str(found[0])
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.saved = checkpoint.get('meta', {}).get(KEY)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.position is not None:
+            checkpoint['meta'][KEY] = self.position.entry(checkpoint['meta']['iter'])
+
     def before_train(self, runner: Runner) -> None:
         loop, loader = runner.train_loop, runner.train_dataloader
         if isinstance(loader.dataset, IterableDataset):
@@ -66,24 +77,26 @@ class ExactResumeHook(Hook):
         batches = loader.batch_sampler
         if not runner._randomness_cfg.get('diff_rank_seed') and hasattr(batches.sampler, 'seed'):
             batches.sampler.seed = runner.seed  # that of the checkpoint, where the config has none
-        batches.sampler = stream = PositionedSampler(batches.sampler, loader)
+        self.position = position = DataPosition(runner, self.saved if runner.iter else None)
+        for note in position.notes:
+            runner.logger.warning(note)
+        batches.sampler = stream = PositionedSampler(batches.sampler)
         loader.dataset.__getitems__ = functools.partial(draw_samples, loader.dataset, runner.seed)
         if runner.iter == 0:
             return
         if isinstance(loop, EpochBasedTrainLoop):
-            seen = runner.iter - runner.epoch * len(loader)
-            if seen and type(batches) is not BatchSampler:
-                runner.logger.warning(f'{type(batches).__name__} deals out batches in its own way: this epoch starts '
-                                      'anew')
-            elif seen:
-                stream.start = seen * batches.batch_size
-                count_from(loop, seen)
+            stream.start = position.start
+            count_from(loop, position.batch)
+            last = runner.iter + (loop.max_epochs - runner.epoch) * len(loader) - position.batch
+            if last != loop.max_iters:
+                loop._max_iters = last
+                runner.optim_wrapper.initialize_count_status(runner.model, runner.iter, last)
         elif isinstance(loop, CalibrationLoop):
             pass  # it reads its images anew
-        elif isinstance(loop, IterBasedTrainLoop):  # it calls skip itself, of whichever of the two samplers has it
-            loop.dataloader_iterator._epoch = runner.iter // len(loader)
-            stream.start = runner.iter * batches.batch_size
-        if validation_is_due(runner):
+        elif isinstance(loop, IterBasedTrainLoop) and type(batches) is BatchSampler:
+            loop.dataloader_iterator.skip_iter = lambda iterations: stream.skip_to(position.begin.epoch, position.start)
+            loop.dataloader_iterator._epoch = position.begin.epoch
+        if validation_is_due(runner, position):
             runner.logger.info('Validation that was due when the checkpoint was written:')
             runner.val_loop.run()
 
@@ -100,9 +113,8 @@ class Position(int):
 class PositionedSampler(Sampler):
     """What another sampler yields, as `Position`; can start anywhere in it."""
 
-    def __init__(self, sampler: Sampler, loader: DataLoader) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
-        self.batches, self.batch_size = len(loader), loader.batch_sampler.batch_size
         self.start = 0
 
     def __iter__(self) -> Iterator[Position]:
@@ -121,11 +133,12 @@ class PositionedSampler(Sampler):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)  # its data set and its set_epoch, which batch samplers and hooks ask for
 
-    def skip(self, num_samples: int) -> None:
-        """Called by MMEngine's iteration-based loop when it resumes, if the other sampler has no ``skip``."""
-        epoch, seen = divmod(num_samples // self.batch_size, self.batches)
-        self.sampler.set_epoch(epoch)
-        self.start = seen * self.batch_size
+    def skip_to(self, epoch: int, start: int) -> None:
+        if hasattr(self.sampler, 'skip'):
+            self.sampler.skip(start)
+        else:
+            self.sampler.set_epoch(epoch)
+        self.start = start
 
 
 def draw_samples(dataset: Any, seed: int, positions: list[Position]) -> list:
@@ -143,11 +156,11 @@ def count_from(loop: EpochBasedTrainLoop, seen: int) -> None:
     loop.run_iter = lambda idx, batch: run_iter(idx + seen if loop.epoch == epoch else idx, batch)
 
 
-def validation_is_due(runner: Runner) -> bool:
+def validation_is_due(runner: Runner, position: DataPosition) -> bool:
     """Whether an uninterrupted run would validate now, between two steps; a checkpoint is written before that."""
     loop = runner.train_loop
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
-    if runner.val_loop is None or (by_epoch and runner.iter != runner.epoch * len(runner.train_dataloader)):
+    if runner.val_loop is None or (by_epoch and position.begin.seen):
         return False
     loop._decide_current_val_interval()
     done, end = (runner.epoch, loop.max_epochs) if by_epoch else (runner.iter, loop.max_iters)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from adala_mm.datasets.folders import printable
+from adala_mm.utils.folders import printable
 
 OK, WARNING, ERROR, SKIPPED = 'ok', 'warning', 'error', 'skipped'
 COLOURS = {OK: '\033[32m', WARNING: '\033[33m', ERROR: '\033[31m', SKIPPED: '\033[2m'}
