@@ -278,7 +278,7 @@ def test_getattr_is_limited_to_the_log_buffer(cls, name, tmp_path):
     with pytest.raises(ValueError, match=rf'\.{name}, which no training checkpoint needs'):
         load_checkpoint(path)
     path = saved(tmp_path, {'a': torch.ones(1), 'fine': GetAttr(HistoryBuffer, 'max')})
-    assert load_checkpoint(path)['fine'] is HistoryBuffer.max
+    assert load_checkpoint(path)['fine'] == 'max'  # a word, and nothing to call
 
 
 @pytest.fixture

@@ -9,39 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import mmengine.runner.checkpoint
-import numpy as np
 import torch
-from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adala_mm.utils.torch_files import read_torch_file
+from adala_mm.utils.unpickling import Refused
 from adala_mm.utils.weight_files import SAFETENSORS, kind_of, weight_files
-
-
-def _history_method(cls: type, name: str) -> Any:
-    """Stands in for ``getattr``, which MMEngine's pickled log buffers ask for: four methods of one class, no more."""
-    if cls is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
-        return getattr(cls, name)
-    raise ValueError(f'a checkpoint asked for {cls!r}.{name}, which no training checkpoint needs')
-
-
-# All that MMEngine puts into a checkpoint beside tensors and plain Python values.
-SAFE_GLOBALS = [
-    (_history_method, 'builtins.getattr'), HistoryBuffer, np.ndarray, np.dtype,
-    *((f, f'numpy.{core}.multiarray.{f.__name__}') for core in ('core', '_core')  # numpy 1 and 2 name them differently
-      for f in (np._core.multiarray._reconstruct, np._core.multiarray.scalar)),
-    *{type(np.dtype(t)) for t in '?bBhHiIlLqQefdFDUS'},
-]
-
 
 # Where training scripts keep a model's weights in their checkpoints, in order of preference.
 WRAPPERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
 # What wrappers of modules put into the names of weights, and what averaging counts its steps with.
 WRAPPED = re.compile(r'^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 COUNTERS = ('n_averaged', 'steps')
-# What torch says of a pickle that is whole, and holds what only its own code can make.
-NEEDS_TRUST = re.compile('unsupported|can only|must be imported|TorchScript|no training checkpoint needs', re.I)
 
 TIMM = 'timm://'
 # The user's word that this process may unpickle what it is told to load (`--trust-checkpoint`); also for its children.
@@ -49,7 +30,7 @@ TRUST = 'ADALA_MM_TRUST_CHECKPOINT'
 
 
 def load_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict[str, Any]:
-    """Reads a safetensors file, or a ``torch.save`` file with ``weights_only=True``, whatever it is called.
+    """Reads a safetensors file, or a ``torch.save`` file by `read_torch_file`, whatever it is called.
 
     The position grid that a safetensors file records is given as `recorded_grid` reads it.
 
@@ -78,15 +59,11 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
             return state
         if trust:
             return torch.load(path, map_location=map_location, weights_only=False)
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen types for what is the same to the user
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if NEEDS_TRUST.search(line)), lines[0])
-        if 'TorchScript' in reason:
-            reason = 'a TorchScript archive, which is code'
-        if NEEDS_TRUST.search(reason):
-            reason = reason.partition(' Please use')[0]  # torch's own advice is for code, not for users
+        return read_torch_file(path, map_location)
+    except Exception as error:  # what is damaged raises a dozen types for what is the same to the user
+        text = ''.join(letter if letter.isprintable() else ' ' for letter in str(error)).strip()
+        reason = text[:300] or type(error).__name__
+        if isinstance(error, Refused):
             reason = (f'it holds more than tensors and plain values, which is never unpickled here ({reason}). If it '
                       f'is your own, and needs that: --trust-checkpoint of a tool, {TRUST}=1 in the environment of a '
                       'program, or trust=True of load_checkpoint and read_state_dict')
