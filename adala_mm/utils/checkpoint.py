@@ -10,6 +10,7 @@ from typing import Any
 
 import mmengine.runner.checkpoint
 import torch
+from mmengine.fileio import get_file_backend
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -212,7 +213,7 @@ def under(state: dict, prefix: str) -> OrderedDict:
 
 
 def use_safe_loading() -> None:
-    """Makes MMEngine read local and downloaded files with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
+    """Makes MMEngine read files, wherever they are, with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
 
     Called by `adala_mm.openmmlab`.
     """
@@ -225,8 +226,14 @@ def use_safe_loading() -> None:
             torch.hub.download_url_to_file(url, str(path), progress=progress)
         return load_checkpoint(path, map_location)
 
-    mmengine.runner.checkpoint.load_url = load_url  # what all of its remote schemes end in
-
-    @CheckpointLoader.register_scheme(prefixes='', force=True)
-    def load_local(filename: str, map_location: Any) -> dict[str, Any]:
+    def load_local(filename: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return load_checkpoint(filename, map_location)
+
+    def load_remote(filename: str, map_location: Any = None, backend: str = 'petrel') -> dict[str, Any]:
+        with get_file_backend(filename, backend_args={'backend': backend}).get_local_path(filename) as path:
+            return load_checkpoint(path, map_location)
+
+    mmengine.runner.checkpoint.load_url = load_url  # what its schemes of the web end in
+    mmengine.runner.checkpoint._safe_torch_load = load_local  # pavi and openmmlab; it unpickles what torch refuses
+    CheckpointLoader.register_scheme('', load_local, force=True)
+    CheckpointLoader.register_scheme([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_remote, force=True)

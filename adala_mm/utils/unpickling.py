@@ -31,6 +31,11 @@ STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
 STORAGES['torch.storage.UntypedStorage'] = torch.uint8
 # Python 2, whose names torch.save writes, and numpy 1 have other names for the same.
 RENAMED = (('__builtin__.', 'builtins.'), ('numpy.core.', 'numpy._core.'))
+# What torch.save writes. The arguments of others are not even read: some have a little language of their own.
+OPCODES = {opcode.code.encode('latin-1'): opcode for opcode in pickletools.opcodes if opcode.name in (
+    'PROTO STOP MARK GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE '
+    'BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 '
+    'EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET').split()}
 KEYS = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, torch.device)
 
 
@@ -74,7 +79,7 @@ def as_key(item: Any) -> Any:
     return item
 
 
-def check(fact: bool, fault: str) -> None:
+def check(fact: Any, fault: str) -> None:
     if not fact:
         raise ValueError(fault)
 
@@ -105,10 +110,16 @@ class Machine:
             Refused: if it needs more than this machine can make, with the name of it.
             Exception: of any kind, for a pickle that is damaged.
         """
-        for opcode, argument, _ in pickletools.genops(self.file):
+        while code := self.file.read(1):
+            if code not in OPCODES:
+                other = [known.name for known in pickletools.opcodes if known.code == code.decode('latin-1')]
+                check(other, f'its pickle has the unknown opcode {code!r}')
+                raise Refused(f'the pickle opcode {other[0]}, which torch.save does not write')
+            opcode = OPCODES[code]
             if opcode.name == 'STOP':
                 return as_value(self.stack.pop())
-            self.step(opcode.name, argument)
+            self.step(opcode.name, opcode.arg and opcode.arg.reader(self.file))
+        raise ValueError('its pickle has no end')
 
     def step(self, opcode: str, argument: Any) -> None:
         stack = self.stack
@@ -162,8 +173,6 @@ class Machine:
                 self.build(stack[-1], state)
             case 'PROTO':
                 pass
-            case _:
-                raise Refused(f'the pickle opcode {opcode}, which torch.save does not write')
 
     def marked(self) -> list:
         items, self.stack = self.stack, self.below.pop()
