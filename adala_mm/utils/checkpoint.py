@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adala_mm.utils.torch_files import read_torch_file
 from adala_mm.utils.unpickling import Refused
-from adala_mm.utils.weight_files import SAFETENSORS, kind_of, weight_files
+from adala_mm.utils.weight_files import SAFETENSORS, UnreadableCheckpoint, kind_of, weight_files
 
 # Where training scripts keep a model's weights in their checkpoints, in order of preference.
 WRAPPERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
@@ -42,7 +42,7 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = F
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, no checkpoint, or would need to run code to load.
+        UnreadableCheckpoint: if it is truncated, no checkpoint, or would need to run code to load; a ValueError.
     """
     parts = [_load_file(file, map_location, trust or os.environ.get(TRUST) == '1')
              for file in weight_files(Path(path).expanduser())]
@@ -70,7 +70,7 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
                       'program, or trust=True of load_checkpoint and read_state_dict')
         elif not reason.startswith('it is '):
             reason = f'it is truncated or damaged: fetch it again ({reason})'
-        raise ValueError(f'cannot read the checkpoint {path}: {reason}') from error
+        raise UnreadableCheckpoint(f'cannot read the checkpoint {path}: {reason}') from error
 
 
 def file_notes(path: Path) -> dict[str, str]:
@@ -84,9 +84,21 @@ def file_notes(path: Path) -> dict[str, str]:
         return {}
 
 
+def grid_note(state: dict[str, Any]) -> dict[str, str]:
+    """What `note_grid` reads, for the metadata of a safetensors file; {} if no grid is recorded."""
+    owner = _owner(state)
+    grid = None if owner is None else recorded_grid(state, owner)
+    return {} if grid is None else {'position_grid': 'x'.join(map(str, grid))}
+
+
+def _owner(state: dict[str, Any]) -> str | None:
+    """Prefix of the module with position embeddings."""
+    return next((key.removesuffix('pos_embed').rstrip('.') for key in state if key.endswith('pos_embed')), None)
+
+
 def note_grid(state: OrderedDict[str, Any], grid: str | None) -> None:
     """Puts the position grid ``16x64`` of a file where `AdaLAViT.state_dict` has it: in the metadata of torch."""
-    owner = next((key.removesuffix('pos_embed').rstrip('.') for key in state if key.endswith('pos_embed')), None)
+    owner = _owner(state)
     if grid is not None and owner is not None:
         state._metadata = OrderedDict({owner: {'grid': tuple(map(int, grid.split('x')))}})
 
