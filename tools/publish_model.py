@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from mmengine.runner.checkpoint import weights_to_cpu
 
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import one_message
@@ -44,7 +43,6 @@ def publish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
     if args.raw:
         kept['state_dict'].update(last)
-    kept['state_dict'] = weights_to_cpu(kept['state_dict'])  # keeps what state dicts record beside tensors
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(f'{args.out.name}.partial')
     try:
