@@ -1,6 +1,7 @@
 """What a user gets wrong ends in one error that names the thing and what to do about it."""
 from __future__ import annotations
 
+import collections
 import re
 import runpy
 import shutil
@@ -162,9 +163,20 @@ def test_unknown_feature_map(data):
     assert_names(info, "unknown feature_map 'elu2'", 'elu1, relu')
 
 
-@pytest.mark.parametrize('use', ['init_cfg', 'test', 'resume', 'auto resume'])
-def test_truncated_checkpoint(use, data, place):
+class Forged:
+    """An object that is called when it is unpickled."""
+
+    def __reduce__(self):
+        return collections.deque, ()
+
+
+@pytest.mark.parametrize(('use', 'forged'), [('init_cfg', False), ('test', False), ('resume', False),
+                                             ('auto resume', False), ('test', True), ('resume', True),
+                                             ('load_from', True)])
+def test_unreadable_checkpoint(use, forged, data, place):
     path = truncated(place / 'half.pth')
+    if forged:
+        torch.save({'state_dict': {}, 'message_hub': Forged()}, path)
     with pytest.raises(SystemExit) as info:
         if use == 'init_cfg':
             tool('train', STAGE1, data, {'model.backbone.init_cfg.checkpoint': path})
@@ -172,12 +184,14 @@ def test_truncated_checkpoint(use, data, place):
             tool('test', FLAGSHIP, data, {}, path)
         elif use == 'resume':
             tool('train', STAGE1, data, {}, '--resume', path)
+        elif use == 'load_from':
+            tool('train', STAGE1, data, {'load_from': path})
         else:
             work_dir = place / 'work_dirs' / STAGE1
             work_dir.mkdir(parents=True)
             (work_dir / 'last_checkpoint').write_text(str(path))
             tool('train', STAGE1, data, {}, '--resume')
-    assert_names(info, f'cannot read the checkpoint {path}', 'truncated')
+    assert_names(info, f'error: cannot read the checkpoint {path}', 'never unpickled' if forged else 'truncated')
 
 
 @pytest.mark.parametrize('use', ['init_cfg', 'test', 'resume'])
