@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import io
+import json
 import os
 import pickle
 import struct
@@ -328,6 +329,14 @@ def test_an_old_file_that_is_a_tar_archive_too(tmp_path):
     (tmp_path / 'a.pth').write_bytes(header + bytes(1024))
     with pytest.raises(ValueError, match='truncated or damaged'):
         load_checkpoint(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize(('shape', 'span'), [([BIG], [0, 16]), ([4], [0, 4 * BIG]), ([-4], [0, 16]), ([2], [0, 16])])
+def test_sizes_in_safetensors(shape, span, tmp_path):
+    header = json.dumps({'a': dict(dtype='F32', shape=shape, data_offsets=span)}).encode()
+    (tmp_path / 'a.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(16))
+    with pytest.raises(ValueError, match='truncated or damaged'):
+        load_checkpoint(tmp_path / 'a.safetensors')
 
 
 # --- what torch.save writes -------------------------------------------------------------------------------------------

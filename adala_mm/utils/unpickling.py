@@ -139,10 +139,10 @@ class Machine:
             case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
                 count = int(opcode[-1])
                 check(len(stack) >= count, 'its pickle has too short a stack')
-                stack[-count:] = [self.tuple(stack[-count:])]
+                stack[-count:] = [self.grouped(stack[-count:])]
             case 'TUPLE':
                 items = self.marked()
-                self.stack.append(self.tuple(items))
+                self.stack.append(self.grouped(items))
             case 'EMPTY_TUPLE':
                 stack.append(())
             case 'EMPTY_LIST':
@@ -178,7 +178,7 @@ class Machine:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def tuple(self, items: list) -> tuple:
+    def grouped(self, items: list) -> tuple:
         return (Arguments if any(type(item) in (Name, Storage, Arguments) for item in items) else tuple)(items)
 
     def spend(self, count: int) -> None:
