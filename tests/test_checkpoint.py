@@ -409,3 +409,11 @@ def test_without_a_connection_the_message_has_the_address(monkeypatch):
                                          'main/model.safetensors on another machine') as info:
         local_file('timm://vit_large_patch14_clip_quickgelu_224.openai')
     assert str(info.value).startswith('cannot download timm://vit_large_patch14_clip_quickgelu_224.openai (OSError)')
+
+
+def test_tensors_without_content_are_not_read(tmp_path, monkeypatch):
+    torch.save(dict(meta=dict(iter=3), state_dict=dict(weight=torch.ones(2, 3))), tmp_path / 'a.pth')
+    monkeypatch.setattr('adala_mm.utils.torch_files._read_bytes', None)
+    state = load_checkpoint(tmp_path / 'a.pth', map_location='meta')
+    assert state['meta'] == dict(iter=3) and state['state_dict']['weight'].shape == (2, 3)
+    assert state['state_dict']['weight'].is_meta

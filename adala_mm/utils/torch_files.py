@@ -18,7 +18,8 @@ Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 def read_torch_file(path: Path, map_location: Any) -> Any:
     """What ``torch.save`` wrote, by a `Machine` that makes data and nothing else.
 
-    No size is believed that the file is too small for, before memory is taken.
+    No size is believed that the file is too small for, before memory is taken. With ``map_location='meta'`` the content
+    of tensors is not read.
 
     Raises:
         Refused: if it holds anything else.
@@ -35,7 +36,9 @@ def read_torch_file(path: Path, map_location: Any) -> Any:
 
     size = path.stat().st_size
     with path.open('rb') as file:
-        return (_read_archive if file.peek(2).startswith(b'PK') else _read_stream)(file, size, place)
+        if file.peek(2).startswith(b'PK'):
+            return _read_archive(file, size, place, without_content=str(map_location) == 'meta')
+        return _read_stream(file, size, place)
 
 
 def _read_bytes(file: BinaryIO, count: int) -> torch.UntypedStorage:
@@ -44,7 +47,7 @@ def _read_bytes(file: BinaryIO, count: int) -> torch.UntypedStorage:
     return content.untyped_storage()
 
 
-def _read_archive(file: BinaryIO, size: int, place: Place) -> Any:
+def _read_archive(file: BinaryIO, size: int, place: Place, without_content: bool) -> Any:
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if any(name.endswith('constants.pkl') for name in entries):
@@ -63,7 +66,8 @@ def _read_archive(file: BinaryIO, size: int, place: Place) -> Any:
             check(entry.file_size == count, f'{entry.filename} has {entry.file_size} bytes, not {count}')
             if key not in storages:
                 with archive.open(entry) as content:
-                    storages[key] = place(_read_bytes(content, count), location)
+                    storages[key] = (torch.UntypedStorage(count, device='meta') if without_content else
+                                     place(_read_bytes(content, count), location))
             return storages[key]
 
         with archive.open(f'{root}data.pkl') as content:
