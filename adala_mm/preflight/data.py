@@ -1,7 +1,6 @@
 """Checks of the data: folders, counts, images, labels, classes, and the first batch."""
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from adala_mm.preflight.images import label_loader
 from adala_mm.preflight.plan import TRAIN, VAL, Plan, Scan, draws_itself
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 from adala_mm.utils.cli import absent_data, data_advice
+from adala_mm.utils.folders import walk
 from adala_mm.utils.label_files import leaves
 
 MANY = 100_000  # labels of images that are read at most
@@ -75,7 +75,7 @@ def not_taken(dataset: Any) -> list[str]:
         return []
     infos = map(dataset.get_data_info, range(len(dataset)))
     taken = {Path(info[key]) for info in infos for key in ('img_path', 'seg_map_path') if info.get(key)}
-    found = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names
+    found = (Path(folder, place, name) for place, _, names, _ in walk(folder) for name in names
              if is_image(name, OTHERS))
     return passed_over(folder, Counter(kind_of(path.name) for path in found if path not in taken))
 
