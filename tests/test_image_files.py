@@ -90,8 +90,9 @@ def read_everywhere(path: Path) -> np.ndarray:
     # Shares of the largest value that the file names.
     ('to 15.pgm', by_hand(b'P5 24 16 15\n', GREY // 16), GREY3 // 16 * 17, 0),
     ('to 15.ppm', by_hand(b'P6\n# of a camera\n24 16\n15\n', RGB // 16), RGB // 16 * 17, 0),
-    ('to 1023.pgm', by_hand(b'P5 24 16 1023\n', (GREY * 4.0).astype('>u2')), GREY3 * 4.0 / 1023 * 255, 1),
-    ('to 1023.ppm', by_hand(b'P6 24 16 1023\n', (RGB * 4.0).astype('>u2')), RGB * 4.0 / 1023 * 255, 1),
+    ('to 1023.pgm', by_hand(b'P5 24 16 1023\n', (GREY.astype(np.uint16) * 4).astype('>u2')),
+     GREY3 * 4.0 / 1023 * 255, 1),
+    ('to 1023.ppm', by_hand(b'P6 24 16 1023\n', (RGB.astype(np.uint16) * 4).astype('>u2')), RGB * 4.0 / 1023 * 255, 1),
     ('transparent.gif', lambda path: PALETTE.save(path, transparency=3), INDEXED, 0),
     # What OpenCV does not read.
     ('colours.tga', by_pillow(RGB), RGB, 0),
