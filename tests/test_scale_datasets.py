@@ -491,7 +491,7 @@ class Log(list):
 
 
 def fake_runner(work_dir: Path) -> SimpleNamespace:
-    return SimpleNamespace(work_dir=str(work_dir), logger=Log())
+    return SimpleNamespace(work_dir=str(work_dir), logger=Log(), hooks=[])
 
 
 @pytest.mark.parametrize('kind', [list, tuple])
