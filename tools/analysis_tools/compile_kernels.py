@@ -89,11 +89,27 @@ def _linear(dtype: torch.dtype, dim: int, feature_map: str, heads: int, tokens: 
         module.forward(q, k, v, feature_map, 1e-6)
 
 
+def _coarse(dtype: torch.dtype, dim: int, feature_map: str, heads: int, side: int, backward: bool) -> None:
+    from adala_mm.ops import triton_coarse_to_fine as module
+
+    n, grid, options = side * side, [side, side], dict(tile=4, block=8)
+    q, k, v = torch.empty(1, n + 1, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    if backward:
+        out, grad = torch.empty(2, 1, n, heads, dim, dtype=dtype).transpose(2, 3).unbind(0)
+        chosen = torch.arange(16, dtype=torch.int32).expand(1, heads, n // 64, -1).contiguous()
+        lse, cells = torch.empty(1, heads, n), torch.empty(2, 1, heads, n // 16 + 1, dim, dtype=dtype)
+        module.backward(grad, q[:, :, 1:], k, v, out, chosen, lse, cells, grid, **options)
+    else:
+        module.forward(q[:, :, 1:], k, v, grid, num_open=16, **options)
+
+
 # Name: what calls a launcher for inputs of a dtype and head width, on tensors as the product has them.
 CASES: dict[str, Case] = {
     'linear_forward': functools.partial(_linear, heads=16, tokens=4096, backward=False),
     'linear_forward_short': functools.partial(_linear, heads=16, tokens=64, backward=False),
     'linear_backward': functools.partial(_linear, heads=16, tokens=4096, backward=True),
+    'coarse_forward': functools.partial(_coarse, heads=16, side=64, backward=False),
+    'coarse_backward': functools.partial(_coarse, heads=16, side=64, backward=True),
 }
 
 

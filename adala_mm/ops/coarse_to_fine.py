@@ -1,0 +1,94 @@
+"""Coarse-to-fine attention on one level as a PyTorch operator with Triton kernels, forward and backward.
+
+For GPUs: no key is gathered, and no weight is in memory. First derivatives only. `CoarseToFineAttention` has the formula,
+and its own way where this does not `supports` what it has.
+"""
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adala_mm.ops.exporting import exporting, transformed
+
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+
+
+def supports(q: Tensor) -> bool:
+    """Whether `coarse_to_fine` takes these queries, and keys and values like them."""
+    return (q.device.type == 'cuda' and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128
+            and not exporting() and not transformed())
+
+
+@torch.library.custom_op('adala_mm::coarse_to_fine', mutates_args=())
+def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
+                   block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the queries of patches (B, H, h w, D) get from all keys and values (B, H, P + h w, D), prefix tokens first.
+
+    Returns:
+        out (B, H, h w, D); numbers of the tiles that each block of queries has open, (B, H, L, K); and for the backward
+        pass the log-sum-exp of the queries (B, H, h w), and keys and values of cells.
+    """
+    from adala_mm.ops import triton_coarse_to_fine
+    return triton_coarse_to_fine.forward(q, k, v, grid, tile, num_open, block)
+
+
+@torch.library.custom_op('adala_mm::coarse_to_fine_backward', mutates_args=())
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Tensor, lse: Tensor, cells: Tensor,
+             grid: list[int], tile: int, num_open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    from adala_mm.ops import triton_coarse_to_fine
+    return triton_coarse_to_fine.backward(grad, q, k, v, out, chosen, lse, cells, grid, tile, block)
+
+
+def _squares(grid: list[int], side: int) -> int:
+    return -(-grid[0] // side) * -(-grid[1] // side)
+
+
+@coarse_to_fine.register_fake
+def _(q, k, v, grid, tile, num_open, block):
+    (b, h, n, d), tiles = q.shape, _squares(grid, tile)
+    return (q.new_empty(b, n, h, d).transpose(1, 2),
+            q.new_empty(b, h, _squares(grid, block), min(num_open, tiles), dtype=torch.int32),
+            q.new_empty(b, h, n, dtype=torch.float32), q.new_empty(2, b, h, tiles + k.shape[2] - n, d))
+
+
+@backward.register_fake
+def _(grad, q, k, v, *others):
+    return tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+                 for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.grid, ctx.tile, ctx.num_open, ctx.block = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, *others):
+    if grad is None:
+        return (None,) * 7
+    return (*backward(grad, *ctx.saved_tensors, ctx.grid, ctx.tile, ctx.num_open, ctx.block), *[None] * 4)
+
+
+coarse_to_fine.register_autograd(_differentiate, setup_context=_save)
+
+
+def _products(q_shape: list[int], k_shape: list[int], grid: list[int], tile: int, num_open: int) -> tuple[int, int]:
+    """Multiply-adds of queries with all cells' keys, or values, that choose; and with all keys that they then meet."""
+    (b, h, n, d), tiles = q_shape, _squares(grid, tile)
+    return b * h * n * d * tiles, b * h * n * d * (tiles + min(num_open, tiles) * tile ** 2 + k_shape[2] - n)
+
+
+@register_flop_formula(torch.ops.adala_mm.coarse_to_fine)
+def _flops(q, k, v, grid, tile, num_open, block, out_shape=None, **kwargs) -> int:
+    choice, met = _products(q, k, grid, tile, num_open)
+    return 2 * (choice + 2 * met)
+
+
+@register_flop_formula(torch.ops.adala_mm.coarse_to_fine_backward)
+def _backward_flops(grad, q, k, v, out, chosen, lse, cells, grid, tile, num_open, block, out_shape=None,
+                    **kwargs) -> int:
+    """Five products, as PyTorch counts them for its fused attention: one makes the weights again."""
+    return 2 * 5 * _products(q, k, grid, tile, num_open)[1]

@@ -1,0 +1,395 @@
+"""Triton kernels of coarse-to-fine attention on one level, forward and backward.
+
+Queries, keys and values are read where the qkv projection left them: a kernel finds the patches of a tile, or of a block
+of queries, by their places in the grid. Cells are what all blocks may meet: means of the T tiles, then the P prefix
+tokens. Weights are in registers only; in memory there are, beside inputs and outputs, the cells, the log-sum-exp of
+each query and, of each block and tile, its share and whether it is open: N^2 / (tile block)^2 numbers a head. Sums are
+float32, in a fixed order: equal inputs give equal bits.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _place(square, inner, SIDE: tl.constexpr, columns, h, w):
+    """Number of the patch ``inner`` of a square of the grid, and whether there is such a patch."""
+    y = square // columns * SIDE + inner // SIDE
+    x = square % columns * SIDE + inner % SIDE
+    return y * w + x, (y < h) & (x < w) & (inner < SIDE * SIDE)
+
+
+@triton.jit
+def _count(cells, T, TILE: tl.constexpr, columns, h, w):
+    """Number of tokens behind a cell."""
+    rows = tl.minimum(h - cells // columns * TILE, TILE)
+    return tl.where(cells < T, rows * tl.minimum(w - cells % columns * TILE, TILE), 1)
+
+
+@triton.jit
+def _head(ptr, index, stride_b, stride_h, H):
+    return ptr + (index // H).to(tl.int64) * stride_b + (index % H).to(tl.int64) * stride_h
+
+
+@triton.jit
+def _mask(real, D: tl.constexpr, BD: tl.constexpr):
+    if D == BD:
+        return real[:, None]
+    else:
+        return real[:, None] & (tl.arange(0, BD) < D)[None, :]
+
+
+@triton.jit
+def _load(ptr, stride, rows, real, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of a (N, D) matrix, zero where not ``real``."""
+    return tl.load(ptr + rows[:, None].to(tl.int64) * stride + tl.arange(0, BD)[None, :], mask=_mask(real, D, BD),
+                   other=0.0)
+
+
+@triton.jit
+def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
+    tl.store(ptr + rows[:, None].to(tl.int64) * stride + tl.arange(0, BD)[None, :], value.to(ptr.dtype.element_ty),
+             mask=_mask(real, D, BD))
+
+
+@triton.jit
+def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, columns, TILE: tl.constexpr,
+                  D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Keys and values of some cells of one head."""
+    chunks = tl.cdiv(T + P, BN)
+    index = tl.program_id(0) // chunks
+    cells = tl.program_id(0) % chunks * BN + tl.arange(0, BN)
+    k_ptr, v_ptr = _head(k_ptr, index, kb, kh, H), _head(v_ptr, index, vb, vh, H)
+    prefix = (cells >= T) & (cells < T + P)
+    k = _load(k_ptr, kn, cells - T, prefix, D, BD).to(tl.float32)
+    v = _load(v_ptr, vn, cells - T, prefix, D, BD).to(tl.float32)
+    for inner in range(TILE * TILE):
+        place, real = _place(cells, inner, TILE, columns, h, w)
+        k += _load(k_ptr, kn, P + place, real & (cells < T), D, BD).to(tl.float32)
+        v += _load(v_ptr, vn, P + place, real & (cells < T), D, BD).to(tl.float32)
+    share = 1 / _count(cells, T, TILE, columns, h, w).to(tl.float32)
+    begin = index.to(tl.int64) * (T + P) * D
+    _store(ck_ptr + begin, D, cells, cells < T + P, k * share[:, None], D, BD)
+    _store(cv_ptr + begin, D, cells, cells < T + P, v * share[:, None], D, BD)
+
+
+@triton.jit
+def _tile_logits(q, ck_ptr, tiles, T, scale, columns, h, w, TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """Of queries and closed tiles, (BM, BN), to the base 2."""
+    k = _load(ck_ptr, D, tiles, tiles < T, D, BD)
+    bias = tl.where(tiles < T, tl.log2(_count(tiles, T, TILE, columns, h, w).to(tl.float32)), float('-inf'))
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+
+
+@triton.jit
+def _share_kernel(q_ptr, ck_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, L, columns, block_columns, scale,
+                  TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Logarithm of the greatest share that any query of a chunk of a block gives to each tile while all are closed."""
+    pid = tl.program_id(0)
+    index = pid // (L * CHUNKS)
+    place, real = _place(pid // CHUNKS % L, pid % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
+    q = _load(_head(q_ptr, index, qb, qh, H), qn, place, real, D, BD)
+    ck_ptr += index.to(tl.int64) * (T + P) * D
+    share_ptr += pid.to(tl.int64) * T
+    high = tl.full((BM,), float('-inf'), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for begin in range(0, T, BN):
+        logits = _tile_logits(q, ck_ptr, begin + tl.arange(0, BN), T, scale, columns, h, w, TILE, D, BD, PRECISION)
+        top = tl.maximum(high, tl.max(logits, axis=1))
+        total = total * tl.exp2(high - top) + tl.sum(tl.exp2(logits - top[:, None]), axis=1)
+        high = top
+    total = tl.where(real, high + tl.log2(total), float('inf'))
+    for begin in range(0, T, BN):
+        tiles = begin + tl.arange(0, BN)
+        logits = _tile_logits(q, ck_ptr, tiles, T, scale, columns, h, w, TILE, D, BD, PRECISION)
+        tl.store(share_ptr + tiles, tl.max(logits - total[:, None], axis=0), mask=tiles < T)
+
+
+@triton.jit
+def _open_tokens(chosen_ptr, numbers, K, P, columns, h, w, TILE: tl.constexpr):
+    """Rows of the tokens of K open tiles, by their ``numbers`` in the list of these, and whether they are there."""
+    listed = numbers < K * TILE * TILE
+    tiles = tl.load(chosen_ptr + numbers // (TILE * TILE), mask=listed, other=0)
+    place, real = _place(tiles, numbers % (TILE * TILE), TILE, columns, h, w)
+    return P + place, real & listed
+
+
+@triton.jit
+def _cell_bias(open_ptr, cells, P, T, columns, h, w, TILE: tl.constexpr):
+    """Binary logarithm of the number of tokens; minus infinity for open tiles and beyond the last cell."""
+    closed = tl.load(open_ptr + cells, mask=cells < T, other=0) == 0
+    return tl.where(closed & (cells < T + P), tl.log2(_count(cells, T, TILE, columns, h, w).to(tl.float32)),
+                    float('-inf'))
+
+
+@triton.jit
+def _meet(q, k, v, bias, scale, high, total, out, PRECISION: tl.constexpr):
+    """Some more keys and values in the softmax of (BM,) queries, whose greatest logit so far is ``high``."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+    top = tl.maximum(high, tl.max(logits, axis=1))
+    weights = tl.exp2(logits - top[:, None])
+    shrink = tl.exp2(high - top)
+    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    return top, total * shrink + tl.sum(weights, axis=1), out
+
+
+@triton.jit
+def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, chosen_ptr, open_ptr, out_ptr, lse_ptr, qb, qh, qn, kb, kh, kn,
+                    vb, vh, vn, ob, oh, on, H, h, w, P, T, L, K, columns, block_columns, scale, TILE: tl.constexpr,
+                    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                    BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Answers to a chunk of a block of queries, and the binary logarithms of their denominators."""
+    row = tl.program_id(0) // CHUNKS  # of all blocks of all heads
+    index = row // L
+    place, real = _place(row % L, tl.program_id(0) % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
+    q = _load(_head(q_ptr, index, qb, qh, H), qn, place, real, D, BD)
+    k_ptr, v_ptr = _head(k_ptr, index, kb, kh, H), _head(v_ptr, index, vb, vh, H)
+    ck_ptr += index.to(tl.int64) * (T + P) * D
+    cv_ptr += index.to(tl.int64) * (T + P) * D
+    chosen_ptr += row.to(tl.int64) * K
+    open_ptr += row.to(tl.int64) * T
+    high = tl.full((BM,), float('-inf'), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    out = tl.zeros((BM, BD), tl.float32)
+    # Tokens come first: the first tile that is open has some, so that ``high`` is a number from then on.
+    for begin in range(0, K * TILE * TILE, BN):
+        rows, there = _open_tokens(chosen_ptr, begin + tl.arange(0, BN), K, P, columns, h, w, TILE)
+        k, v = _load(k_ptr, kn, rows, there, D, BD), _load(v_ptr, vn, rows, there, D, BD)
+        high, total, out = _meet(q, k, v, tl.where(there, 0.0, float('-inf')), scale, high, total, out, PRECISION)
+    for begin in range(0, T + P, BN):
+        cells = begin + tl.arange(0, BN)
+        k, v = _load(ck_ptr, D, cells, cells < T + P, D, BD), _load(cv_ptr, D, cells, cells < T + P, D, BD)
+        bias = _cell_bias(open_ptr, cells, P, T, columns, h, w, TILE)
+        high, total, out = _meet(q, k, v, bias, scale, high, total, out, PRECISION)
+    _store(_head(out_ptr, index, ob, oh, H), on, place, real, out / total[:, None], D, BD)
+    tl.store(lse_ptr + index.to(tl.int64) * h * w + place, high + tl.log2(total), mask=real)
+
+
+@triton.jit
+def _grad_logits(q, k, v, go, bias, lse, delta, scale, PRECISION: tl.constexpr):
+    """(BM, BN): ``w (go·v - go·out)`` with the weights w = exp(q·k + bias - lse)."""
+    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :] - lse[:, None])
+    return weights * (tl.dot(go, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+
+
+@triton.jit
+def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, chosen_ptr, open_ptr, out_ptr, go_ptr, lse_ptr, delta_ptr,
+                   gq_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, gb, gh, gn, xb, xh, xn, H, h, w, P, T, L, K,
+                   columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of a chunk of a block of queries, and their ``delta = go·out``."""
+    row = tl.program_id(0) // CHUNKS
+    index = row // L
+    place, real = _place(row % L, tl.program_id(0) % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
+    q = _load(_head(q_ptr, index, qb, qh, H), qn, place, real, D, BD)
+    go = _load(_head(go_ptr, index, gb, gh, H), gn, place, real, D, BD)
+    out = _load(_head(out_ptr, index, ob, oh, H), on, place, real, D, BD)
+    delta = tl.sum(go.to(tl.float32) * out.to(tl.float32), axis=1)
+    begin = index.to(tl.int64) * h * w
+    lse = tl.load(lse_ptr + begin + place, mask=real, other=0.0)
+    tl.store(delta_ptr + begin + place, delta, mask=real)
+    k_ptr, v_ptr = _head(k_ptr, index, kb, kh, H), _head(v_ptr, index, vb, vh, H)
+    ck_ptr += index.to(tl.int64) * (T + P) * D
+    cv_ptr += index.to(tl.int64) * (T + P) * D
+    chosen_ptr += row.to(tl.int64) * K
+    open_ptr += row.to(tl.int64) * T
+    gq = tl.zeros((BM, BD), tl.float32)
+    for begin in range(0, K * TILE * TILE, BN):
+        rows, there = _open_tokens(chosen_ptr, begin + tl.arange(0, BN), K, P, columns, h, w, TILE)
+        k, v = _load(k_ptr, kn, rows, there, D, BD), _load(v_ptr, vn, rows, there, D, BD)
+        gs = _grad_logits(q, k, v, go, tl.where(there, 0.0, float('-inf')), lse, delta, scale, PRECISION)
+        gq = tl.dot(gs.to(k.dtype), k, gq, input_precision=PRECISION)
+    for begin in range(0, T + P, BN):
+        cells = begin + tl.arange(0, BN)
+        k, v = _load(ck_ptr, D, cells, cells < T + P, D, BD), _load(cv_ptr, D, cells, cells < T + P, D, BD)
+        gs = _grad_logits(q, k, v, go, _cell_bias(open_ptr, cells, P, T, columns, h, w, TILE), lse, delta, scale,
+                          PRECISION)
+        gq = tl.dot(gs.to(k.dtype), k, gq, input_precision=PRECISION)
+    _store(_head(gq_ptr, index, xb, xh, H), xn, place, real, gq * (scale / LOG2E), D, BD)
+
+
+@triton.jit
+def _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION: tl.constexpr):
+    """Gradients of some keys and values, with the share of some more queries added to them."""
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None] - lse[None, :])
+    gv = tl.dot(weights.to(go.dtype), go, gv, input_precision=PRECISION)
+    gs = weights * (tl.dot(v, tl.trans(go), input_precision=PRECISION) - delta[None, :])
+    return tl.dot(gs.to(q.dtype), q, gk, input_precision=PRECISION), gv
+
+
+@triton.jit
+def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, open_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr, gv_ptr,
+                       qb, qh, qn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T, L, columns, block_columns, scale,
+                       TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr,
+                       BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of some cells; those of prefix tokens are what is wanted of their keys and values."""
+    programs = tl.cdiv(T + P, BN)
+    index = tl.program_id(0) // programs
+    cells = tl.program_id(0) % programs * BN + tl.arange(0, BN)
+    begin = index.to(tl.int64) * (T + P) * D
+    k = _load(ck_ptr + begin, D, cells, cells < T + P, D, BD)
+    v = _load(cv_ptr + begin, D, cells, cells < T + P, D, BD)
+    q_ptr, go_ptr = _head(q_ptr, index, qb, qh, H), _head(go_ptr, index, gb, gh, H)
+    lse_ptr += index.to(tl.int64) * h * w
+    delta_ptr += index.to(tl.int64) * h * w
+    open_ptr += index.to(tl.int64) * L * T
+    gk = tl.zeros((BN, BD), tl.float32)
+    gv = tl.zeros((BN, BD), tl.float32)
+    for chunk in range(L * CHUNKS):
+        place, real = _place(chunk // CHUNKS, chunk % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
+        q, go = _load(q_ptr, qn, place, real, D, BD), _load(go_ptr, gn, place, real, D, BD)
+        lse = tl.load(lse_ptr + place, mask=real, other=0.0)
+        delta = tl.load(delta_ptr + place, mask=real, other=0.0)
+        bias = _cell_bias(open_ptr + chunk // CHUNKS * T, cells, P, T, columns, h, w, TILE)
+        gk, gv = _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION)
+    gk *= scale / LOG2E
+    _store(gck_ptr + begin, D, cells, cells < T, gk, D, BD)
+    _store(gcv_ptr + begin, D, cells, cells < T, gv, D, BD)
+    prefix = (cells >= T) & (cells < T + P)
+    _store(_head(gk_ptr, index, xb, xh, H), xn, cells - T, prefix, gk, D, BD)
+    _store(_head(gv_ptr, index, yb, yh, H), yn, cells - T, prefix, gv, D, BD)
+
+
+@triton.jit
+def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, blocks_ptr, ends_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr,
+                        gv_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T,
+                        L, K, columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr,
+                        CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                        PRECISION: tl.constexpr):
+    """Gradients of a chunk of a tile's tokens: from the blocks that opened it, and their part in that of the mean."""
+    programs = tl.cdiv(TILE * TILE, BN)
+    row = tl.program_id(0) // programs  # of all tiles of all heads
+    index = row // T
+    tile = row % T
+    place, there = _place(tile, tl.program_id(0) % programs * BN + tl.arange(0, BN), TILE, columns, h, w)
+    k = _load(_head(k_ptr, index, kb, kh, H), kn, P + place, there, D, BD)
+    v = _load(_head(v_ptr, index, vb, vh, H), vn, P + place, there, D, BD)
+    q_ptr, go_ptr = _head(q_ptr, index, qb, qh, H), _head(go_ptr, index, gb, gh, H)
+    lse_ptr += index.to(tl.int64) * h * w
+    delta_ptr += index.to(tl.int64) * h * w
+    blocks_ptr += index.to(tl.int64) * L * K
+    begin = tl.load(ends_ptr + row - 1, mask=tile > 0, other=0)
+    dims = tl.arange(0, BD)
+    cell = (index.to(tl.int64) * (T + P) + tile) * D + dims
+    share = 1 / _count(tile, T, TILE, columns, h, w).to(tl.float32)
+    gk = tl.zeros((BN, BD), tl.float32)
+    gv = tl.zeros((BN, BD), tl.float32)
+    bias = tl.where(there, 0.0, float('-inf'))
+    for chunk in range(begin * CHUNKS, tl.load(ends_ptr + row) * CHUNKS):
+        block = tl.load(blocks_ptr + chunk // CHUNKS)
+        place_q, real = _place(block, chunk % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
+        q, go = _load(q_ptr, qn, place_q, real, D, BD), _load(go_ptr, gn, place_q, real, D, BD)
+        lse = tl.load(lse_ptr + place_q, mask=real, other=0.0)
+        delta = tl.load(delta_ptr + place_q, mask=real, other=0.0)
+        gk, gv = _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION)
+    gk = gk * (scale / LOG2E) + (tl.load(gck_ptr + cell, mask=dims < D, other=0.0) * share)[None, :]
+    gv += (tl.load(gcv_ptr + cell, mask=dims < D, other=0.0) * share)[None, :]
+    _store(_head(gk_ptr, index, xb, xh, H), xn, P + place, there, gk, D, BD)
+    _store(_head(gv_ptr, index, yb, yh, H), yn, P + place, there, gv, D, BD)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides over image, head and token of (B, H, N, D); channels are next to each other."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+class _Shape:
+    """Sizes of a call, and what kernels are compiled for."""
+
+    def __init__(self, q: Tensor, k: Tensor, grid: list[int], tile: int, block: int) -> None:
+        (self.h, self.w), dim = grid, q.shape[-1]
+        tile, block = (min(side, max(grid)) for side in (tile, block))  # the same squares, none of them for nothing
+        self.heads = q.shape[0] * q.shape[1]
+        self.columns, self.block_columns = _ceil(self.w, tile), _ceil(self.w, block)
+        self.tiles = _ceil(self.h, tile) * self.columns
+        self.blocks = _ceil(self.h, block) * self.block_columns
+        self.prefix = k.shape[2] - self.h * self.w
+        self.cells = self.tiles + self.prefix
+        half = q.dtype != torch.float32
+        self.rows = min(64 if half else 32, max(16, triton.next_power_of_2(block * block)))  # queries of a program
+        self.chunks = _ceil(block * block, self.rows)
+        self.keys = 64 if half else 32  # at a time
+        self.tokens = min(self.keys, max(16, triton.next_power_of_2(tile * tile)))  # of a tile, of a program
+        self.scale = dim ** -0.5 * LOG2E.value
+        self.tile = dict(TILE=tile, D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim <= 64 else 8)
+        self.both = self.tile | dict(BLOCK=block, CHUNKS=self.chunks, BM=self.rows,
+                                     PRECISION='tf32' if half else 'ieee')
+
+    def where(self) -> tuple[int, ...]:
+        return self.h, self.w, self.prefix, self.tiles
+
+    def opened(self, chosen: Tensor) -> Tensor:
+        """(B, H, L, T): 1 for open tiles, 0 for closed ones."""
+        table = torch.zeros(*chosen.shape[:3], self.tiles, dtype=torch.int8, device=chosen.device)
+        return table.scatter_(-1, chosen.long(), 1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
+            block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output (B, H, h w, D), stored as (B, h w, H, D), and what the backward pass wants.
+
+    Args:
+        q: (B, H, h w, D).
+        k, v: (B, H, P + h w, D).
+
+    Returns:
+        out; open tiles (B, H, L, K), int32; log-sum-exp (B, H, h w), to the base 2; keys and values of cells,
+        (2, B, H, T + P, D).
+    """
+    q, k, v = _dense(q, k, v)
+    (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, block)
+    sizes = heads, *s.where()
+    cells = q.new_empty(2, batch, heads, s.cells, dim)
+    _cells_kernel[(s.heads * _ceil(s.cells, 32),)](k, v, *cells, *_strides(k, v), *sizes, s.columns, BN=32, **s.tile)
+    share = q.new_empty(batch, heads, s.blocks, s.chunks, s.tiles, dtype=torch.float32)
+    _share_kernel[(s.heads * s.blocks * s.chunks,)](
+        q, cells[0], share, *_strides(q), *sizes, s.blocks, s.columns, s.block_columns, s.scale, BN=s.keys, **s.both)
+    share = share[:, :, :, 0] if s.chunks == 1 else share.amax(3)
+    chosen = share.topk(min(num_open, s.tiles), sorted=False).indices.int()
+    out = q.new_empty(batch, n, heads, dim).transpose(1, 2)
+    lse = q.new_empty(batch, heads, n, dtype=torch.float32)
+    _forward_kernel[(s.heads * s.blocks * s.chunks,)](
+        q, k, v, *cells, chosen, s.opened(chosen), out, lse, *_strides(q, k, v, out), *sizes, s.blocks,
+        chosen.shape[-1], s.columns, s.block_columns, s.scale, BN=s.keys, **s.both)
+    return out, chosen, lse, cells
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Tensor, lse: Tensor, cells: Tensor,
+             grid: list[int], tile: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, stored as (B, N, H, D)."""
+    q, k, v, grad = _dense(q, k, v, grad)
+    heads, num_open, s = q.shape[1], chosen.shape[-1], _Shape(q, k, grid, tile, block)
+    grads = gq, gk, gv = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+                          for x in (q, k, v)]
+    opened, delta = s.opened(chosen), torch.empty_like(lse)
+    sizes, columns = (heads, *s.where(), s.blocks), (s.columns, s.block_columns, s.scale)
+    _grad_q_kernel[(s.heads * s.blocks * s.chunks,)](
+        q, k, v, *cells, chosen, opened, out, grad, lse, delta, gq, *_strides(q, k, v, out, grad, gq), *sizes,
+        num_open, *columns, BN=s.keys, **s.both)
+    grad_cells = torch.empty_like(cells, dtype=torch.float32)
+    _grad_cells_kernel[(s.heads * _ceil(s.cells, s.keys),)](
+        q, *cells, opened, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, grad, gk, gv), *sizes,
+        *columns, BN=s.keys, **s.both)
+    # The blocks that opened a tile, one after another, and where those of a tile end.
+    blocks = chosen.flatten(2).sort(dim=-1, stable=True).indices.div(num_open, rounding_mode='floor').int()
+    ends = opened.sum(2, dtype=torch.int32).cumsum(-1, dtype=torch.int32)
+    _grad_tokens_kernel[(s.heads * s.tiles * _ceil(tile * tile, s.tokens),)](
+        q, k, v, blocks, ends, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, k, v, grad, gk, gv), *sizes,
+        num_open, *columns, BN=s.tokens, **s.both)
+    return tuple(grads)
