@@ -24,22 +24,23 @@ def supports(q: Tensor) -> bool:
 
 @torch.library.custom_op('adala_mm::coarse_to_fine', mutates_args=())
 def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
-                   block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                   block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the queries of patches (B, H, h w, D) get from all keys and values (B, H, P + h w, D), prefix tokens first.
 
     Returns:
-        out (B, H, h w, D); numbers of the tiles that each block of queries has open, (B, H, L, K); and for the backward
-        pass the log-sum-exp of the queries (B, H, h w), and keys and values of cells.
+        out (B, H, h w, D); numbers (B, H, L, K) of the tiles that each block of queries has open, and their first
+        patches; and for the backward pass the log-sum-exp of the queries (B, H, h w), and keys, values and sizes of
+        cells, which are tiles and prefix tokens.
     """
     from adala_mm.ops import triton_coarse_to_fine
     return triton_coarse_to_fine.forward(q, k, v, grid, tile, num_open, block)
 
 
 @torch.library.custom_op('adala_mm::coarse_to_fine_backward', mutates_args=())
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Tensor, lse: Tensor, cells: Tensor,
-             grid: list[int], tile: int, num_open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor, cells: Tensor,
+             sizes: Tensor, grid: list[int], tile: int, num_open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     from adala_mm.ops import triton_coarse_to_fine
-    return triton_coarse_to_fine.backward(grad, q, k, v, out, chosen, lse, cells, grid, tile, block)
+    return triton_coarse_to_fine.backward(grad, q, k, v, out, opened, lse, cells, sizes, grid, tile, block)
 
 
 def _squares(grid: list[int], side: int) -> int:
@@ -50,8 +51,9 @@ def _squares(grid: list[int], side: int) -> int:
 def _(q, k, v, grid, tile, num_open, block):
     (b, h, n, d), tiles = q.shape, _squares(grid, tile)
     return (q.new_empty(b, n, h, d).transpose(1, 2),
-            q.new_empty(b, h, _squares(grid, block), min(num_open, tiles), dtype=torch.int32),
-            q.new_empty(b, h, n, dtype=torch.float32), q.new_empty(2, b, h, tiles + k.shape[2] - n, d))
+            q.new_empty(2, b, h, _squares(grid, block), min(num_open, tiles), dtype=torch.int32),
+            q.new_empty(b, h, n, dtype=torch.float32), q.new_empty(2, b, h, tiles + k.shape[2] - n, d),
+            q.new_empty(tiles + k.shape[2] - n, dtype=torch.float32))
 
 
 @backward.register_fake
@@ -88,7 +90,7 @@ def _flops(q, k, v, grid, tile, num_open, block, out_shape=None, **kwargs) -> in
 
 
 @register_flop_formula(torch.ops.adala_mm.coarse_to_fine_backward)
-def _backward_flops(grad, q, k, v, out, chosen, lse, cells, grid, tile, num_open, block, out_shape=None,
+def _backward_flops(grad, q, k, v, out, opened, lse, cells, sizes, grid, tile, num_open, block, out_shape=None,
                     **kwargs) -> int:
     """Five products, as PyTorch counts them for its fused attention: one makes the weights again."""
     return 2 * 5 * _products(q, k, grid, tile, num_open)[1]

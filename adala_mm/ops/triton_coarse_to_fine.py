@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -59,9 +58,10 @@ def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, columns, TILE: tl.constexpr,
-                  D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    """Keys and values of some cells of one head."""
+def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, columns,
+                  TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Keys and values of some cells of one head; and of all heads alike, the binary logarithms of the numbers of tokens
+    behind them, and the first patches of tiles, x + 2^16 y."""
     chunks = tl.cdiv(T + P, BN)
     index = tl.program_id(0) // chunks
     cells = tl.program_id(0) % chunks * BN + tl.arange(0, BN)
@@ -73,25 +73,28 @@ def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, kb, kh, kn, vb, vh, vn, H, h, w,
         place, real = _place(cells, inner, TILE, columns, h, w)
         k += _load(k_ptr, kn, P + place, real & (cells < T), D, BD).to(tl.float32)
         v += _load(v_ptr, vn, P + place, real & (cells < T), D, BD).to(tl.float32)
-    share = 1 / _count(cells, T, TILE, columns, h, w).to(tl.float32)
+    count = _count(cells, T, TILE, columns, h, w).to(tl.float32)
+    tl.store(size_ptr + cells, tl.log2(count), mask=(cells < T + P) & (index == 0))
+    corner = cells % columns * TILE + (cells // columns * TILE << 16)
+    tl.store(corner_ptr + cells, corner, mask=(cells < T) & (index == 0))
+    share = 1 / count
     begin = index.to(tl.int64) * (T + P) * D
     _store(ck_ptr + begin, D, cells, cells < T + P, k * share[:, None], D, BD)
     _store(cv_ptr + begin, D, cells, cells < T + P, v * share[:, None], D, BD)
 
 
 @triton.jit
-def _tile_logits(q, ck_ptr, tiles, T, scale, columns, h, w, TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                 PRECISION: tl.constexpr):
+def _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
     """Of queries and closed tiles, (BM, BN), to the base 2."""
     k = _load(ck_ptr, D, tiles, tiles < T, D, BD)
-    bias = tl.where(tiles < T, tl.log2(_count(tiles, T, TILE, columns, h, w).to(tl.float32)), float('-inf'))
+    bias = tl.load(size_ptr + tiles, mask=tiles < T, other=float('-inf'))
     return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
 
 
 @triton.jit
-def _share_kernel(q_ptr, ck_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, L, columns, block_columns, scale,
-                  TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, L, block_columns, scale,
+                  BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, PRECISION: tl.constexpr):
     """Logarithm of the greatest share that any query of a chunk of a block gives to each tile while all are closed."""
     pid = tl.program_id(0)
     index = pid // (L * CHUNKS)
@@ -102,32 +105,39 @@ def _share_kernel(q_ptr, ck_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, L, column
     high = tl.full((BM,), float('-inf'), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for begin in range(0, T, BN):
-        logits = _tile_logits(q, ck_ptr, begin + tl.arange(0, BN), T, scale, columns, h, w, TILE, D, BD, PRECISION)
+        logits = _tile_logits(q, ck_ptr, size_ptr, begin + tl.arange(0, BN), T, scale, D, BD, PRECISION)
         top = tl.maximum(high, tl.max(logits, axis=1))
         total = total * tl.exp2(high - top) + tl.sum(tl.exp2(logits - top[:, None]), axis=1)
         high = top
     total = tl.where(real, high + tl.log2(total), float('inf'))
     for begin in range(0, T, BN):
         tiles = begin + tl.arange(0, BN)
-        logits = _tile_logits(q, ck_ptr, tiles, T, scale, columns, h, w, TILE, D, BD, PRECISION)
+        logits = _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D, BD, PRECISION)
         tl.store(share_ptr + tiles, tl.max(logits - total[:, None], axis=0), mask=tiles < T)
 
 
 @triton.jit
-def _open_tokens(chosen_ptr, numbers, K, P, columns, h, w, TILE: tl.constexpr):
-    """Rows of the tokens of K open tiles, by their ``numbers`` in the list of these, and whether they are there."""
-    listed = numbers < K * TILE * TILE
-    tiles = tl.load(chosen_ptr + numbers // (TILE * TILE), mask=listed, other=0)
-    place, real = _place(tiles, numbers % (TILE * TILE), TILE, columns, h, w)
-    return P + place, real & listed
+def _open_tokens(corner_ptr, numbers, K, P, h, w, TILE: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of the tokens of K open tiles, by their ``numbers`` in the list of these, and whether they are there.
+
+    Tiles are given by their first patches, so that no lane divides by the number of columns.
+    """
+    inner = numbers % (TILE * TILE)
+    if EVEN:  # all tiles are in the grid, and all numbers in the list
+        there = tl.full(numbers.shape, 1, tl.int1)
+    else:
+        there = numbers < K * TILE * TILE
+    corner = tl.load(corner_ptr + numbers // (TILE * TILE), mask=there, other=0)
+    y = (corner >> 16) + inner // TILE
+    x = (corner & 0xFFFF) + inner % TILE
+    if not EVEN:
+        there = there & (y < h) & (x < w)
+    return P + y * w + x, there
 
 
 @triton.jit
-def _cell_bias(open_ptr, cells, P, T, columns, h, w, TILE: tl.constexpr):
-    """Binary logarithm of the number of tokens; minus infinity for open tiles and beyond the last cell."""
-    closed = tl.load(open_ptr + cells, mask=cells < T, other=0) == 0
-    return tl.where(closed & (cells < T + P), tl.log2(_count(cells, T, TILE, columns, h, w).to(tl.float32)),
-                    float('-inf'))
+def _cell_bias(bias_ptr, cells, P, T):
+    return tl.load(bias_ptr + cells, mask=cells < T + P, other=float('-inf'))
 
 
 @triton.jit
@@ -142,10 +152,10 @@ def _meet(q, k, v, bias, scale, high, total, out, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, chosen_ptr, open_ptr, out_ptr, lse_ptr, qb, qh, qn, kb, kh, kn,
-                    vb, vh, vn, ob, oh, on, H, h, w, P, T, L, K, columns, block_columns, scale, TILE: tl.constexpr,
-                    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, out_ptr, lse_ptr, qb, qh, qn, kb, kh, kn,
+                    vb, vh, vn, ob, oh, on, H, h, w, P, T, L, K, block_columns, scale, TILE: tl.constexpr,
+                    EVEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """Answers to a chunk of a block of queries, and the binary logarithms of their denominators."""
     row = tl.program_id(0) // CHUNKS  # of all blocks of all heads
     index = row // L
@@ -154,20 +164,20 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, chosen_ptr, open_ptr, o
     k_ptr, v_ptr = _head(k_ptr, index, kb, kh, H), _head(v_ptr, index, vb, vh, H)
     ck_ptr += index.to(tl.int64) * (T + P) * D
     cv_ptr += index.to(tl.int64) * (T + P) * D
-    chosen_ptr += row.to(tl.int64) * K
-    open_ptr += row.to(tl.int64) * T
+    corner_ptr += row.to(tl.int64) * K
+    bias_ptr += row.to(tl.int64) * (T + P)
     high = tl.full((BM,), float('-inf'), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, BD), tl.float32)
     # Tokens come first: the first tile that is open has some, so that ``high`` is a number from then on.
     for begin in range(0, K * TILE * TILE, BN):
-        rows, there = _open_tokens(chosen_ptr, begin + tl.arange(0, BN), K, P, columns, h, w, TILE)
+        rows, there = _open_tokens(corner_ptr, begin + tl.arange(0, BN), K, P, h, w, TILE, EVEN)
         k, v = _load(k_ptr, kn, rows, there, D, BD), _load(v_ptr, vn, rows, there, D, BD)
         high, total, out = _meet(q, k, v, tl.where(there, 0.0, float('-inf')), scale, high, total, out, PRECISION)
     for begin in range(0, T + P, BN):
         cells = begin + tl.arange(0, BN)
         k, v = _load(ck_ptr, D, cells, cells < T + P, D, BD), _load(cv_ptr, D, cells, cells < T + P, D, BD)
-        bias = _cell_bias(open_ptr, cells, P, T, columns, h, w, TILE)
+        bias = _cell_bias(bias_ptr, cells, P, T)
         high, total, out = _meet(q, k, v, bias, scale, high, total, out, PRECISION)
     _store(_head(out_ptr, index, ob, oh, H), on, place, real, out / total[:, None], D, BD)
     tl.store(lse_ptr + index.to(tl.int64) * h * w + place, high + tl.log2(total), mask=real)
@@ -181,10 +191,11 @@ def _grad_logits(q, k, v, go, bias, lse, delta, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, chosen_ptr, open_ptr, out_ptr, go_ptr, lse_ptr, delta_ptr,
+def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, out_ptr, go_ptr, lse_ptr, delta_ptr,
                    gq_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, gb, gh, gn, xb, xh, xn, H, h, w, P, T, L, K,
-                   columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+                   block_columns, scale, TILE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+                   CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   PRECISION: tl.constexpr):
     """Gradient of a chunk of a block of queries, and their ``delta = go·out``."""
     row = tl.program_id(0) // CHUNKS
     index = row // L
@@ -199,18 +210,18 @@ def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, chosen_ptr, open_ptr, ou
     k_ptr, v_ptr = _head(k_ptr, index, kb, kh, H), _head(v_ptr, index, vb, vh, H)
     ck_ptr += index.to(tl.int64) * (T + P) * D
     cv_ptr += index.to(tl.int64) * (T + P) * D
-    chosen_ptr += row.to(tl.int64) * K
-    open_ptr += row.to(tl.int64) * T
+    corner_ptr += row.to(tl.int64) * K
+    bias_ptr += row.to(tl.int64) * (T + P)
     gq = tl.zeros((BM, BD), tl.float32)
     for begin in range(0, K * TILE * TILE, BN):
-        rows, there = _open_tokens(chosen_ptr, begin + tl.arange(0, BN), K, P, columns, h, w, TILE)
+        rows, there = _open_tokens(corner_ptr, begin + tl.arange(0, BN), K, P, h, w, TILE, EVEN)
         k, v = _load(k_ptr, kn, rows, there, D, BD), _load(v_ptr, vn, rows, there, D, BD)
         gs = _grad_logits(q, k, v, go, tl.where(there, 0.0, float('-inf')), lse, delta, scale, PRECISION)
         gq = tl.dot(gs.to(k.dtype), k, gq, input_precision=PRECISION)
     for begin in range(0, T + P, BN):
         cells = begin + tl.arange(0, BN)
         k, v = _load(ck_ptr, D, cells, cells < T + P, D, BD), _load(cv_ptr, D, cells, cells < T + P, D, BD)
-        gs = _grad_logits(q, k, v, go, _cell_bias(open_ptr, cells, P, T, columns, h, w, TILE), lse, delta, scale,
+        gs = _grad_logits(q, k, v, go, _cell_bias(bias_ptr, cells, P, T), lse, delta, scale,
                           PRECISION)
         gq = tl.dot(gs.to(k.dtype), k, gq, input_precision=PRECISION)
     _store(_head(gq_ptr, index, xb, xh, H), xn, place, real, gq * (scale / LOG2E), D, BD)
@@ -226,10 +237,10 @@ def _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION: tl.constexp
 
 
 @triton.jit
-def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, open_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr, gv_ptr,
-                       qb, qh, qn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T, L, columns, block_columns, scale,
-                       TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr,
-                       BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr, gv_ptr,
+                       qb, qh, qn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T, L, block_columns, scale,
+                       BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of some cells; those of prefix tokens are what is wanted of their keys and values."""
     programs = tl.cdiv(T + P, BN)
     index = tl.program_id(0) // programs
@@ -240,7 +251,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, open_ptr, go_ptr, lse_ptr, delta_p
     q_ptr, go_ptr = _head(q_ptr, index, qb, qh, H), _head(go_ptr, index, gb, gh, H)
     lse_ptr += index.to(tl.int64) * h * w
     delta_ptr += index.to(tl.int64) * h * w
-    open_ptr += index.to(tl.int64) * L * T
+    bias_ptr += index.to(tl.int64) * L * (T + P)
     gk = tl.zeros((BN, BD), tl.float32)
     gv = tl.zeros((BN, BD), tl.float32)
     for chunk in range(L * CHUNKS):
@@ -248,7 +259,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, open_ptr, go_ptr, lse_ptr, delta_p
         q, go = _load(q_ptr, qn, place, real, D, BD), _load(go_ptr, gn, place, real, D, BD)
         lse = tl.load(lse_ptr + place, mask=real, other=0.0)
         delta = tl.load(delta_ptr + place, mask=real, other=0.0)
-        bias = _cell_bias(open_ptr + chunk // CHUNKS * T, cells, P, T, columns, h, w, TILE)
+        bias = _cell_bias(bias_ptr + chunk // CHUNKS * (T + P), cells, P, T)
         gk, gv = _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION)
     gk *= scale / LOG2E
     _store(gck_ptr + begin, D, cells, cells < T, gk, D, BD)
@@ -312,36 +323,40 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
 class _Shape:
     """Sizes of a call, and what kernels are compiled for."""
 
-    def __init__(self, q: Tensor, k: Tensor, grid: list[int], tile: int, block: int) -> None:
+    def __init__(self, q: Tensor, k: Tensor, grid: list[int], tile: int, num_open: int, block: int) -> None:
         (self.h, self.w), dim = grid, q.shape[-1]
         tile, block = (min(side, max(grid)) for side in (tile, block))  # the same squares, none of them for nothing
-        self.heads = q.shape[0] * q.shape[1]
         self.columns, self.block_columns = _ceil(self.w, tile), _ceil(self.w, block)
         self.tiles = _ceil(self.h, tile) * self.columns
         self.blocks = _ceil(self.h, block) * self.block_columns
-        self.prefix = k.shape[2] - self.h * self.w
-        self.cells = self.tiles + self.prefix
+        self.cells = self.tiles + k.shape[2] - self.h * self.w
+        self.num_open = min(num_open, self.tiles)
         half = q.dtype != torch.float32
-        self.rows = min(64 if half else 32, max(16, triton.next_power_of_2(block * block)))  # queries of a program
-        self.chunks = _ceil(block * block, self.rows)
-        self.keys = 64 if half else 32  # at a time
-        self.tokens = min(self.keys, max(16, triton.next_power_of_2(tile * tile)))  # of a tile, of a program
+        rows = min(64 if half else 32, max(16, triton.next_power_of_2(block * block)))  # queries of a program
+        keys = 64 if half else 32  # at a time
+        tokens = min(keys, max(16, triton.next_power_of_2(tile * tile)))  # of a tile, of a program
+        self.chunks = _ceil(block * block, rows)
+        even = self.h % tile == self.w % tile == self.num_open * tile * tile % keys == 0
+        heads = q.shape[0] * q.shape[1]
+        self.programs = dict(cells=(heads * _ceil(self.cells, 32),), queries=(heads * self.blocks * self.chunks,),
+                             keys=(heads * _ceil(self.cells, keys),),
+                             tokens=(heads * self.tiles * _ceil(tile * tile, tokens),))
         self.scale = dim ** -0.5 * LOG2E.value
-        self.tile = dict(TILE=tile, D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim <= 64 else 8)
-        self.both = self.tile | dict(BLOCK=block, CHUNKS=self.chunks, BM=self.rows,
-                                     PRECISION='tf32' if half else 'ieee')
+        self.width = dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim <= 64 else 8)
+        self.tile, self.even = dict(TILE=tile), dict(EVEN=even)
+        self.queries = self.width | dict(BLOCK=block, CHUNKS=self.chunks, BM=rows, BN=keys,
+                                         PRECISION='tf32' if half else 'ieee')
+        self.tokens = self.queries | self.tile | dict(BN=tokens)
+        self.sizes = q.shape[1], self.h, self.w, self.cells - self.tiles, self.tiles
 
-    def where(self) -> tuple[int, ...]:
-        return self.h, self.w, self.prefix, self.tiles
 
-    def opened(self, chosen: Tensor) -> Tensor:
-        """(B, H, L, T): 1 for open tiles, 0 for closed ones."""
-        table = torch.zeros(*chosen.shape[:3], self.tiles, dtype=torch.int8, device=chosen.device)
-        return table.scatter_(-1, chosen.long(), 1)
+def _bias(sizes: Tensor, opened: Tensor) -> Tensor:
+    """(B, H, L, T + P): what is added to the logits of cells; minus infinity for open tiles."""
+    return sizes.expand(*opened.shape[1:4], -1).scatter(-1, opened[0].long(), -torch.inf)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
-            block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (B, H, h w, D), stored as (B, h w, H, D), and what the backward pass wants.
 
     Args:
@@ -349,47 +364,49 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
         k, v: (B, H, P + h w, D).
 
     Returns:
-        out; open tiles (B, H, L, K), int32; log-sum-exp (B, H, h w), to the base 2; keys and values of cells,
-        (2, B, H, T + P, D).
+        out; open tiles (2, B, H, L, K), int32, their numbers and first patches; log-sum-exp (B, H, h w), to the base 2;
+        keys and values of cells, (2, B, H, T + P, D); binary logarithms of the numbers of tokens of cells, (T + P,).
     """
     q, k, v = _dense(q, k, v)
-    (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, block)
-    sizes = heads, *s.where()
-    cells = q.new_empty(2, batch, heads, s.cells, dim)
-    _cells_kernel[(s.heads * _ceil(s.cells, 32),)](k, v, *cells, *_strides(k, v), *sizes, s.columns, BN=32, **s.tile)
+    (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, num_open, block)
+    cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.cells, dtype=torch.float32)
+    corners = torch.empty(s.tiles, dtype=torch.int32, device=q.device)
+    _cells_kernel[s.programs['cells']](k, v, *cells, sizes, corners, *_strides(k, v), *s.sizes, s.columns, BN=32,
+                                       **s.tile, **s.width)
     share = q.new_empty(batch, heads, s.blocks, s.chunks, s.tiles, dtype=torch.float32)
-    _share_kernel[(s.heads * s.blocks * s.chunks,)](
-        q, cells[0], share, *_strides(q), *sizes, s.blocks, s.columns, s.block_columns, s.scale, BN=s.keys, **s.both)
+    _share_kernel[s.programs['queries']](q, cells[0], sizes, share, *_strides(q), *s.sizes, s.blocks, s.block_columns,
+                                         s.scale, **s.queries)
     share = share[:, :, :, 0] if s.chunks == 1 else share.amax(3)
-    chosen = share.topk(min(num_open, s.tiles), sorted=False).indices.int()
+    chosen = share.topk(s.num_open, sorted=False).indices
+    opened = torch.stack([chosen.int(), corners[chosen]])
     out = q.new_empty(batch, n, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
-    _forward_kernel[(s.heads * s.blocks * s.chunks,)](
-        q, k, v, *cells, chosen, s.opened(chosen), out, lse, *_strides(q, k, v, out), *sizes, s.blocks,
-        chosen.shape[-1], s.columns, s.block_columns, s.scale, BN=s.keys, **s.both)
-    return out, chosen, lse, cells
+    _forward_kernel[s.programs['queries']](
+        q, k, v, *cells, opened[1], _bias(sizes, opened), out, lse, *_strides(q, k, v, out), *s.sizes, s.blocks,
+        s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries)
+    return out, opened, lse, cells, sizes
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Tensor, lse: Tensor, cells: Tensor,
-             grid: list[int], tile: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor, cells: Tensor,
+             sizes: Tensor, grid: list[int], tile: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, stored as (B, N, H, D)."""
     q, k, v, grad = _dense(q, k, v, grad)
-    heads, num_open, s = q.shape[1], chosen.shape[-1], _Shape(q, k, grid, tile, block)
+    s = _Shape(q, k, grid, tile, opened.shape[-1], block)
     grads = gq, gk, gv = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
                           for x in (q, k, v)]
-    opened, delta = s.opened(chosen), torch.empty_like(lse)
-    sizes, columns = (heads, *s.where(), s.blocks), (s.columns, s.block_columns, s.scale)
-    _grad_q_kernel[(s.heads * s.blocks * s.chunks,)](
-        q, k, v, *cells, chosen, opened, out, grad, lse, delta, gq, *_strides(q, k, v, out, grad, gq), *sizes,
-        num_open, *columns, BN=s.keys, **s.both)
-    grad_cells = torch.empty_like(cells, dtype=torch.float32)
-    _grad_cells_kernel[(s.heads * _ceil(s.cells, s.keys),)](
-        q, *cells, opened, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, grad, gk, gv), *sizes,
-        *columns, BN=s.keys, **s.both)
+    bias, delta, grad_cells = _bias(sizes, opened), torch.empty_like(lse), torch.empty_like(cells, dtype=torch.float32)
+    _grad_q_kernel[s.programs['queries']](
+        q, k, v, *cells, opened[1], bias, out, grad, lse, delta, gq, *_strides(q, k, v, out, grad, gq), *s.sizes,
+        s.blocks, s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries)
+    _grad_cells_kernel[s.programs['keys']](
+        q, *cells, bias, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, grad, gk, gv), *s.sizes, s.blocks,
+        s.block_columns, s.scale, **s.queries)
     # The blocks that opened a tile, one after another, and where those of a tile end.
-    blocks = chosen.flatten(2).sort(dim=-1, stable=True).indices.div(num_open, rounding_mode='floor').int()
-    ends = opened.sum(2, dtype=torch.int32).cumsum(-1, dtype=torch.int32)
-    _grad_tokens_kernel[(s.heads * s.tiles * _ceil(tile * tile, s.tokens),)](
-        q, k, v, blocks, ends, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, k, v, grad, gk, gv), *sizes,
-        num_open, *columns, BN=s.tokens, **s.both)
+    tiles, order = opened[0].flatten(2).sort(dim=-1, stable=True)
+    blocks = order.div(s.num_open, rounding_mode='floor').int()
+    numbers = torch.arange(1, s.tiles + 1, dtype=torch.int32, device=q.device).expand(*tiles.shape[:2], -1)
+    ends = torch.searchsorted(tiles, numbers.contiguous(), out_int32=True)
+    _grad_tokens_kernel[s.programs['tokens']](
+        q, k, v, blocks, ends, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, k, v, grad, gk, gv), *s.sizes,
+        s.blocks, s.num_open, s.columns, s.block_columns, s.scale, **s.tokens)
     return tuple(grads)

@@ -96,9 +96,9 @@ def _coarse(dtype: torch.dtype, dim: int, feature_map: str, heads: int, side: in
     q, k, v = torch.empty(1, n + 1, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     if backward:
         out, grad = torch.empty(2, 1, n, heads, dim, dtype=dtype).transpose(2, 3).unbind(0)
-        chosen = torch.arange(16, dtype=torch.int32).expand(1, heads, n // 64, -1).contiguous()
+        opened = torch.arange(16, dtype=torch.int32).expand(2, 1, heads, n // 64, -1).contiguous()
         lse, cells = torch.empty(1, heads, n), torch.empty(2, 1, heads, n // 16 + 1, dim, dtype=dtype)
-        module.backward(grad, q[:, :, 1:], k, v, out, chosen, lse, cells, grid, **options)
+        module.backward(grad, q[:, :, 1:], k, v, out, opened, lse, cells, torch.empty(n // 16 + 1), grid, **options)
     else:
         module.forward(q[:, :, 1:], k, v, grid, num_open=16, **options)
 
