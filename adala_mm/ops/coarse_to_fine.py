@@ -1,11 +1,12 @@
-"""Coarse-to-fine attention on one level as a PyTorch operator with Triton kernels, forward and backward.
+"""Coarse-to-fine attention on one level: a PyTorch operator with Triton kernels, forward and backward, for GPUs.
 
-For GPUs: no key is gathered, and no weight is in memory. First derivatives only. `CoarseToFineAttention` has the formula,
-and its own way where this does not `supports` what it has.
+No key is gathered and no weight is in memory. `CoarseToFineAttention` has the formula, and a plain way for what is not
+supported here. First derivatives only.
 """
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,28 +18,47 @@ HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def supports(q: Tensor) -> bool:
-    """Whether `coarse_to_fine` takes these queries, and keys and values like them."""
+    """Whether `coarse_to_fine` takes these queries, with keys and values like them."""
     return (q.device.type == 'cuda' and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128
             and not exporting() and not transformed())
 
 
-@torch.library.custom_op('adala_mm::coarse_to_fine', mutates_args=())
-def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
-                   block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], tile: int, num_open: int,
+                   block: int) -> Tensor:
     """What the queries of patches (B, H, h w, D) get from all keys and values (B, H, P + h w, D), prefix tokens first.
 
+    Args:
+        grid: (h, w).
+        tile, num_open, block: as in `CoarseToFineAttention`.
+
     Returns:
-        out (B, H, h w, D); numbers (B, H, L, K) of the tiles that each block of queries has open, and their first
-        patches; and for the backward pass the log-sum-exp of the queries (B, H, h w), and keys, values and sizes of
-        cells, which are tiles and prefix tokens.
+        (B, H, h w, D), stored as (B, h w, H, D).
     """
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return (fused if watched else _forward)(q, k, v, grid, tile, num_open, block)[0]
+
+
+def _forward(*args) -> tuple[Tensor, ...]:
     from adala_mm.ops import triton_coarse_to_fine
-    return triton_coarse_to_fine.forward(q, k, v, grid, tile, num_open, block)
+    return triton_coarse_to_fine.forward(*args)
+
+
+@torch.library.custom_op('adala_mm::coarse_to_fine', mutates_args=())
+def fused(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
+          block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`coarse_to_fine`, and what its backward pass wants.
+
+    Returns:
+        out; numbers (B, H, L, K) of the tiles that each block of queries has open, and their first patches; the
+        log-sum-exp of queries (B, H, h w); keys and values, and sizes, of tiles and prefix tokens.
+    """
+    return _forward(q, k, v, grid, tile, num_open, block)
 
 
 @torch.library.custom_op('adala_mm::coarse_to_fine_backward', mutates_args=())
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor, cells: Tensor,
-             sizes: Tensor, grid: list[int], tile: int, num_open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def fused_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor,
+                   cells: Tensor, sizes: Tensor, grid: list[int], tile: int, num_open: int,
+                   block: int) -> tuple[Tensor, Tensor, Tensor]:
     from adala_mm.ops import triton_coarse_to_fine
     return triton_coarse_to_fine.backward(grad, q, k, v, out, opened, lse, cells, sizes, grid, tile, block)
 
@@ -47,7 +67,7 @@ def _squares(grid: list[int], side: int) -> int:
     return -(-grid[0] // side) * -(-grid[1] // side)
 
 
-@coarse_to_fine.register_fake
+@fused.register_fake
 def _(q, k, v, grid, tile, num_open, block):
     (b, h, n, d), tiles = q.shape, _squares(grid, tile)
     return (q.new_empty(b, n, h, d).transpose(1, 2),
@@ -56,7 +76,7 @@ def _(q, k, v, grid, tile, num_open, block):
             q.new_empty(tiles + k.shape[2] - n, dtype=torch.float32))
 
 
-@backward.register_fake
+@fused_backward.register_fake
 def _(grad, q, k, v, *others):
     return tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
                  for x in (q, k, v))
@@ -71,10 +91,10 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, *others):
     if grad is None:
         return (None,) * 7
-    return (*backward(grad, *ctx.saved_tensors, ctx.grid, ctx.tile, ctx.num_open, ctx.block), *[None] * 4)
+    return (*fused_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.tile, ctx.num_open, ctx.block), *[None] * 4)
 
 
-coarse_to_fine.register_autograd(_differentiate, setup_context=_save)
+fused.register_autograd(_differentiate, setup_context=_save)
 
 
 def _products(q_shape: list[int], k_shape: list[int], grid: list[int], tile: int, num_open: int) -> tuple[int, int]:

@@ -1,10 +1,10 @@
 """Triton kernels of coarse-to-fine attention on one level, forward and backward.
 
-Queries, keys and values are read where the qkv projection left them: a kernel finds the patches of a tile, or of a block
-of queries, by their places in the grid. Cells are what all blocks may meet: means of the T tiles, then the P prefix
-tokens. Weights are in registers only; in memory there are, beside inputs and outputs, the cells, the log-sum-exp of
-each query and, of each block and tile, its share and whether it is open: N^2 / (tile block)^2 numbers a head. Sums are
-float32, in a fixed order: equal inputs give equal bits.
+Queries, keys and values are read where the qkv projection left them: a kernel finds the patches of a tile, or of a
+block of queries, by their places in the grid. Cells are what all blocks may meet: means of the T tiles, then the P
+prefix tokens. Weights are in registers only. In memory there are, beside inputs and outputs, the cells, the
+log-sum-exp of each query and, for each block and tile, its share and bias: N^2 / (tile block)^2 numbers a head. Sums
+are float32, in a fixed order: equal inputs give equal bits.
 """
 from __future__ import annotations
 
@@ -123,10 +123,8 @@ def _open_tokens(corner_ptr, numbers, K, P, h, w, TILE: tl.constexpr, EVEN: tl.c
     Tiles are given by their first patches, so that no lane divides by the number of columns.
     """
     inner = numbers % (TILE * TILE)
-    if EVEN:  # all tiles are in the grid, and all numbers in the list
-        there = tl.full(numbers.shape, 1, tl.int1)
-    else:
-        there = numbers < K * TILE * TILE
+    # EVEN: all tiles are in the grid, and all numbers in the list.
+    there = tl.full(numbers.shape, 1, tl.int1) if EVEN else numbers < K * TILE * TILE
     corner = tl.load(corner_ptr + numbers // (TILE * TILE), mask=there, other=0)
     y = (corner >> 16) + inner // TILE
     x = (corner & 0xFFFF) + inner % TILE
@@ -342,7 +340,7 @@ class _Shape:
                              keys=(heads * _ceil(self.cells, keys),),
                              tokens=(heads * self.tiles * _ceil(tile * tile, tokens),))
         self.scale = dim ** -0.5 * LOG2E.value
-        self.width = dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim <= 64 else 8)
+        self.width = dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim <= 64 and half else 8)
         self.tile, self.even = dict(TILE=tile), dict(EVEN=even)
         self.queries = self.width | dict(BLOCK=block, CHUNKS=self.chunks, BM=rows, BN=keys,
                                          PRECISION='tf32' if half else 'ieee')
