@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# A kernel is not compiled again for other ones.
+NUMBERS = ['H', 'h', 'w', 'P', 'T', 'L', 'K', 'columns', 'block_columns']
 
 
 @triton.jit
@@ -57,7 +59,7 @@ def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
              mask=_mask(real, D, BD))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, columns,
                   TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     """Keys and values of some cells of one head; and of all heads alike, the binary logarithms of the numbers of tokens
@@ -91,7 +93,7 @@ def _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D: tl.constexpr, BD: tl.c
     return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, L, block_columns, scale,
                   BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, PRECISION: tl.constexpr):
@@ -149,7 +151,7 @@ def _meet(q, k, v, bias, scale, high, total, out, PRECISION: tl.constexpr):
     return top, total * shrink + tl.sum(weights, axis=1), out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, out_ptr, lse_ptr, qb, qh, qn, kb, kh, kn,
                     vb, vh, vn, ob, oh, on, H, h, w, P, T, L, K, block_columns, scale, TILE: tl.constexpr,
                     EVEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -188,7 +190,7 @@ def _grad_logits(q, k, v, go, bias, lse, delta, scale, PRECISION: tl.constexpr):
     return weights * (tl.dot(go, tl.trans(v), input_precision=PRECISION) - delta[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, out_ptr, go_ptr, lse_ptr, delta_ptr,
                    gq_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, gb, gh, gn, xb, xh, xn, H, h, w, P, T, L, K,
                    block_columns, scale, TILE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +236,7 @@ def _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION: tl.constexp
     return tl.dot(gs.to(q.dtype), q, gk, input_precision=PRECISION), gv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr, gv_ptr,
                        qb, qh, qn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T, L, block_columns, scale,
                        BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -249,7 +251,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_p
     q_ptr, go_ptr = _head(q_ptr, index, qb, qh, H), _head(go_ptr, index, gb, gh, H)
     lse_ptr += index.to(tl.int64) * h * w
     delta_ptr += index.to(tl.int64) * h * w
-    bias_ptr += index.to(tl.int64) * L * (T + P)
+    row = index.to(tl.int64) * L
     gk = tl.zeros((BN, BD), tl.float32)
     gv = tl.zeros((BN, BD), tl.float32)
     for chunk in range(L * CHUNKS):
@@ -257,7 +259,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_p
         q, go = _load(q_ptr, qn, place, real, D, BD), _load(go_ptr, gn, place, real, D, BD)
         lse = tl.load(lse_ptr + place, mask=real, other=0.0)
         delta = tl.load(delta_ptr + place, mask=real, other=0.0)
-        bias = _cell_bias(bias_ptr + chunk // CHUNKS * (T + P), cells, P, T)
+        bias = _cell_bias(bias_ptr + (row + chunk // CHUNKS) * (T + P), cells, P, T)
         gk, gv = _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION)
     gk *= scale / LOG2E
     _store(gck_ptr + begin, D, cells, cells < T, gk, D, BD)
@@ -267,7 +269,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_p
     _store(_head(gv_ptr, index, yb, yh, H), yn, cells - T, prefix, gv, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, blocks_ptr, ends_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr,
                         gv_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T,
                         L, K, columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -329,9 +331,10 @@ class _Shape:
         self.blocks = _ceil(self.h, block) * self.block_columns
         self.cells = self.tiles + k.shape[2] - self.h * self.w
         self.num_open = min(num_open, self.tiles)
-        half = q.dtype != torch.float32
-        rows = min(64 if half else 32, max(16, triton.next_power_of_2(block * block)))  # queries of a program
-        keys = 64 if half else 32  # at a time
+        half, wide = q.dtype != torch.float32, dim > 64
+        most = 64 if half else 32
+        rows = min(most, max(16, triton.next_power_of_2(block * block)))  # queries of a program
+        keys = most // 2 if wide else most  # at a time
         tokens = min(keys, max(16, triton.next_power_of_2(tile * tile)))  # of a tile, of a program
         self.chunks = _ceil(block * block, rows)
         even = self.h % tile == self.w % tile == self.num_open * tile * tile % keys == 0
@@ -340,7 +343,8 @@ class _Shape:
                              keys=(heads * _ceil(self.cells, keys),),
                              tokens=(heads * self.tiles * _ceil(tile * tile, tokens),))
         self.scale = dim ** -0.5 * LOG2E.value
-        self.width = dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim <= 64 and half else 8)
+        self.width = dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if half and not wide else 8,
+                          num_stages=2 if wide else 3)
         self.tile, self.even = dict(TILE=tile), dict(EVEN=even)
         self.queries = self.width | dict(BLOCK=block, CHUNKS=self.chunks, BM=rows, BN=keys,
                                          PRECISION='tf32' if half else 'ieee')
