@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from adala_mm.ops.exporting import exporting, transformed
 
+PADDED = 64  # what there is one number of for each cell fills rows of so many, which are read in one piece
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
@@ -73,7 +74,7 @@ def _(q, k, v, grid, tile, num_open, block):
     return (q.new_empty(b, n, h, d).transpose(1, 2),
             q.new_empty(2, b, h, _squares(grid, block), min(num_open, tiles), dtype=torch.int32),
             q.new_empty(b, h, n, dtype=torch.float32), q.new_empty(2, b, h, tiles + k.shape[2] - n, d),
-            q.new_empty(tiles + k.shape[2] - n, dtype=torch.float32))
+            q.new_empty(-(-(tiles + k.shape[2] - n) // PADDED) * PADDED, dtype=torch.float32))
 
 
 @fused_backward.register_fake

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adala_mm.ops.coarse_to_fine import PADDED
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # A kernel is not compiled again for other ones.
-NUMBERS = ['H', 'h', 'w', 'P', 'T', 'L', 'K', 'columns', 'block_columns']
+NUMBERS = ['H', 'P', 'L', 'K', 'columns', 'block_columns']
 
 
 @triton.jit
@@ -60,11 +62,11 @@ def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, columns,
+def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C, columns,
                   TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     """Keys and values of some cells of one head; and of all heads alike, the binary logarithms of the numbers of tokens
     behind them, and the first patches of tiles, x + 2^16 y."""
-    chunks = tl.cdiv(T + P, BN)
+    chunks = C // BN
     index = tl.program_id(0) // chunks
     cells = tl.program_id(0) % chunks * BN + tl.arange(0, BN)
     k_ptr, v_ptr = _head(k_ptr, index, kb, kh, H), _head(v_ptr, index, vb, vh, H)
@@ -76,7 +78,7 @@ def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn
         k += _load(k_ptr, kn, P + place, real & (cells < T), D, BD).to(tl.float32)
         v += _load(v_ptr, vn, P + place, real & (cells < T), D, BD).to(tl.float32)
     count = _count(cells, T, TILE, columns, h, w).to(tl.float32)
-    tl.store(size_ptr + cells, tl.log2(count), mask=(cells < T + P) & (index == 0))
+    tl.store(size_ptr + cells, tl.where(cells < T + P, tl.log2(count), float('-inf')), mask=index == 0)
     corner = cells % columns * TILE + (cells // columns * TILE << 16)
     tl.store(corner_ptr + cells, corner, mask=(cells < T) & (index == 0))
     share = 1 / count
@@ -89,12 +91,12 @@ def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn
 def _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
     """Of queries and closed tiles, (BM, BN), to the base 2."""
     k = _load(ck_ptr, D, tiles, tiles < T, D, BD)
-    bias = tl.load(size_ptr + tiles, mask=tiles < T, other=float('-inf'))
+    bias = tl.where(tiles < T, tl.load(size_ptr + tiles), float('-inf'))
     return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, L, block_columns, scale,
+def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, C, L, block_columns, scale,
                   BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, PRECISION: tl.constexpr):
     """Logarithm of the greatest share that any query of a chunk of a block gives to each tile while all are closed."""
@@ -136,11 +138,6 @@ def _open_tokens(corner_ptr, numbers, K, P, h, w, TILE: tl.constexpr, EVEN: tl.c
 
 
 @triton.jit
-def _cell_bias(bias_ptr, cells, P, T):
-    return tl.load(bias_ptr + cells, mask=cells < T + P, other=float('-inf'))
-
-
-@triton.jit
 def _meet(q, k, v, bias, scale, high, total, out, PRECISION: tl.constexpr):
     """Some more keys and values in the softmax of (BM,) queries, whose greatest logit so far is ``high``."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
@@ -153,7 +150,7 @@ def _meet(q, k, v, bias, scale, high, total, out, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, out_ptr, lse_ptr, qb, qh, qn, kb, kh, kn,
-                    vb, vh, vn, ob, oh, on, H, h, w, P, T, L, K, block_columns, scale, TILE: tl.constexpr,
+                    vb, vh, vn, ob, oh, on, H, h, w, P, T, C, L, K, block_columns, scale, TILE: tl.constexpr,
                     EVEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """Answers to a chunk of a block of queries, and the binary logarithms of their denominators."""
@@ -165,7 +162,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, o
     ck_ptr += index.to(tl.int64) * (T + P) * D
     cv_ptr += index.to(tl.int64) * (T + P) * D
     corner_ptr += row.to(tl.int64) * K
-    bias_ptr += row.to(tl.int64) * (T + P)
+    bias_ptr += row.to(tl.int64) * C
     high = tl.full((BM,), float('-inf'), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, BD), tl.float32)
@@ -177,7 +174,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, o
     for begin in range(0, T + P, BN):
         cells = begin + tl.arange(0, BN)
         k, v = _load(ck_ptr, D, cells, cells < T + P, D, BD), _load(cv_ptr, D, cells, cells < T + P, D, BD)
-        bias = _cell_bias(bias_ptr, cells, P, T)
+        bias = tl.load(bias_ptr + cells)
         high, total, out = _meet(q, k, v, bias, scale, high, total, out, PRECISION)
     _store(_head(out_ptr, index, ob, oh, H), on, place, real, out / total[:, None], D, BD)
     tl.store(lse_ptr + index.to(tl.int64) * h * w + place, high + tl.log2(total), mask=real)
@@ -192,8 +189,8 @@ def _grad_logits(q, k, v, go, bias, lse, delta, scale, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, out_ptr, go_ptr, lse_ptr, delta_ptr,
-                   gq_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, gb, gh, gn, xb, xh, xn, H, h, w, P, T, L, K,
-                   block_columns, scale, TILE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+                   gq_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, gb, gh, gn, xb, xh, xn, H, h, w, P, T, C, L,
+                   K, block_columns, scale, TILE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
                    CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    PRECISION: tl.constexpr):
     """Gradient of a chunk of a block of queries, and their ``delta = go·out``."""
@@ -211,7 +208,7 @@ def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, ou
     ck_ptr += index.to(tl.int64) * (T + P) * D
     cv_ptr += index.to(tl.int64) * (T + P) * D
     corner_ptr += row.to(tl.int64) * K
-    bias_ptr += row.to(tl.int64) * (T + P)
+    bias_ptr += row.to(tl.int64) * C
     gq = tl.zeros((BM, BD), tl.float32)
     for begin in range(0, K * TILE * TILE, BN):
         rows, there = _open_tokens(corner_ptr, begin + tl.arange(0, BN), K, P, h, w, TILE, EVEN)
@@ -221,8 +218,7 @@ def _grad_q_kernel(q_ptr, k_ptr, v_ptr, ck_ptr, cv_ptr, corner_ptr, bias_ptr, ou
     for begin in range(0, T + P, BN):
         cells = begin + tl.arange(0, BN)
         k, v = _load(ck_ptr, D, cells, cells < T + P, D, BD), _load(cv_ptr, D, cells, cells < T + P, D, BD)
-        gs = _grad_logits(q, k, v, go, _cell_bias(bias_ptr, cells, P, T), lse, delta, scale,
-                          PRECISION)
+        gs = _grad_logits(q, k, v, go, tl.load(bias_ptr + cells), lse, delta, scale, PRECISION)
         gq = tl.dot(gs.to(k.dtype), k, gq, input_precision=PRECISION)
     _store(_head(gq_ptr, index, xb, xh, H), xn, place, real, gq * (scale / LOG2E), D, BD)
 
@@ -238,7 +234,7 @@ def _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION: tl.constexp
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr, gv_ptr,
-                       qb, qh, qn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T, L, block_columns, scale,
+                       qb, qh, qn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T, C, L, block_columns, scale,
                        BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
                        BN: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of some cells; those of prefix tokens are what is wanted of their keys and values."""
@@ -259,7 +255,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_p
         q, go = _load(q_ptr, qn, place, real, D, BD), _load(go_ptr, gn, place, real, D, BD)
         lse = tl.load(lse_ptr + place, mask=real, other=0.0)
         delta = tl.load(delta_ptr + place, mask=real, other=0.0)
-        bias = _cell_bias(bias_ptr + (row + chunk // CHUNKS) * (T + P), cells, P, T)
+        bias = tl.load(bias_ptr + (row + chunk // CHUNKS) * C + cells)
         gk, gv = _met_by(q, go, k, v, bias, lse, delta, scale, gk, gv, PRECISION)
     gk *= scale / LOG2E
     _store(gck_ptr + begin, D, cells, cells < T, gk, D, BD)
@@ -272,7 +268,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_p
 @triton.jit(do_not_specialize=NUMBERS)
 def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, blocks_ptr, ends_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr,
                         gv_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T,
-                        L, K, columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr,
+                        C, L, K, columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr,
                         CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                         PRECISION: tl.constexpr):
     """Gradients of a chunk of a tile's tokens: from the blocks that opened it, and their part in that of the mean."""
@@ -330,6 +326,7 @@ class _Shape:
         self.tiles = _ceil(self.h, tile) * self.columns
         self.blocks = _ceil(self.h, block) * self.block_columns
         self.cells = self.tiles + k.shape[2] - self.h * self.w
+        self.padded = _ceil(self.cells, PADDED) * PADDED
         self.num_open = min(num_open, self.tiles)
         half, wide = q.dtype != torch.float32, dim > 64
         most = 64 if half else 32
@@ -339,7 +336,7 @@ class _Shape:
         self.chunks = _ceil(block * block, rows)
         even = self.h % tile == self.w % tile == self.num_open * tile * tile % keys == 0
         heads = q.shape[0] * q.shape[1]
-        self.programs = dict(cells=(heads * _ceil(self.cells, 32),), queries=(heads * self.blocks * self.chunks,),
+        self.programs = dict(cells=(heads * self.padded // 32,), queries=(heads * self.blocks * self.chunks,),
                              keys=(heads * _ceil(self.cells, keys),),
                              tokens=(heads * self.tiles * _ceil(tile * tile, tokens),))
         self.scale = dim ** -0.5 * LOG2E.value
@@ -349,11 +346,11 @@ class _Shape:
         self.queries = self.width | dict(BLOCK=block, CHUNKS=self.chunks, BM=rows, BN=keys,
                                          PRECISION='tf32' if half else 'ieee')
         self.tokens = self.queries | self.tile | dict(BN=tokens)
-        self.sizes = q.shape[1], self.h, self.w, self.cells - self.tiles, self.tiles
+        self.sizes = q.shape[1], self.h, self.w, self.cells - self.tiles, self.tiles, self.padded
 
 
 def _bias(sizes: Tensor, opened: Tensor) -> Tensor:
-    """(B, H, L, T + P): what is added to the logits of cells; minus infinity for open tiles."""
+    """(B, H, L, C): what is added to the logits of cells; minus infinity for open tiles and behind the last cell."""
     return sizes.expand(*opened.shape[1:4], -1).scatter(-1, opened[0].long(), -torch.inf)
 
 
@@ -367,11 +364,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
 
     Returns:
         out; open tiles (2, B, H, L, K), int32, their numbers and first patches; log-sum-exp (B, H, h w), to the base 2;
-        keys and values of cells, (2, B, H, T + P, D); binary logarithms of the numbers of tokens of cells, (T + P,).
+        keys and values of cells, (2, B, H, T + P, D); binary logarithms of their numbers of tokens, (C,).
     """
     q, k, v = _dense(q, k, v)
     (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, num_open, block)
-    cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.cells, dtype=torch.float32)
+    cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.padded, dtype=torch.float32)
     corners = torch.empty(s.tiles, dtype=torch.int32, device=q.device)
     _cells_kernel[s.programs['cells']](k, v, *cells, sizes, corners, *_strides(k, v), *s.sizes, s.columns, BN=32,
                                        **s.tile, **s.width)

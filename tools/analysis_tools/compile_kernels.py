@@ -98,7 +98,7 @@ def _coarse(dtype: torch.dtype, dim: int, feature_map: str, heads: int, side: in
         out, grad = torch.empty(2, 1, n, heads, dim, dtype=dtype).transpose(2, 3).unbind(0)
         opened = torch.arange(16, dtype=torch.int32).expand(2, 1, heads, n // 64, -1).contiguous()
         lse, cells = torch.empty(1, heads, n), torch.empty(2, 1, heads, n // 16 + 1, dim, dtype=dtype)
-        module.backward(grad, q[:, :, 1:], k, v, out, opened, lse, cells, torch.empty(n // 16 + 1), grid, **options)
+        module.backward(grad, q[:, :, 1:], k, v, out, opened, lse, cells, torch.empty(n // 16 + 64), grid, **options)
     else:
         module.forward(q[:, :, 1:], k, v, grid, num_open=16, **options)
 
