@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Grid, prefix tokens, tile, num_open, block: no multiple, one, of blocks and tiles; more to open than there are; blocks
 # and tiles larger than the grid, and than what a program has at a time.
 GEOMETRIES = [((4, 4), 0, 2, 2, 4), ((3, 5), 1, 2, 2, 2), ((3, 5), 5, 4, 16, 8), ((9, 20), 5, 4, 3, 8),
-              ((16, 16), 1, 4, 4, 8), ((12, 13), 0, 9, 1, 11)]
+              ((16, 16), 1, 4, 4, 8), ((9, 10), 0, 9, 1, 9)]
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +99,14 @@ def test_values_and_gradients(hw, num_prefix, tile, num_open, block):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(('hw', 'num_prefix', 'tile', 'num_open', 'block'), GEOMETRIES[1::2], ids=str)
+@pytest.mark.parametrize(('hw', 'num_prefix', 'tile', 'num_open', 'block'), GEOMETRIES[1:4:2], ids=str)
 def test_half_precision(hw, num_prefix, tile, num_open, block, dtype):
     check(qkv(hw, num_prefix, dtype=dtype), hw, tile, num_open, block)
 
 
-@pytest.mark.parametrize('dim', [20, 64])
-def test_channels_heads_and_images(dim):
-    check(qkv((3, 5), 1, dim=dim, heads=2, batch=2), (3, 5), 2, 2, 4)
+@pytest.mark.parametrize(('dim', 'heads', 'batch'), [(20, 2, 1), (32, 1, 2), (80, 1, 1)])
+def test_channels_heads_and_images(dim, heads, batch):
+    check(qkv((3, 5), 1, dim=dim, heads=heads, batch=batch), (3, 5), 2, 2, 4)
 
 
 def own(inputs, hw, tile, num_open, block, upstream):
