@@ -62,10 +62,9 @@ def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C, columns,
+def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C, columns,
                   TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    """Keys and values of some cells of one head; and of all heads alike, the binary logarithms of the numbers of tokens
-    behind them, and the first patches of tiles, x + 2^16 y."""
+    """Keys and values of some cells of one head, and for all heads binary logarithms of their numbers of tokens."""
     chunks = C // BN
     index = tl.program_id(0) // chunks
     cells = tl.program_id(0) % chunks * BN + tl.arange(0, BN)
@@ -79,8 +78,6 @@ def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, corner_ptr, kb, kh, kn
         v += _load(v_ptr, vn, P + place, real & (cells < T), D, BD).to(tl.float32)
     count = _count(cells, T, TILE, columns, h, w).to(tl.float32)
     tl.store(size_ptr + cells, tl.where(cells < T + P, tl.log2(count), float('-inf')), mask=index == 0)
-    corner = cells % columns * TILE + (cells // columns * TILE << 16)
-    tl.store(corner_ptr + cells, corner, mask=(cells < T) & (index == 0))
     share = 1 / count
     begin = index.to(tl.int64) * (T + P) * D
     _store(ck_ptr + begin, D, cells, cells < T + P, k * share[:, None], D, BD)
@@ -118,6 +115,32 @@ def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T,
         tiles = begin + tl.arange(0, BN)
         logits = _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D, BD, PRECISION)
         tl.store(share_ptr + tiles, tl.max(logits - total[:, None], axis=0), mask=tiles < T)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _open_kernel(chosen_ptr, size_ptr, opened_ptr, bias_ptr, C, K, columns, TILE: tl.constexpr, BK: tl.constexpr,
+                 BN: tl.constexpr, CORNERS: tl.constexpr):
+    """What a block adds to the logits of cells: the sizes, and minus infinity for open tiles and behind the last cell.
+
+    With ``CORNERS``, also the numbers of its open tiles and their first patches, x + 2^16 y.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    chosen_ptr += row * K
+    if CORNERS:
+        for begin in range(0, K, BK):
+            numbers = begin + tl.arange(0, BK)
+            tiles = tl.load(chosen_ptr + numbers, mask=numbers < K, other=0).to(tl.int32)
+            tl.store(opened_ptr + row * K + numbers, tiles, mask=numbers < K)
+            tl.store(opened_ptr + (row + tl.num_programs(0)) * K + numbers,
+                     tiles % columns * TILE + (tiles // columns * TILE << 16), mask=numbers < K)
+    for first in range(0, C, BN):
+        cells = first + tl.arange(0, BN)
+        opened = tl.zeros((BN,), tl.int32)
+        for begin in range(0, K, BK):
+            numbers = begin + tl.arange(0, BK)
+            tiles = tl.load(chosen_ptr + numbers, mask=numbers < K, other=-1).to(tl.int32)
+            opened |= tl.max((cells[:, None] == tiles[None, :]).to(tl.int32), axis=1)
+        tl.store(bias_ptr + row * C + cells, tl.where(opened > 0, float('-inf'), tl.load(size_ptr + cells)))
 
 
 @triton.jit
@@ -266,7 +289,7 @@ def _grad_cells_kernel(q_ptr, ck_ptr, cv_ptr, bias_ptr, go_ptr, lse_ptr, delta_p
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, blocks_ptr, ends_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr,
+def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, order_ptr, ends_ptr, go_ptr, lse_ptr, delta_ptr, gck_ptr, gcv_ptr, gk_ptr,
                         gv_ptr, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, xb, xh, xn, yb, yh, yn, H, h, w, P, T,
                         C, L, K, columns, block_columns, scale, TILE: tl.constexpr, BLOCK: tl.constexpr,
                         CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -282,7 +305,7 @@ def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, blocks_ptr, ends_ptr, go_ptr, lse_p
     q_ptr, go_ptr = _head(q_ptr, index, qb, qh, H), _head(go_ptr, index, gb, gh, H)
     lse_ptr += index.to(tl.int64) * h * w
     delta_ptr += index.to(tl.int64) * h * w
-    blocks_ptr += index.to(tl.int64) * L * K
+    order_ptr += index.to(tl.int64) * L * K
     begin = tl.load(ends_ptr + row - 1, mask=tile > 0, other=0)
     dims = tl.arange(0, BD)
     cell = (index.to(tl.int64) * (T + P) + tile) * D + dims
@@ -291,7 +314,7 @@ def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, blocks_ptr, ends_ptr, go_ptr, lse_p
     gv = tl.zeros((BN, BD), tl.float32)
     bias = tl.where(there, 0.0, float('-inf'))
     for chunk in range(begin * CHUNKS, tl.load(ends_ptr + row) * CHUNKS):
-        block = tl.load(blocks_ptr + chunk // CHUNKS)
+        block = (tl.load(order_ptr + chunk // CHUNKS) // K).to(tl.int32)
         place_q, real = _place(block, chunk % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
         q, go = _load(q_ptr, qn, place_q, real, D, BD), _load(go_ptr, gn, place_q, real, D, BD)
         lse = tl.load(lse_ptr + place_q, mask=real, other=0.0)
@@ -346,12 +369,15 @@ class _Shape:
         self.queries = self.width | dict(BLOCK=block, CHUNKS=self.chunks, BM=rows, BN=keys,
                                          PRECISION='tf32' if half else 'ieee')
         self.tokens = self.queries | self.tile | dict(BN=tokens)
+        self.rows = heads * self.blocks
         self.sizes = q.shape[1], self.h, self.w, self.cells - self.tiles, self.tiles, self.padded
 
-
-def _bias(sizes: Tensor, opened: Tensor) -> Tensor:
-    """(B, H, L, C): what is added to the logits of cells; minus infinity for open tiles and behind the last cell."""
-    return sizes.expand(*opened.shape[1:4], -1).scatter(-1, opened[0].long(), -torch.inf)
+    def bias(self, chosen: Tensor, sizes: Tensor, opened: Tensor, corners: bool) -> Tensor:
+        """(B H L, C): what blocks add to the logits of cells."""
+        bias = sizes.new_empty(self.rows, self.padded)
+        _open_kernel[(self.rows,)](chosen, sizes, opened, bias, self.padded, self.num_open, self.columns, BK=16,
+                                   BN=PADDED, CORNERS=corners, **self.tile)
+        return bias
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open: int,
@@ -369,19 +395,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
     q, k, v = _dense(q, k, v)
     (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, num_open, block)
     cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.padded, dtype=torch.float32)
-    corners = torch.empty(s.tiles, dtype=torch.int32, device=q.device)
-    _cells_kernel[s.programs['cells']](k, v, *cells, sizes, corners, *_strides(k, v), *s.sizes, s.columns, BN=32,
-                                       **s.tile, **s.width)
+    _cells_kernel[s.programs['cells']](k, v, *cells, sizes, *_strides(k, v), *s.sizes, s.columns, BN=32, **s.tile,
+                                       **s.width)
     share = q.new_empty(batch, heads, s.blocks, s.chunks, s.tiles, dtype=torch.float32)
     _share_kernel[s.programs['queries']](q, cells[0], sizes, share, *_strides(q), *s.sizes, s.blocks, s.block_columns,
                                          s.scale, **s.queries)
     share = share[:, :, :, 0] if s.chunks == 1 else share.amax(3)
     chosen = share.topk(s.num_open, sorted=False).indices
-    opened = torch.stack([chosen.int(), corners[chosen]])
+    opened = torch.empty(2, *chosen.shape, dtype=torch.int32, device=q.device)
+    bias = s.bias(chosen, sizes, opened, corners=True)
     out = q.new_empty(batch, n, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     _forward_kernel[s.programs['queries']](
-        q, k, v, *cells, opened[1], _bias(sizes, opened), out, lse, *_strides(q, k, v, out), *s.sizes, s.blocks,
+        q, k, v, *cells, opened[1], bias, out, lse, *_strides(q, k, v, out), *s.sizes, s.blocks,
         s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries)
     return out, opened, lse, cells, sizes
 
@@ -393,19 +419,19 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened:
     s = _Shape(q, k, grid, tile, opened.shape[-1], block)
     grads = gq, gk, gv = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
                           for x in (q, k, v)]
-    bias, delta, grad_cells = _bias(sizes, opened), torch.empty_like(lse), torch.empty_like(cells, dtype=torch.float32)
+    bias, delta = s.bias(opened[0], sizes, opened, corners=False), torch.empty_like(lse)
+    grad_cells = torch.empty_like(cells, dtype=torch.float32)
     _grad_q_kernel[s.programs['queries']](
         q, k, v, *cells, opened[1], bias, out, grad, lse, delta, gq, *_strides(q, k, v, out, grad, gq), *s.sizes,
         s.blocks, s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries)
     _grad_cells_kernel[s.programs['keys']](
         q, *cells, bias, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, grad, gk, gv), *s.sizes, s.blocks,
         s.block_columns, s.scale, **s.queries)
-    # The blocks that opened a tile, one after another, and where those of a tile end.
+    # Tile after tile, the places of the list of open tiles where it is, block after block; and where those of it end.
     tiles, order = opened[0].flatten(2).sort(dim=-1, stable=True)
-    blocks = order.div(s.num_open, rounding_mode='floor').int()
     numbers = torch.arange(1, s.tiles + 1, dtype=torch.int32, device=q.device).expand(*tiles.shape[:2], -1)
     ends = torch.searchsorted(tiles, numbers.contiguous(), out_int32=True)
     _grad_tokens_kernel[s.programs['tokens']](
-        q, k, v, blocks, ends, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, k, v, grad, gk, gv), *s.sizes,
+        q, k, v, order, ends, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, k, v, grad, gk, gv), *s.sizes,
         s.blocks, s.num_open, s.columns, s.block_columns, s.scale, **s.tokens)
     return tuple(grads)
