@@ -314,7 +314,7 @@ def _grad_tokens_kernel(q_ptr, k_ptr, v_ptr, order_ptr, ends_ptr, go_ptr, lse_pt
     gv = tl.zeros((BN, BD), tl.float32)
     bias = tl.where(there, 0.0, float('-inf'))
     for chunk in range(begin * CHUNKS, tl.load(ends_ptr + row) * CHUNKS):
-        block = (tl.load(order_ptr + chunk // CHUNKS) // K).to(tl.int32)
+        block = tl.load(order_ptr + chunk // CHUNKS).to(tl.int32) // K
         place_q, real = _place(block, chunk % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
         q, go = _load(q_ptr, qn, place_q, real, D, BD), _load(go_ptr, gn, place_q, real, D, BD)
         lse = tl.load(lse_ptr + place_q, mask=real, other=0.0)
@@ -356,11 +356,13 @@ class _Shape:
         rows = min(most, max(16, triton.next_power_of_2(block * block)))  # queries of a program
         keys = most // 2 if wide else most  # at a time
         tokens = min(keys, max(16, triton.next_power_of_2(tile * tile)))  # of a tile, of a program
+        # Two gradients in registers: few queries at a time, so that nothing is spilled, and many cells, for wgmma.
+        met, cells = (min(rows, 32), 64) if half else (rows, keys)
         self.chunks = _ceil(block * block, rows)
         even = self.h % tile == self.w % tile == self.num_open * tile * tile % keys == 0
         heads = q.shape[0] * q.shape[1]
         self.programs = dict(cells=(heads * self.padded // 32,), queries=(heads * self.blocks * self.chunks,),
-                             keys=(heads * _ceil(self.cells, keys),),
+                             cells_met=(heads * _ceil(self.cells, cells),),
                              tokens=(heads * self.tiles * _ceil(tile * tile, tokens),))
         self.scale = dim ** -0.5 * LOG2E.value
         self.width = dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), num_warps=4 if half and not wide else 8,
@@ -369,6 +371,7 @@ class _Shape:
         self.queries = self.width | dict(BLOCK=block, CHUNKS=self.chunks, BM=rows, BN=keys,
                                          PRECISION='tf32' if half else 'ieee')
         self.tokens = self.queries | self.tile | dict(BN=tokens)
+        self.met = self.queries | dict(BM=met, CHUNKS=_ceil(block * block, met), BN=cells)
         self.rows = heads * self.blocks
         self.sizes = q.shape[1], self.h, self.w, self.cells - self.tiles, self.tiles, self.padded
 
@@ -423,10 +426,10 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened:
     grad_cells = torch.empty_like(cells, dtype=torch.float32)
     _grad_q_kernel[s.programs['queries']](
         q, k, v, *cells, opened[1], bias, out, grad, lse, delta, gq, *_strides(q, k, v, out, grad, gq), *s.sizes,
-        s.blocks, s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries)
-    _grad_cells_kernel[s.programs['keys']](
+        s.blocks, s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries | dict(num_stages=2))
+    _grad_cells_kernel[s.programs['cells_met']](
         q, *cells, bias, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, grad, gk, gv), *s.sizes, s.blocks,
-        s.block_columns, s.scale, **s.queries)
+        s.block_columns, s.scale, **s.met)
     # Tile after tile, the places of the list of open tiles where it is, block after block; and where those of it end.
     tiles, order = opened[0].flatten(2).sort(dim=-1, stable=True)
     numbers = torch.arange(1, s.tiles + 1, dtype=torch.int32, device=q.device).expand(*tiles.shape[:2], -1)
