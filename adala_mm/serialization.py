@@ -23,7 +23,7 @@ from adala_mm.utils.checkpoint import file_notes, load_checkpoint
 
 # What is set on a model and not built into it.
 SWITCHES = ('name_or_path', 'training', 'num_linear_blocks', 'grad_checkpointing', 'gradient_checkpointing', 'with_cp',
-            'compile_blocks', 'trainable', 'loaded', 'built_from')
+            'compile_mode', 'trainable', 'loaded', 'built_from')
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 MODELS = tuple(name for family in FAMILIES for name in family.models)
 TRANSFORMERS = tuple(dict.fromkeys(name.rpartition('.')[0] for name in MODELS if name.startswith('transformers.')))

@@ -5,7 +5,10 @@ that need no real process are in test_resume.py, test_watchdogs.py and test_dist
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
+import json
 import os
 import re
 import shutil
@@ -23,9 +26,27 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
-from test_resume import STEPS, assert_same_run, config, diary, last, scenes  # noqa: F401  scenes is a fixture
+from test_resume import (
+    CELLS,
+    FEATURES,
+    STEPS,
+    accumulated,
+    assert_same_end,
+    assert_same_run,
+    config,
+    corrupt_scenes,  # noqa: F401  a fixture, as scenes is
+    diary,
+    last,
+    scenes,  # noqa: F401
+    strike_and_resume,
+    with_features,
+)
+from test_resume import train as run
 
 from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.records import machine
+from adala_mm.utils.tables import markdown_table
+from adala_mm.utils.timing import save
 
 EPOCHS = last(by_epoch=True)
 
@@ -280,25 +301,86 @@ def test_truncated_images(scenes, sharp_pretrained, tmp_path, table):  # noqa: F
           f'{len(listed)} listed, the run went on; with max_corrupt=0: {error[:90]} ...')
 
 
-class Table:
-    """Prints the rows that tests recorded, in whichever process they ran."""
+def assert_close(one: Path, two: Path) -> None:
+    states = [load_checkpoint(path)['state_dict'] for path in (one, two)]
+    assert all(torch.allclose(value, states[1][key], rtol=1e-3, atol=1e-5) for key, value in states[0].items())
 
-    def __init__(self) -> None:
+
+def test_resumed_on_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+    """In the middle of an epoch and of an accumulation; the two have the batch of the one."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.model.backbone.drop_path_rate = 0.0  # drawn by each process
+    accumulated(cfg)
+    wanted, work_dir = whole('accumulated', cfg), tmp_path / 'run'
+    code, printed = train(cfg, work_dir, harm=dict(what='terminate', when='step', at=6))
+    assert code == 143, printed[-4000:]
+    done = len(diary(work_dir))
+    cfg.train_dataloader.batch_size //= 2
+    printed = finish(cfg, work_dir, gpus=2)
+    assert (f'2 process(es) x 1 x 3 accumulated go on where 1 process(es) x 2 x 3 accumulated were: after '
+            f'{2 * done - 10} samples of epoch 2.') in printed
+    assert f'No gradient is lost: those of {done % 3} iterations are in the checkpoint' in printed
+    other = {step: rest for step, *rest in map(json.loads, (work_dir / 'diary1.jsonl').read_text().splitlines())}
+    for step, (batch, images, *_) in diary(wanted).items():
+        mine = diary(work_dir)[step]
+        assert (mine[0], sorted(mine[1] + (other[step][1] if step >= done else []))) == (batch, sorted(images))
+    assert_close(wanted / EPOCHS, work_dir / EPOCHS)
+    table('resumed on two processes, inside an epoch and an accumulation',
+          'every image once, weights equal up to rounding',
+          f'{done} steps on one, {STEPS - done} on two: the same images in each; weights equal up to rounding')
+
+
+def test_sums_of_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+    """Each has a sum of gradients of its own when the epoch ends, and only one writes."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.train_dataloader.batch_size //= 2
+    cfg.default_hooks.preemption.interval = 1
+    accumulated(cfg)
+    wanted, work_dir = whole('accumulated on 2', cfg, 2), tmp_path / 'run'
+    train(cfg, work_dir, harm=dict(what='kill', when='batch', at=7), gpus=2)
+    printed = finish(cfg, work_dir, gpus=2)
+    assert 'No gradient is lost: those of 2 iterations are in the checkpoint' in printed
+    assert_same_run(wanted, work_dir, EPOCHS)
+    table('one of two processes killed, gradients summed up over the end of an epoch', 'resumed run bitwise equal',
+          'bitwise equal')
+
+
+@pytest.mark.parametrize('pair', itertools.combinations(FEATURES, 2), ids='-'.join)
+def test_pair(scenes, corrupt_scenes, sharp_pretrained, tmp_path, table, pair):  # noqa: F811
+    cfg = with_features(pair, scenes, sharp_pretrained)
+    run(cfg, tmp_path / 'whole')
+    for cell, harm in CELLS.items():
+        strike_and_resume(cfg, tmp_path / '-'.join(cell), harm)
+        assert_same_end(tmp_path / 'whole', tmp_path / '-'.join(cell))
+    table(' x '.join(pair), 'resumed run bitwise equal', f'equal after {", ".join(map(" in ".join, CELLS))}')
+
+
+class Table:
+    """Prints the rows that tests recorded, in whichever process they ran, and writes them where ``out`` says."""
+
+    def __init__(self, out: Path | None) -> None:
         self.rows: list[tuple] = []
+        self.out = out
 
     def pytest_runtest_logreport(self, report) -> None:
         cells = dict(report.user_properties)
         if report.when == 'call' or report.outcome != 'passed':
             name = report.nodeid.rpartition('::')[2]
             seen = cells.get('seen') if report.passed else f'{report.outcome.upper()}: {report.longreprtext[-150:]}'
-            self.rows.append((cells.get('fault', name), cells.get('expected', ''), seen))
+            row = (cells.get('fault', name), cells.get('expected', ''), seen)
+            self.rows.append(tuple(' '.join(str(cell).split()) for cell in row))
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
-        terminalreporter.write_line('\n| fault | expected | seen |\n|---|---|---|')
-        for row in sorted(self.rows):
-            terminalreporter.write_line('| ' + ' | '.join(' '.join(str(cell).split()) for cell in row) + ' |')
+        header = ['fault', 'expected', 'seen']
+        terminalreporter.write_line('\n' + markdown_table(header, sorted(self.rows)))
+        if self.out is not None:
+            save(self.out, dict(rows=sorted(self.rows), machine=machine()))
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    sys.exit(pytest.main([__file__, '-q', '-p', 'no:cacheprovider', *(sys.argv[1:] or ['-n', '2'])], plugins=[Table()]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', type=Path, help='where the rows are recorded')
+    args, others = parser.parse_known_args()
+    sys.exit(pytest.main([__file__, '-q', '-p', 'no:cacheprovider', *(others or ['-n', '2'])],
+                         plugins=[Table(args.out)]))

@@ -236,6 +236,46 @@ def test_all_attentions_have_counts_without_being_run(tool):
         assert facts['gmac'] > 0 and facts['softmax_blocks'] == (2 if name == 'SoftmaxAttention' else 0), name
 
 
+def test_compiled_models_and_cuda_graphs(bench, tool, monkeypatch):
+    module, built = tool('model'), []
+    build = module.build
+    monkeypatch.setattr(module, 'build', lambda arch, size, attention, compile=False: (
+        built.append(compile), build(arch, size, attention))[1])
+    data, text = bench('model', '--arch', 'S', '--sizes', '32', '--attentions', 'SoftmaxAttention', '--compile',
+                       'default', 'reduce-overhead', '--cuda-graph')
+    assert [row['mode'] for row in data['rows']] == ['fp32', 'fp32, compiled', 'fp32, compiled (reduce-overhead)']
+    assert built[1::2] == [False, 'default', 'reduce-overhead']  # and each is counted before
+    assert '--cuda-graph is left out: it needs a GPU' in text and not data['settings']['cuda_graph']
+
+
+def test_modes_with_cuda_graphs_of_their_own(tool):
+    variants = tool('model').variants
+    assert variants(SimpleNamespace(compile=None, cuda_graph=True)) == [
+        ('', False, False), (', CUDA graph', False, True)]
+    assert variants(SimpleNamespace(compile=[], cuda_graph=False)) == [
+        ('', False, False), (', compiled', 'default', False)]
+    assert variants(SimpleNamespace(compile=['default', 'max-autotune'], cuda_graph=True))[2:] == [
+        (', compiled', 'default', False), (', compiled, CUDA graph', 'default', True),
+        (', compiled (max-autotune)', 'max-autotune', False)]
+
+
+def test_cuda_graphs_are_replayed(tool, monkeypatch):
+    """What is timed is the replay; what fails while it is recorded is a row's note."""
+    module, log, images = tool('model'), [], torch.zeros(1)
+
+    def record(call):
+        call()
+        return lambda: log.append('replay')
+    monkeypatch.setattr(module, 'cuda_graph', record)
+    models = dict(eager=(lambda x: log.append('eager'), False), graph=(lambda x: log.append('recorded'), True),
+                  broken=(lambda x: 1 / 0, True))
+    calls, notes = module.start(models, images)
+    assert log == ['eager', 'recorded', 'replay']
+    assert notes == dict(eager='', graph='', broken='failed: ZeroDivisionError')
+    calls['graph']()
+    assert log[3:] == ['replay'] and calls.keys() == {'eager', 'graph'}
+
+
 def test_unknown_attention_is_named(bench, capsys):
     with pytest.raises(SystemExit):
         bench('model', '--attentions', 'LinearAtention')

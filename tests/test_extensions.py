@@ -474,8 +474,8 @@ def test_teacher_has_no_hooks_left(pretrained):
 def test_teacher_is_compiled_unless_its_attentions_are_read(pretrained):
     for weight in (0.0, 1.0):
         model = stage2(pretrained, vit=dict(compile=True), init=False, attention_weight=weight)
-        assert model.backbone.compile_blocks
-        assert model.frozen['teacher'].compile_blocks == (weight == 0)
+        assert model.backbone.compile_mode
+        assert bool(model.frozen['teacher'].compile_mode) == (weight == 0)
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Fused attention and the backbone's ``compile`` key change speed and nothing else."""
+import copy
 import shutil
 
 import pytest
@@ -63,6 +64,64 @@ def test_compiled_stage_1(sharp_pretrained):
         results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[tuple[str, str]]:
+    """(class, mode) of what is compiled, which is traced only: this is about who is compiled, and not by what."""
+    found, compile = [], torch.nn.Module.compile
+
+    def record(module: torch.nn.Module, mode: str) -> None:
+        found.append((type(module).__name__, mode))
+        compile(module, backend='aot_eager', fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, 'compile', record)
+    return found
+
+
+@pytest.mark.parametrize(('flag', 'wanted'), [
+    (False, []), (True, 2 * [('Block', 'default')]), ('default', 2 * [('Block', 'default')]),
+    ('max-autotune-no-cudagraphs', 2 * [('Block', 'max-autotune-no-cudagraphs')]),
+    ('reduce-overhead', [('Blocks', 'reduce-overhead')]), ('max-autotune', [('Blocks', 'max-autotune')])])
+def test_modes_of_compilation(flag, wanted, compilations):
+    """A CUDA graph's output is gone with the next compiled call: with graphs, all blocks are one."""
+    torch._dynamo.reset()
+    plain = MODELS.build(tiny_vit(attention=LINEAR, out_indices=(0, 1)))
+    model = MODELS.build(tiny_vit(attention=LINEAR, out_indices=(0, 1), compile=flag))
+    assert compilations == wanted
+    model.load_state_dict(plain.state_dict())
+    images, results = torch.randn(2, 3, 32, 32), []
+    for vit in (plain, model, copy.deepcopy(model)):
+        maps = vit(images)
+        loss = sum(m.sin().sum() for m in maps)
+        results.append([*maps, *torch.autograd.grad(loss, list(vit.parameters()))])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize('mode', ['fast', 'reduce_overhead', None, 1])
+def test_unknown_mode_of_compilation(mode):
+    from adala_mm.preflight.plan import eager
+    vit = tiny_vit(compile=mode)
+    with pytest.raises(ValueError, match='compile=.*choose True, False, or a mode of torch.compile: default, reduce-'):
+        MODELS.build(vit)
+    with pytest.raises(ValueError, match='choose True, False, or a mode'):
+        eager(dict(backbone=vit))
+
+
+def test_stage_1_in_modes_of_compilation(sharp_pretrained, compilations, monkeypatch):
+    functions = []
+    monkeypatch.setattr(torch, 'compile', lambda function, mode=None, **_: functions.append(mode) or function)
+
+    def build(mode: str):
+        return MODELS.build(dict(type='adala_mm.AttentionAlignment', backbone=tiny_vit(
+            attention=LINEAR, init_cfg=sharp_pretrained, compile=mode)))
+    build('max-autotune-no-cudagraphs')
+    assert functions.count('max-autotune-no-cudagraphs') == 1  # the teacher's way through a block
+    assert compilations[2:] == 2 * [('LinearAttention', 'max-autotune-no-cudagraphs')]
+    for mode in ('reduce-overhead', 'max-autotune'):
+        with pytest.raises(ValueError, match=f"backbone.compile='{mode}' records a CUDA graph.*use compile=True"):
+            build(mode)
 
 
 @compiles

@@ -5,6 +5,7 @@ Triton's kernels run in its interpreter (see conftest), or on the GPU if there i
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LINEAR, tiny_vit
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -419,12 +421,197 @@ def test_checkpointing(engine):
     assert all(torch.equal(a, b) for a, b in zip(got, layer_grads(layer, x), strict=True))
 
 
-def test_second_derivatives_are_refused(engine):
-    (q, k, v), _ = qkv('elu1', 1, 1, 20, 20, 16, device=engine.device)
-    q.requires_grad_()
-    grad, = torch.autograd.grad(linear_attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match='linear_attention_backward.* no autograd formula'):
-        grad.sum().backward()
+def unpacked(x: torch.Tensor) -> torch.Tensor:
+    return linear_attention(*x.permute(2, 0, 3, 1, 4), eps=0.1).transpose(1, 2)
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    return linear_attention_packed(x, eps=0.1)
+
+
+def formula(x: torch.Tensor) -> torch.Tensor:
+    return naive(*x.permute(2, 0, 3, 1, 4), 'elu1', 0.1).transpose(1, 2)
+
+
+def projection(engine, tokens: int = 20, **options) -> torch.Tensor:
+    return torch.randn(2, tokens, 3, 2, 16, device=engine.device, **options)
+
+
+both = pytest.mark.parametrize('function', [unpacked, packed])
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list[str]:
+    """Which of the operators are called, and in which order, whoever calls them."""
+    called = []
+    for name in ('fused', 'packed', 'fused_backward', 'packed_backward'):
+        operator = getattr(fused_linear_attention, name)
+        monkeypatch.setattr(fused_linear_attention, name, lambda *args, name=name, operator=operator: (
+            called.append(name), operator(*args))[1])
+    return called
+
+
+@both
+def test_the_operator_is_saved_where_nobody_looks_on(function, engine, dispatched):
+    """With and without gradients; and the values are those of the operator, to the bit."""
+    x = projection(engine)
+    operator = fused_linear_attention.fused if function is unpacked else fused_linear_attention.packed
+    inputs = x.permute(2, 0, 3, 1, 4).unbind(0) if function is unpacked else (x,)
+    wanted = operator(*inputs, 'elu1', 0.1)[0]
+    wanted = wanted.transpose(1, 2) if function is unpacked else wanted
+    dispatched.clear()
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        outputs = [function(x), function(leaf), function(torch.nn.Parameter(x))]
+    with torch.inference_mode():
+        outputs.append(function(x))
+    with torch.autocast(engine.device, dtype=torch.bfloat16):
+        outputs.append(function(x))
+    outputs += [function(x), function(leaf)]
+    assert outputs[-1].requires_grad and not any(out.requires_grad for out in outputs[:-1])
+    assert all(torch.equal(out, wanted) for out in outputs)
+    upstream = torch.randn_like(wanted)
+    grad, = torch.autograd.grad(outputs[-1], leaf, upstream)
+    assert not dispatched
+    with FlopCounterMode(display=False):
+        out = function(leaf)
+    by_operator, = torch.autograd.grad(out, leaf, upstream)
+    assert len(dispatched) == 1 and torch.equal(by_operator, grad) and torch.equal(out, wanted)
+
+
+@both
+@pytest.mark.parametrize('wants_grad', [False, True])
+def test_modes_see_an_operator(function, wants_grad, engine, dispatched):
+    """What they cannot see inside of is told to them by the operator's formula, in both passes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    x, forward = projection(engine, requires_grad=wants_grad), 2 * 2 * 2 * 16 * (2 * 20 * 16 + 20)
+    names = ['fused', 'fused_backward'] if function is unpacked else ['packed', 'packed_backward']
+    with torch.set_grad_enabled(wants_grad), FlopCounterMode(display=False) as counter:
+        out = function(x)
+    assert counter.get_total_flops() == forward and dispatched == names[:1]
+    if wants_grad:  # also if the mode comes for the backward pass only
+        for result in (out, function(x)):
+            dispatched.clear()
+            with FlopCounterMode(display=False) as counter:
+                result.sum().backward()
+            assert counter.get_total_flops() == 2 * forward and dispatched == names[1:]
+    dispatched.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        out = function(fake.from_tensor(x))
+    assert type(out).__name__ == 'FakeTensor' and out.shape == (2, 20, 2, 16) and dispatched == names[:1]
+
+
+@both
+def test_compiled_graphs_hold_operators_in_both_passes(function, cpu):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.code))
+        return make_boxed_func(graph)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    x = projection(cpu, requires_grad=True)
+    got, wanted = (torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (compiled, function))
+    torch.testing.assert_close(got, wanted)
+    name = 'adala_mm.linear_attention' + '_packed' * (function is packed)
+    assert len(graphs) == 2 and f'{name}.' in graphs[0] and f'{name}_backward.' in graphs[1]
+
+
+@both
+def test_derivatives_of_every_kind(function, engine):
+    """Forward mode, second derivatives and batched gradients, as the formula has them.
+
+    Where somebody differentiates or batches, there are no kernels, but the plain formula.
+    """
+    x = projection(engine)
+    tangent, upstream = torch.randn_like(x), torch.randn(2, 20, 2, 16, device=engine.device)
+
+    def dual(function, x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent.to(x.dtype)))).tangent
+
+    def dual_upstream(function, x):
+        x = x.requires_grad_()
+        out = function(x)
+        with forward_ad.dual_level():
+            go = forward_ad.make_dual(upstream.to(x.dtype), 2 * upstream.to(x.dtype))
+            return forward_ad.unpack_dual(torch.autograd.grad(out, x, go)[0]).tangent
+
+    def energy(function):
+        return lambda x: function(x).square().sum()
+
+    def second(function, x):
+        return torch.autograd.functional.hvp(energy(function), x, tangent.to(x.dtype))[1]
+
+    def batched(function, x):
+        x = x.requires_grad_()
+        go = torch.stack([upstream, -upstream]).to(x.dtype)
+        return torch.autograd.grad(function(x), x, go, is_grads_batched=True)[0]
+
+    def upstream_by_func(function, x):
+        x = x.requires_grad_()
+        out, go = function(x), upstream.to(x.dtype)
+        return torch.func.jvp(lambda go: torch.autograd.grad(out, x, go, retain_graph=True)[0], (go,), (2 * go,))[1]
+
+    def per_image(function, x):
+        return torch.func.vmap(torch.func.grad(lambda one: energy(function)(one[None])))(x)
+
+    def compiled(function, x):
+        torch._dynamo.reset()
+        return torch.compile(functools.partial(per_image, function), backend='eager')(x)
+    ways = [dual, dual_upstream, second, batched, upstream_by_func, per_image, compiled,
+            lambda function, x: torch.func.jvp(function, (x,), (tangent.to(x.dtype),))[1],
+            lambda function, x: torch.func.jvp(torch.func.grad(energy(function)), (x,), (tangent.to(x.dtype),))[1]]
+    for way in ways:
+        got, wanted = way(function, x.clone()), way(formula, x.double())
+        assert wanted.abs().max() > 1e-3
+        assert (got.double() - wanted).abs().max() < 1e-5 * wanted.abs().max(), way.__name__
+
+
+@both
+def test_derivatives_by_differences(function, cpu):
+    """Against differences of the function and of its gradients."""
+    x = torch.randn(1, 9, 3, 1, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True, check_batched_grad=True,
+                                    check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_one_tensor_in_three_places(engine):
+    """Its gradient is the sum of three, of the first and of the second order."""
+    x = torch.randn(1, 2, 20, 16, device=engine.device, requires_grad=True)
+    results = []
+    exactly = x.detach().double().requires_grad_()
+    for function, leaf in ((linear_attention, x), (lambda *x: naive(*x, 'elu1', 1e-6), exactly)):
+        first, = torch.autograd.grad(function(leaf, leaf, leaf).sin().sum(), leaf, create_graph=True)
+        results.append([first, *torch.autograd.grad(first.cos().sum(), leaf)])
+    for a, b in zip(*results, strict=True):
+        assert (a.double() - b).abs().max() < 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize('name', ['fused', 'packed', 'fused_backward', 'packed_backward'])
+def test_the_operators_themselves_refuse_what_they_would_get_wrong(name, engine):
+    """A tangent was lost in silence, and `vmap` of `grad` ended in the depths of PyTorch."""
+    operator, x = getattr(fused_linear_attention, name), projection(engine)
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    out, *state = fused_linear_attention.packed(x, 'elu1', 0.1)
+    first, *rest = dict(fused=[q, k, v], packed=[x], fused_backward=[out.transpose(1, 2), q, k, v, *state],
+                        packed_backward=[out, x, *state])[name]
+
+    def call(first: torch.Tensor) -> torch.Tensor:
+        result = operator(first, *rest, 'elu1', 0.1)
+        return result if isinstance(result, torch.Tensor) else result[0]
+    refused = functools.partial(pytest.raises, NotImplementedError, match='nor a rule for torch.func: call adala_mm')
+    with forward_ad.dual_level():
+        call(first)  # nobody has a tangent
+        with refused():
+            call(forward_ad.make_dual(first, first))
+    with refused():
+        torch.func.jvp(call, (first,), (first,))
+    with refused():
+        torch.func.vmap(torch.func.grad(lambda x: call(x).sum()))(first[None])
 
 
 def test_inference_mode(engine):
@@ -508,7 +695,7 @@ def test_few_tokens_on_the_cpu(name, cpu, monkeypatch):
     inputs, upstream = qkv(name, 2, 3, 31, 31, 32)
     whole = torch.stack([x.transpose(1, 2) for x in inputs], dim=2)
     by_state = directly(cpu, inputs, upstream, name)
-    forbid(monkeypatch, 'fused', 'packed')
+    forbid(monkeypatch, 'attend')
     with FlopCounterMode(display=False) as counter:
         linear_attention(*inputs, name)
     assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 31 * 31 * 32
@@ -522,8 +709,8 @@ def test_few_tokens_on_the_cpu(name, cpu, monkeypatch):
 def test_how_many_tokens_are_few(n, m, fuses, cpu, monkeypatch):
     """The operator has the cost of the linear order; the plain formula takes over where the other one is cheaper."""
     inputs, _ = qkv('elu1', 1, 1, n, m, 32)
-    calls, operator = [], fused_linear_attention.fused
-    monkeypatch.setattr(fused_linear_attention, 'fused', lambda *args: (calls.append(1), operator(*args))[1])
+    calls, attend = [], fused_linear_attention.attend
+    monkeypatch.setattr(fused_linear_attention, 'attend', lambda *args: (calls.append(1), attend(*args))[1])
     linear_attention(*inputs)
     assert bool(calls) == fuses == (n * m * 2 >= (n + m) * 32)
 
@@ -544,7 +731,7 @@ def test_weighted_sums_take_the_cheaper_order(n, m, f, d):
 
 @pytest.mark.parametrize('name', sorted(set(FEATURE_MAPS) - set(MAPS)))
 def test_other_maps_take_the_plain_formula(name, cpu, monkeypatch):
-    forbid(monkeypatch, 'fused', 'packed')
+    forbid(monkeypatch, 'attend')
     inputs, upstream = qkv(name, 1, 2, 40, 40, 16)
     wanted = with_grads(lambda *x: linear_attention_reference(*x, name), inputs, upstream)
     got = with_grads(lambda *x: linear_attention(*x, name), inputs, upstream)

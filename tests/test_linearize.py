@@ -14,7 +14,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import LINEAR, ROOT, tiny_vit
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn import functional as F
 
 from adala_mm import align, linearize
@@ -372,6 +374,64 @@ def test_timm_methods_and_checkpointing():
     for option in (dict(attn_mask=torch.ones(20, 20) > 0), dict(is_causal=True)):
         with pytest.raises(ValueError, match=f'{next(iter(option))} needs attention weights.*keep softmax'):
             model(images, **option)
+
+
+def repeat_calls(model: nn.Module) -> None:
+    if hasattr(model, 'gradient_checkpointing_enable'):
+        model.gradient_checkpointing_enable()  # reentrant
+    elif hasattr(model, 'set_grad_checkpointing'):
+        model.set_grad_checkpointing()
+    else:
+        apply_activation_checkpointing(model, check_fn=lambda part: type(part).__name__ == 'TransformerEncoderLayer')
+
+
+def repeat_forwards(model: nn.Module) -> None:
+    turn_on_activation_checkpointing(model, [f'blocks.{i}' for i in range(3)])
+
+
+def gradients(model: nn.Module, *sizes: tuple[int, int]) -> torch.Tensor:
+    """Of one loss of images of several sizes; the images learn too, as a reentrant repetition needs."""
+    generator = torch.Generator().manual_seed(7)
+    images = [torch.randn(2, 3, *size, generator=generator).requires_grad_() for size in sizes]
+    model.zero_grad()
+    sum(run(model, batch).square().mean() for batch in images).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+EQUAL = (16, 32), (32, 16), (8, 64), (16, 32)  # as many patches
+
+
+@pytest.mark.parametrize('family', ['augreg', 'dinov3', 'hf_dinov2', 'hf_clip', 'mmpretrain'])
+def test_checkpointing_with_images_of_several_sizes(family):
+    """Blocks are repeated when the patch embedding has seen other images, with their own grids nevertheless."""
+    model = linearize(build(family), 'rmt')
+    model.train()
+    repeated = copy.deepcopy(model)
+    repeat_calls(repeated)
+    for sizes in (SIZES, EQUAL):
+        assert torch.equal(gradients(repeated, *sizes), gradients(model, *sizes))
+
+
+def test_checkpointing_that_does_not_repeat_calls():
+    """Grids are told apart by their number of patches, where that can be: else there is an error, and no guess."""
+    model = linearize(build('augreg'), 'rmt').train()
+    repeated = copy.deepcopy(model)
+    repeat_forwards(repeated)
+    for sizes in (SIZES, *([size] for size in EQUAL)):  # none of the sizes of a backward pass before counts
+        assert torch.equal(gradients(repeated, *sizes), gradients(model, *sizes))
+    with pytest.raises(ValueError, match='repeats a block of 9 tokens, of images with 1 x 8 or 2 x 4 or 4 x 2 patches'):
+        gradients(repeated, *EQUAL)
+
+
+def test_copies_between_forward_and_backward():
+    """The grids that wait for a backward pass stay with their own model."""
+    model, images = linearize(build('augreg'), 'rmt').train(), torch.randn(1, 3, *SIZES[1])
+    loss = run(model, images).square().mean()
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert not attentions(twin)[0].layout.kept and torch.equal(run(twin, images).square().mean(), loss)
+    assert len(attentions(model)[0].layout.kept) == 3
 
 
 def test_compiles_in_one_piece():

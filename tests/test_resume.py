@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
+from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
@@ -27,7 +29,7 @@ from torch.utils.data import BatchSampler
 from adala_mm.datasets import LoadImageFromFile
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import PreemptionHook
-from adala_mm.engine.exact_resume import newest_checkpoint
+from adala_mm.engine.exact_resume import newest_checkpoint, standing_of
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.randomness import seed_all
@@ -258,6 +260,184 @@ def test_averaged_weights_resume(scenes, sharp_pretrained, tmp_path, whole_runs,
     assert of_average[0] == before[0] and of_average[10] != before[10]  # no step, nothing to average
 
 
+@pytest.mark.parametrize(('by_epoch', 'what', 'when', 'at'), [
+    (True, 'raise', 'step', 7), (True, 'raise', 'validation', 10), (True, 'terminate', 'validation', 5),
+    (True, 'terminate', 'step', 6), (False, 'raise', 'step', 8), (False, 'terminate', 'validation', 10)])
+def test_sums_of_gradients_go_on(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch, what, when, at):
+    """Five iterations of an epoch, in updates of three: every checkpoint but the last falls between two of them."""
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch)
+    cfg.optim_wrapper.accumulative_counts = 3
+    whole, work_dir = whole_runs(cfg, 'accumulated', by_epoch), tmp_path / 'run'
+    with pytest.raises((Killed, SystemExit)):
+        train(cfg, work_dir, harm=dict(what=what, when=when, at=at))
+    saved = [load_checkpoint(path) for path in work_dir.glob('*.pth')]
+    assert {checkpoint['meta']['iter'] % 3 for checkpoint in saved} - {0}
+    for checkpoint in saved:
+        assert checkpoint.get('pending_gradients', {}).get('steps', 0) == checkpoint['meta']['iter'] % 3
+    train(cfg, work_dir, resume=True)
+    assert_same_run(whole, work_dir, last(by_epoch))
+    assert 'pending_gradients' not in load_checkpoint(work_dir / last(by_epoch))
+
+
+def test_sums_of_another_accumulation_are_left_out(scenes, sharp_pretrained, tmp_path):
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
+    cfg.optim_wrapper.accumulative_counts = 3
+    kill(cfg, tmp_path / 'run', at=6)
+    cfg.optim_wrapper.accumulative_counts = 2
+    train(cfg, tmp_path / 'run', resume=True)
+    log = log_of(tmp_path / 'run')
+    assert 'gradients of 2 iterations that wait for an update. They are left out: accumulative_counts is 2, and was 3' \
+        in log
+    assert load_checkpoint(tmp_path / 'run' / last(True))['meta']['iter'] == STEPS
+
+
+def log_of(work_dir: Path) -> str:
+    return ''.join(path.read_text() for path in sorted(work_dir.glob('*/*.log')))
+
+
+@pytest.mark.parametrize('batch', [1, 4])
+@pytest.mark.parametrize('sampler', ['DefaultSampler', 'InfiniteSampler', 'epochs'])
+def test_another_batch_goes_on_at_the_next_sample(scenes, sharp_pretrained, tmp_path, sampler, batch, monkeypatch):
+    """After 16 of 30 samples."""
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    cfg = config('stage2', scenes, sharp_pretrained, by_epoch=sampler == 'epochs')
+    if sampler != 'epochs':
+        cfg.train_dataloader.sampler.type = sampler
+    train(cfg, tmp_path / 'whole')
+    order = [name for _, images, *_ in diary(tmp_path / 'whole').values() for name in images]
+    with pytest.raises(SystemExit):
+        train(cfg, tmp_path / 'run', harm=dict(what='terminate', when='step', at=6))
+    cfg.train_dataloader.batch_size = batch
+    if sampler != 'epochs':
+        cfg.train_cfg.max_iters = 8 + 14 // batch
+    train(cfg, tmp_path / 'run', resume=True)
+    steps = list(diary(tmp_path / 'run').items())
+    numbers, batches = [step for step, _ in steps], [number for _, (number, *_) in steps]
+    seen = [name for _, (_, images, *_) in steps for name in images]
+    assert numbers == list(range(len(steps)))
+    assert seen == order[:len(seen)] and len(seen) >= 28  # a finite sampler's last batch of an epoch may be small
+    if sampler == 'epochs':
+        assert len(seen) == 30
+        assert batches == [*range(5), 0, 1, 2, *(range(6, 10) if batch == 1 else [2]), *range(-(-10 // batch))]
+    place = '16 samples.' if sampler == 'InfiniteSampler' else '6 samples of epoch 2.'
+    assert f'1 process(es) x {batch} go on where 1 process(es) x 2 were: after {place}' in log_of(tmp_path / 'run')
+    final = load_checkpoint(max(tmp_path.glob('run/*.pth'), key=os.path.getmtime))
+    assert final['meta']['data_position']['batch_size'] == batch
+
+
+def averaged(cfg: Config) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='EMAHook', momentum=0.2)]
+
+
+def accumulated(cfg: Config) -> None:
+    cfg.optim_wrapper.accumulative_counts = 3  # of 5 iterations of an epoch
+
+
+def mixed_precision(cfg: Config) -> None:
+    cfg.optim_wrapper.update(type='adala_mm.CPUAmpOptimWrapper', dtype='float16',
+                             loss_scale=dict(init_scale=2.0 ** 10, growth_interval=4))
+
+
+def checkpointed(cfg: Config) -> None:
+    cfg.model.backbone.with_cp = True
+
+
+def progressive(cfg: Config) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []),
+                        dict(type='adala_mm.ProgressiveResolutionHook', sizes={0: 16, 1: 32})]
+
+
+def stopped_early(cfg: Config) -> None:
+    """After two epochs: only the validation before training counts as better than what came before it."""
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(
+        type='adala_mm.EarlyStoppingHook', monitor={'align/rel_error': 'less'}, patience=2, min_delta=0.99)]
+
+
+def redrawn(cfg: Config) -> None:
+    cfg.model.backbone.attention = dict(type='adala_mm.PerformerAttention', redraw_interval=4)
+
+
+def corrupt_skipped(cfg: Config) -> None:
+    """Two of ten files are empty, to a data set that passes over them."""
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(type='adala_mm.ImageFiles', data_root=f'{dataset.data_root}_corrupt')
+    dataset.pop('with_label', None)
+
+
+FEATURES = {
+    'averaged weights': averaged, 'accumulation': accumulated, 'mixed precision': mixed_precision,
+    'activation checkpointing': checkpointed, 'progressive resolution': progressive, 'early stopping': stopped_early,
+    'redrawn features': redrawn, 'corrupt images': corrupt_skipped}
+CELLS = {  # of a run of epochs, which saves after 5, 10, 15 iterations and validates then
+    ('SIGKILL', 'training'): dict(what='kill', when='step', at=7),
+    ('SIGKILL', 'validation'): dict(what='kill', when='validation', at=10),
+    ('SIGKILL', 'saving'): dict(what='kill', when='half', at=11),
+    ('SIGTERM', 'training'): dict(what='terminate', when='step', at=6),
+    ('SIGTERM', 'validation'): dict(what='terminate', when='validation', at=5),
+    ('SIGTERM', 'saving'): dict(what='terminate', when='written', at=6)}
+
+
+@pytest.fixture(scope='module')
+def corrupt_scenes(scenes) -> Path:
+    """The same scenes, two of them empty files; beside the others, under the name that `corrupt_skipped` knows."""
+    root = scenes.with_name(f'{scenes.name}_corrupt')
+    shutil.copytree(scenes, root)
+    for name in ('0003.png', '0008.png'):
+        (root / 'images/train' / name).write_bytes(b'')
+    return root
+
+
+def strike_and_resume(cfg: Config, work_dir: Path, harm: dict) -> None:
+    """In a child, which has everything imported: the signals are real."""
+    child = multiprocessing.get_context('fork').Process(target=train, args=(cfg, work_dir), kwargs=dict(harm=harm))
+    child.start()
+    child.join(600)
+    assert child.exitcode == (-signal.SIGKILL if harm['what'] == 'kill' else 128 + signal.SIGTERM)
+    train(cfg, work_dir, resume=True)
+
+
+def with_features(names: Iterable[str], scenes: Path, init_cfg: dict) -> Config:
+    cfg = config('stage2', scenes, init_cfg, by_epoch=True)
+    for name in names:
+        FEATURES[name](cfg)
+    return cfg
+
+
+def assert_same_end(whole: Path, pieces: Path) -> None:
+    """All that the last checkpoint has, and all that the steps saw."""
+    final = sorted(path.name for path in whole.glob('epoch_*.pth'))
+    assert sorted(path.name for path in pieces.glob('*.pth')) == final
+    one, two = (load_checkpoint(run / final[-1]) for run in (whole, pieces))
+    for key in sorted(one.keys() - {'message_hub', 'meta'}):
+        assert_equal(one[key], two[key], key)
+    assert one.keys() == two.keys() and diary(pieces) == diary(whole)
+    stops = [run['message_hub']['runtime_info'].get('early_stopping') for run in (one, two)]
+    assert stops[0] == stops[1] and one['meta']['iter'] == two['meta']['iter']
+
+
+def assert_equal(one: object, two: object, place: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for key in one:
+            assert_equal(one[key], two[key], f'{place}.{key}')
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), place
+    else:
+        assert one == two, place
+
+
+@pytest.mark.parametrize(('pair', 'cell'), zip([
+    ('averaged weights', 'accumulation'), ('mixed precision', 'early stopping'), ('redrawn features', 'corrupt images'),
+    ('activation checkpointing', 'redrawn features'), ('progressive resolution', 'averaged weights'),
+    ('accumulation', 'mixed precision')], CELLS, strict=True), ids=lambda part: '-'.join(part))
+def test_pairs_of_features(scenes, corrupt_scenes, sharp_pretrained, tmp_path, pair, cell):
+    """A sample of what `make test-faults` does with every pair."""
+    cfg = with_features(pair, scenes, sharp_pretrained)
+    train(cfg, tmp_path / 'whole')
+    strike_and_resume(cfg, tmp_path / 'run', CELLS[cell])
+    assert_same_end(tmp_path / 'whole', tmp_path / 'run')
+
+
 @LOOPS
 def test_workers_do_not_show(scenes, sharp_pretrained, tmp_path, whole_runs, by_epoch):
     """Two workers, killed and resumed, draw the same augmentation as none."""
@@ -357,24 +537,65 @@ def test_the_newest_whole_checkpoint_is_taken(scenes, sharp_pretrained, tmp_path
     assert_same_run(whole, work_dir, last(by_epoch))
 
 
+def write_checkpoint(path: Path, steps: int, minute: int, modified: int = 0) -> Path:
+    """By the runner that writes them in training, on a clock that stands at ``minute``."""
+    runner = SimpleNamespace(
+        epoch=1, iter=steps, train_loop=SimpleNamespace(_epoch=1), model=torch.nn.Linear(20, 20, bias=False), seed=0,
+        cfg=Config(), experiment_name='one', train_dataloader=SimpleNamespace(dataset=None), message_hub=MessageHub('one'),
+        call_hook=lambda *args, **kwargs: None, get_hooks_info=str)
+    torch.nn.init.constant_(runner.model.weight, float(steps))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.time.strftime', lambda *args: f'20260102_03{minute:02}00')
+        Runner.save_checkpoint(runner, str(path.parent), path.name, save_optimizer=False, save_param_scheduler=False,
+                               meta=dict(epoch=1, iter=steps), by_epoch=False)
+    os.utime(path, (modified, modified))
+    return path
+
+
+@pytest.mark.parametrize(('files', 'newest', 'told'), [
+    # name, iteration, minute of writing, time of modification
+    ([('epoch_9.pth', 9, 1, 20), ('epoch_11.pth', 11, 2, 10)], 'epoch_11.pth', ''),  # copied in another order
+    ([('epoch_9.pth', 9, 1, 0), ('epoch_10.pth', 10, 2, 0)], 'epoch_10.pth', ''),
+    ([('preempted.pth', 5, 1, 20), ('step=7.pth', 7, 2, 10)], 'step=7.pth', ''),  # by another filename_tmpl
+    ([('preempted.pth', 8, 3, 0), ('step=7.pth', 7, 2, 10)], 'preempted.pth', ''),
+    ([('iter_5.pth', 5, 1, 0), ('iter_7.pth', 7, 1, 0), ('epoch_3.pth', 6, 1, 9)], 'iter_7.pth', ''),  # in one second
+    ([('epoch_2.pth', 6, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 9)], 'epoch_2.pth', ''),
+    ([('epoch_1.pth', 3, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 0)], 'best_mIoU_epoch_2.pth', ''),
+    ([('epoch_11.pth', 11, 1, 0), ('epoch_3.pth', 3, 2, 0)], 'epoch_3.pth',  # the run was started anew
+     'epoch_11.pth stands at iteration 11, further than epoch_3.pth at 3, but was written before')])
+def test_which_checkpoint_is_the_newest(files, newest, told, tmp_path):
+    warnings: list[str] = []
+    for name, *facts in files:
+        write_checkpoint(tmp_path / name, *facts)
+    torch.save(dict(weight=torch.zeros(2)), tmp_path / 'teacher.pth')  # weights are no checkpoint of a run
+    assert newest_checkpoint(tmp_path, warnings.append) == tmp_path / newest
+    assert len(warnings) == bool(told) and told in ''.join(warnings)
+
+
 def test_damage_anywhere_in_a_file_is_found(tmp_path):
     warnings: list[str] = []
     assert newest_checkpoint(tmp_path, warnings.append) is None
-    for i in range(3):
-        torch.save(dict(state_dict=dict(weight=torch.full((500,), float(i)))), tmp_path / f'iter_{i}.pth')
-        os.utime(tmp_path / f'iter_{i}.pth', (i, i))
-    assert newest_checkpoint(tmp_path, warnings.append).name == 'iter_2.pth' and not warnings
-    whole = bytearray((tmp_path / 'iter_2.pth').read_bytes())
+    paths = [write_checkpoint(tmp_path / f'iter_{i}.pth', i, i) for i in range(3)]
+    assert newest_checkpoint(tmp_path, warnings.append) == paths[2] and not warnings
+    whole = bytearray(paths[2].read_bytes())
     whole[whole.index(torch.tensor(2.0).numpy().tobytes() * 10) + 500] ^= 1  # one bit of one weight
-    (tmp_path / 'iter_2.pth').write_bytes(whole)
-    (tmp_path / 'iter_1.pth').write_bytes(b'')
-    os.utime(tmp_path / 'iter_1.pth', (1, 1))
-    os.utime(tmp_path / 'iter_2.pth', (2, 2))
-    assert newest_checkpoint(tmp_path, warnings.append).name == 'iter_0.pth'
-    assert 'iter_2.pth is damaged' in warnings[0] and 'checksum' in warnings[0] and 'iter_1.pth' in warnings[1]
-    (tmp_path / 'iter_0.pth').write_bytes(b'PK')
-    with pytest.raises(ValueError, match='none of the 3 checkpoints .* move them away'):
+    paths[2].write_bytes(whole)
+    paths[1].write_bytes(b'')
+    assert newest_checkpoint(tmp_path, warnings.append) == paths[0]
+    assert 'iter_1.pth is damaged' in warnings[0]
+    assert 'iter_2.pth is damaged' in warnings[1] and 'checksum' in warnings[1]
+    paths[0].write_bytes(b'PK')
+    with pytest.raises(ValueError, match=r'none of the 3 checkpoints .*iter_0.pth is damaged .* move them away'):
         newest_checkpoint(tmp_path, warnings.append)
+
+
+def test_where_a_run_stood_is_read_without_its_tensors(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / 'iter_4.pth', 4, 1)
+    mapped, load = [], torch.load
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: (
+        mapped.append(torch.utils.serialization.config.load.mmap), load(*args, **kwargs))[1])
+    assert standing_of(path) == ('20260102_030100', 4, False)
+    assert mapped == [True] and not torch.utils.serialization.config.load.mmap
 
 
 def test_nothing_to_resume_starts_at_the_beginning(scenes, sharp_pretrained, tmp_path, whole_runs):

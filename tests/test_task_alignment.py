@@ -338,7 +338,7 @@ def test_frozen_parts_answer_as_the_teachers(aligned):
 
 def test_compiled_backbone_is_not_compiled_in_the_teacher_that_hooks_read(aligned):
     def compiled(model: torch.nn.Module) -> bool:
-        return model.frozen['teacher'].backbone.compile_blocks
+        return bool(model.frozen['teacher'].backbone.compile_mode)
 
     assert compiled(aligned('linear', init=False, vit=dict(compile=True)))
     assert not compiled(aligned('linear', init=False, vit=dict(compile=True), attention_weight=1.0))

@@ -25,6 +25,7 @@ from adala_mm.registry import ATTENTIONS
 ATTENTIONS.import_from_location()
 KINDS = sorted(ATTENTIONS.module_dict)
 SOME = ('LinearAttention', 'RALAAttention', 'HedgehogAttention')
+UNPACKED = dict(type='adala_mm.LinearAttention', center_keys=True, dwconv=3)  # q, k and v one by one
 TRACED, BATCH = SIZES[1], 3  # (24, 40) pixels, traced with two images
 HOLD_FOR_ONE_SIZE = ('NystromformerAttention', 'ViGAttention')
 every_kind = pytest.mark.parametrize('kind', KINDS)
@@ -32,9 +33,10 @@ some_kinds = pytest.mark.parametrize('kind', SOME)
 pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
 
 
-def linear_vit(kind: str, **changes) -> nn.Module:
+def linear_vit(kind: str | dict, **changes) -> nn.Module:
     """A timm ViT of one block, in float64, with weights that make every part of the attention visible."""
-    model = linearize(awaken(timm_vit('dinov2_reg4', depth=1, **changes)), attention(kind))
+    model = linearize(awaken(timm_vit('dinov2_reg4', depth=1, **changes)),
+                      attention(kind) if isinstance(kind, str) else kind)
     for module in model.modules():
         for parameter in module.parameters() if isinstance(module, Attention) else ():
             nn.init.normal_(parameter, std=0.2)
@@ -219,7 +221,7 @@ def test_functional_call_of_an_ensemble(kind):
         close(output, functional_call(model, {name: value[i] for name, value in weights.items()}, (image,)))
 
 
-@some_kinds
+@pytest.mark.parametrize('kind', [*SOME, UNPACKED], ids=str)
 def test_derivatives_by_torch_func(kind):
     """Against autograd, and second derivatives against differences of first ones."""
     model, image, direction = linear_vit(kind), images(), images()
@@ -238,11 +240,28 @@ def test_derivatives_by_torch_func(kind):
     torch.testing.assert_close(second, slope, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives_by_autograd_are_refused():
-    model, image = linear_vit('LinearAttention'), images().requires_grad_()
+@pytest.mark.parametrize('kind', [*SOME, UNPACKED], ids=str)
+def test_second_derivatives_by_autograd(kind):
+    model, direction = linear_vit(kind), images()
+    image = images().requires_grad_()
+    wanted = jvp(grad(energy(model)), (image.detach(),), (direction,))[1]
     first, = torch.autograd.grad(energy(model)(image), image, create_graph=True)
-    with pytest.raises(RuntimeError, match='no autograd formula was registered'):
-        first.sum().backward()
+    close(torch.autograd.grad((first * direction).sum(), image)[0], wanted)
+
+
+@every_kind
+def test_forward_mode_is_right_or_refused(kind):
+    """A tangent is never lost in silence. PyTorch has none of its softmax attention, and says so."""
+    model, image, direction = linear_vit(kind), images(), images()
+    leaf = image.clone().requires_grad_()
+    row, = torch.autograd.grad(energy(model)(leaf), leaf)
+    with torch.no_grad(), forward_ad.dual_level():
+        try:
+            output = energy(model)(forward_ad.make_dual(image, direction))
+        except NotImplementedError as error:
+            assert 'Trying to use forward AD with _scaled_dot_product' in str(error)
+            return
+        close(forward_ad.unpack_dual(output).tangent, (row * direction).sum())
 
 
 def test_no_warning_of_ours_in_a_trace():

@@ -33,7 +33,25 @@ ROOT = Path(__file__).resolve().parents[1]
 ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
 PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
-         'docs/approximations.md']
+         'docs/approximations.md', 'docs/reproducibility.md']
+
+
+def faults() -> str:
+    """What tests/faults.py saw; its pairs of features as a square."""
+    data = json.loads((ROOT / 'docs/results/faults.json').read_text())
+    pairs = {tuple(fault.split(' x ')): seen for fault, _, seen in data['rows'] if len(fault.split(' x ')) == 2
+             and seen.startswith('equal after ')}
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    square = [[one, *(str(pairs[key].count(' in ')) if (key := (one, two)) in pairs else '' for two in names)]
+              for one in names]
+    others = [row for row in data['rows'] if tuple(row[0].split(' x ')) not in pairs]
+    m = data['machine']
+    return '\n\n'.join([
+        markdown_table(['fault', 'expected', 'seen'], others),
+        'SIGKILL and SIGTERM, each in training, in validation and while a checkpoint is written: how many of the six a '
+        'run with both features was resumed from bitwise.',
+        markdown_table(['', *names], square), f'{m["cores"]} cores ({m["cpu"]}), torch {m["torch"]}, '
+        f'commit {m["commit"]}.'])
 
 
 def demo() -> str:
@@ -279,7 +297,8 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, gpu_paths=gpu_paths, frontier=frontier, costs=costs, downloads=downloads,
+TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, frontier=frontier, costs=costs,
+              downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               agreement=agreement,

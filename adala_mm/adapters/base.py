@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
 from adala_mm.models.attentions.marks import add_mark, last_of, options_of
@@ -23,7 +24,9 @@ class Layout:
     """Where the tokens of the image in hand lie: one per model, shared by its adapters.
 
     A forward hook on the convolution that cuts the patches, which sees the grid (h, w) whichever method of the model
-    is called, padded or not. The last image counts, so one model must not run in two threads at a time.
+    is called, padded or not. The last image counts, so one model must not run in two threads at a time. Activation
+    checkpointing repeats a block in the backward pass, when that may be another image: the grid is then the one that
+    the block's tokens have had before (`enter`).
 
     Args:
         num_prefix: number of class and register tokens.
@@ -32,19 +35,73 @@ class Layout:
     def __init__(self, num_prefix: int) -> None:
         self.num_prefix = num_prefix
         self.hw: tuple[int, int] | None = None
+        self.kept: dict[tuple[StorageWeakRef, int], tuple[int, int]] = {}  # grids of tokens that are still there
+        self.repeated: tuple[int, int] | None = None  # of the block that is being repeated
+
+    def __reduce__(self):
+        return Layout, (self.num_prefix,), {'hw': self.hw}
 
     def __call__(self, conv: nn.Module, args: tuple, output: Tensor) -> None:
         self.hw = tuple(output.shape[-2:])
+        self.kept = {place: hw for place, hw in self.kept.items() if not place[0].expired()}
+
+    def enter(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook of each block. Checkpointing keeps its tokens, and gives them back as another tensor."""
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if x is None or not is_eager():
+            return
+        try:
+            place = StorageWeakRef(x.untyped_storage()), x.storage_offset()
+        except (NotImplementedError, RuntimeError):  # those of torch.func have none
+            return
+        if in_backward():
+            self.repeated = self.kept.get(place)
+        else:
+            self.kept[place] = self.hw
 
     def of(self, x: Tensor) -> tuple[tuple[int, int], int]:
         """Patch grid and number of prefix tokens of x (B, N, C), or a ValueError if they do not give N."""
         if torch.jit.is_tracing():  # sizes are symbols there, and a comparison would only raise a warning
             return self.hw, self.num_prefix
-        if self.hw is None or x.shape[1] != self.num_prefix + self.hw[0] * self.hw[1]:
+        if is_eager() and in_backward():
+            return self.again(x.shape[1]), self.num_prefix
+        if not self.fits(self.hw, x.shape[1]):
             raise ValueError(f'{x.shape[1]} tokens, where the patch embedding has announced a grid of {self.hw}, and '
                              f'{self.num_prefix} class and register tokens: linearized attentions need all patches (no '
                              'patch dropout), from the patch embedding of their own model')
         return self.hw, self.num_prefix
+
+    def fits(self, hw: tuple[int, int] | None, tokens: int) -> bool:
+        return hw is not None and tokens == self.num_prefix + hw[0] * hw[1]
+
+    def again(self, tokens: int) -> tuple[int, int]:
+        """The grid of a block that is repeated in the backward pass.
+
+        Raises:
+            ValueError: if the block's own call is not repeated, and grids differ that have so many tokens.
+        """
+        known, self.repeated = self.repeated, None
+        if self.fits(known, tokens):
+            return known
+        grids = sorted({hw for place, hw in self.kept.items() if self.fits(hw, tokens) and not place[0].expired()}
+                       | ({self.hw} if self.fits(self.hw, tokens) else set()))
+        if len(grids) != 1:
+            raise ValueError(f'activation checkpointing repeats a block of {tokens} tokens, of images with '
+                             f'{" or ".join(f"{h} x {w}" for h, w in grids) or "an unknown grid of"} patches: which '
+                             'ones it does not say. Let it repeat the call of each block alone (set_grad_checkpointing '
+                             'of timm, gradient_checkpointing_enable of transformers, checkpoint_wrapper of torch), or '
+                             'go backward after each size of images')
+        return grids[0]
+
+
+def is_eager() -> bool:
+    """Whether modules are just called: compilers and exporters take grids for constants, and repeat nothing."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def in_backward() -> bool:
+    """Whether autograd is running, as torch.utils.checkpoint asks it."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Packed:

@@ -167,6 +167,8 @@ class Family:
         """Hooks by which the layers know with what the model has been called."""
         if self.patches is not None:
             vit.get_submodule(self.patches).register_forward_hook(layout)
+            for block in self.blocks_of(vit):
+                block.register_forward_pre_hook(layout.enter, with_kwargs=True)
         if self.adapter is Transformers:
             vit.register_forward_pre_hook(refuse_weights, with_kwargs=True)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from adala_mm.models.attentions import Attention
 from adala_mm.models.attentions.base import centred
 from adala_mm.models.attentions.linear import LinearAttention
-from adala_mm.ops.linear_attention import FEATURE_MAPS
+from adala_mm.ops import FEATURE_MAPS
 
 QUERIES = 256  # whose weights on all keys are in memory at a time
 

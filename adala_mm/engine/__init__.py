@@ -9,6 +9,7 @@ from adala_mm.engine.exact_resume import ExactResumeHook
 from adala_mm.engine.label_check import LabelCheckHook
 from adala_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from adala_mm.engine.non_finite import NonFiniteHook
+from adala_mm.engine.pending_gradients import PendingGradientsHook
 from adala_mm.engine.preemption import PreemptionHook
 from adala_mm.engine.progressive_resolution import ProgressiveResolutionHook
 from adala_mm.engine.provenance import ProvenanceHook
@@ -20,5 +21,5 @@ from adala_mm.engine.weights_check import WeightsCheckHook
 
 __all__ = ['CPUAmpOptimWrapper', 'CalibrationLoop', 'ConfigCheckHook', 'CorruptImagesHook', 'DeadLossHook',
            'EarlyStoppingHook', 'ExactResumeHook', 'LabelCheckHook', 'LayerDecayOptimWrapperConstructor',
-           'NonFiniteHook', 'PreemptionHook', 'ProgressiveResolutionHook', 'ProvenanceHook', 'RedrawFeaturesHook',
-           'ShardedRunner', 'TeacherDriftHook', 'ValBeforeTrainHook', 'WeightsCheckHook']
+           'NonFiniteHook', 'PendingGradientsHook', 'PreemptionHook', 'ProgressiveResolutionHook', 'ProvenanceHook',
+           'RedrawFeaturesHook', 'ShardedRunner', 'TeacherDriftHook', 'ValBeforeTrainHook', 'WeightsCheckHook']

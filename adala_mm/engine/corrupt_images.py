@@ -3,16 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmengine.dist import all_gather_object, is_main_process
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from adala_mm.engine.gathering import GatheringHook
 from adala_mm.registry import HOOKS
 
 FEW = 1000  # draws after which a share of them means something
 
 
 @HOOKS.register_module()
-class CorruptImagesHook(Hook):
+class CorruptImagesHook(GatheringHook):
     """Counts and lists the images that `adala_mm.ImageFiles` could not read, and stops a run that has too many.
 
     Each is listed once, with what is wrong with it, in ``corrupt_images.txt`` in the work dir. A line in the log tells
@@ -36,6 +36,7 @@ class CorruptImagesHook(Hook):
         self.max_corrupt, self.interval = max_corrupt, interval
         self.drawn = self.replaced = 0  # samples, in all processes
         self.new: list[dict[str, str]] = []  # a note per sample drawn by this process since the last look
+        self.before_validation: dict[str, int] | None = None  # what is saved while it lasts: it is done again
         self.listed: dict[str, str] = {}
 
     def before_run(self, runner: Runner) -> None:
@@ -49,7 +50,14 @@ class CorruptImagesHook(Hook):
             self.drawn, self.replaced = (checkpoint['corrupt_images'][key] for key in ('drawn', 'replaced'))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint['corrupt_images'] = dict(drawn=self.drawn, replaced=self.replaced)
+        checkpoint['corrupt_images'] = self.before_validation or self.counts()
+
+    def counts(self) -> dict[str, int]:
+        return dict(drawn=self.drawn, replaced=self.replaced)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self.gather(runner)
+        self.before_validation = self.counts()
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: object = None,
                     mode: str = 'train') -> None:
@@ -59,17 +67,18 @@ class CorruptImagesHook(Hook):
         for sample in samples if isinstance(samples, (list, tuple)) else []:
             self.new.append(sample.get('corrupt', {}))
         if self.every_n_inner_iters(batch_idx, self.interval):
-            self.look(runner)
+            self.gather(runner)
 
     def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
-        self.look(runner)
+        self.before_validation = None
+        self.gather(runner)
         if self.replaced:
             runner.logger.warning(self.summary())
 
     def after_train(self, runner: Runner) -> None:  # in iteration-based runs no epoch ends
         self._after_epoch(runner)
 
-    def look(self, runner: Runner) -> None:
+    def gather(self, runner: Runner) -> None:
         """Adds up what all processes have drawn since the last look; all must call it at the same time."""
         new = {}
         for drawn, notes in all_gather_object((len(self.new), [note for note in self.new if note])):

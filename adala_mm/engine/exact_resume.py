@@ -4,14 +4,16 @@ import functools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.utils.serialization
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, IterableDataset, Sampler
 
 from adala_mm.engine.calibration_loop import CalibrationLoop
+from adala_mm.engine.data_position import KEY, DataPosition
 from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import PART
 from adala_mm.utils.checkpoint import load_checkpoint
@@ -30,8 +32,8 @@ class ExactResumeHook(Hook):
 
     On resume
 
-    - the newest whole checkpoint is taken: a torn one, and what a killed process had half written, is passed over with
-      a message;
+    - the newest whole checkpoint is taken, by what the files say of themselves: a torn one, and what a killed process
+      had half written, is passed over with a message;
     - the sampler starts at the next sample, also inside an epoch, without reading what was seen;
     - a validation that was due when the checkpoint was written, and may have been lost, is done (again) first.
 
@@ -40,6 +42,9 @@ class ExactResumeHook(Hook):
     Raises:
         ValueError: if no checkpoint of a work dir can be read.
     """
+
+    saved: dict[str, int] | None = None  # of the checkpoint that was loaded
+    position: DataPosition | None = None  # of this run; a stream of samples has none
 
     priority = 'LOWEST'  # a step's seed is set after every other hook, a due validation done when they are ready
 
@@ -57,6 +62,13 @@ class ExactResumeHook(Hook):
             else:
                 runner._load_from = str(found[0])
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.saved = checkpoint.get('meta', {}).get(KEY)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.position is not None:
+            checkpoint['meta'][KEY] = self.position.entry(checkpoint['meta']['iter'])
+
     def before_train(self, runner: Runner) -> None:
         loop, loader = runner.train_loop, runner.train_dataloader
         if isinstance(loader.dataset, IterableDataset):
@@ -65,24 +77,26 @@ class ExactResumeHook(Hook):
         batches = loader.batch_sampler
         if not runner._randomness_cfg.get('diff_rank_seed') and hasattr(batches.sampler, 'seed'):
             batches.sampler.seed = runner.seed  # that of the checkpoint, where the config has none
-        batches.sampler = stream = PositionedSampler(batches.sampler, loader)
+        self.position = position = DataPosition(runner, self.saved if runner.iter else None)
+        for note in position.notes:
+            runner.logger.warning(note)
+        batches.sampler = stream = PositionedSampler(batches.sampler)
         loader.dataset.__getitems__ = functools.partial(draw_samples, loader.dataset, runner.seed)
         if runner.iter == 0:
             return
         if isinstance(loop, EpochBasedTrainLoop):
-            seen = runner.iter - runner.epoch * len(loader)
-            if seen and type(batches) is not BatchSampler:
-                runner.logger.warning(f'{type(batches).__name__} deals out batches in its own way: this epoch starts '
-                                      'anew')
-            elif seen:
-                stream.start = seen * batches.batch_size
-                count_from(loop, seen)
+            stream.start = position.start
+            count_from(loop, position.batch)
+            last = runner.iter + (loop.max_epochs - runner.epoch) * len(loader) - position.batch
+            if last != loop.max_iters:
+                loop._max_iters = last
+                runner.optim_wrapper.initialize_count_status(runner.model, runner.iter, last)
         elif isinstance(loop, CalibrationLoop):
             pass  # it reads its images anew
-        elif isinstance(loop, IterBasedTrainLoop):  # it calls skip itself, of whichever of the two samplers has it
-            loop.dataloader_iterator._epoch = runner.iter // len(loader)
-            stream.start = runner.iter * batches.batch_size
-        if validation_is_due(runner):
+        elif isinstance(loop, IterBasedTrainLoop) and type(batches) is BatchSampler:
+            loop.dataloader_iterator.skip_iter = lambda iterations: stream.skip_to(position.begin.epoch, position.start)
+            loop.dataloader_iterator._epoch = position.begin.epoch
+        if validation_is_due(runner, position):
             runner.logger.info('Validation that was due when the checkpoint was written:')
             runner.val_loop.run()
 
@@ -99,9 +113,8 @@ class Position(int):
 class PositionedSampler(Sampler):
     """What another sampler yields, as `Position`; can start anywhere in it."""
 
-    def __init__(self, sampler: Sampler, loader: DataLoader) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
-        self.batches, self.batch_size = len(loader), loader.batch_sampler.batch_size
         self.start = 0
 
     def __iter__(self) -> Iterator[Position]:
@@ -120,11 +133,12 @@ class PositionedSampler(Sampler):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)  # its data set and its set_epoch, which batch samplers and hooks ask for
 
-    def skip(self, num_samples: int) -> None:
-        """Called by MMEngine's iteration-based loop when it resumes, if the other sampler has no ``skip``."""
-        epoch, seen = divmod(num_samples // self.batch_size, self.batches)
-        self.sampler.set_epoch(epoch)
-        self.start = seen * self.batch_size
+    def skip_to(self, epoch: int, start: int) -> None:
+        if hasattr(self.sampler, 'skip'):
+            self.sampler.skip(start)
+        else:
+            self.sampler.set_epoch(epoch)
+        self.start = start
 
 
 def draw_samples(dataset: Any, seed: int, positions: list[Position]) -> list:
@@ -142,21 +156,31 @@ def count_from(loop: EpochBasedTrainLoop, seen: int) -> None:
     loop.run_iter = lambda idx, batch: run_iter(idx + seen if loop.epoch == epoch else idx, batch)
 
 
-def validation_is_due(runner: Runner) -> bool:
+def validation_is_due(runner: Runner, position: DataPosition) -> bool:
     """Whether an uninterrupted run would validate now, between two steps; a checkpoint is written before that."""
     loop = runner.train_loop
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
-    if runner.val_loop is None or (by_epoch and runner.iter != runner.epoch * len(runner.train_dataloader)):
+    if runner.val_loop is None or (by_epoch and position.begin.seen):
         return False
     loop._decide_current_val_interval()
     done, end = (runner.epoch, loop.max_epochs) if by_epoch else (runner.iter, loop.max_iters)
     return done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
 
 
+class Standing(NamedTuple):
+    """Where a run stood when a checkpoint was written, as the file itself says: copying changes none of it."""
+
+    time: str  # %Y%m%d_%H%M%S, local
+    iter: int
+    in_validation: bool  # a best one; what validation changes, such as the patience of early stopping, has changed
+
+
 def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
     """The newest checkpoint of a run that can be read from end to end, or None if there is no checkpoint at all.
 
-    Half-written files are deleted. ``warn`` is called with a line for each file that is passed over.
+    It is the one that was written last by its own account, whatever it is called. One of the best, which is written
+    after the validation that follows a checkpoint, comes after that. Half-written files are deleted. ``warn`` is called
+    with a line for each file that is passed over.
 
     Raises:
         ValueError: if there are checkpoints, and none of them can be read.
@@ -164,16 +188,48 @@ def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
     for part in work_dir.glob(f'*.pth{PART}'):
         warn(f'deleted {part}: a process was stopped while it wrote it')
         part.unlink()
-    found = sorted((path for pattern in ('epoch_*.pth', 'iter_*.pth', 'preempted.pth')
-                    for path in work_dir.glob(pattern)), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in found:
+    found, problems = {}, []
+    for path in sorted(work_dir.glob('*.pth')):
+        try:
+            if (standing := standing_of(path)) is not None:
+                found[path] = standing
+        except (OSError, ValueError) as error:
+            problems.append(f'{path} is damaged ({str(error).splitlines()[0]})')
+            warn(f'{problems[-1]}: taking another one')
+    times = {standing.iter: standing.time for standing in found.values() if not standing.in_validation}
+
+    def order(path: Path) -> tuple:
+        time, steps, in_validation = found[path]
+        return (times.get(steps, time) if in_validation else time), steps, not in_validation
+
+    for path in sorted(found, key=order, reverse=True):
         if (problem := damage(path)) is None:
+            for other in (other for other in found if found[other].iter > found[path].iter):
+                warn(f'{other} stands at iteration {found[other].iter}, further than {path.name} at '
+                     f'{found[path].iter}, but was written before: it is taken for one of an earlier run. To go on '
+                     f'from it instead: --resume {other}')
             return path
-        warn(f'{path} is damaged ({problem}): taking the one before it')
-    if found:
-        raise ValueError(f'none of the {len(found)} checkpoints in {work_dir} can be read, the newest being '
-                         f'{found[0].name}: move them away to start at the beginning')
+        problems.append(f'{path} is damaged ({problem})')
+        warn(f'{problems[-1]}: taking the one before it')
+        del found[path]
+    if problems:
+        raise ValueError(f'none of the {len(problems)} checkpoints in {work_dir} can be read ({"; ".join(problems)}): '
+                         'move them away to start at the beginning')
     return None
+
+
+def standing_of(path: Path) -> Standing | None:
+    """Where a run stood; None for a file of another kind, such as weights alone. Tensors are not read.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    with torch.utils.serialization.config.patch('load.mmap', zipfile.is_zipfile(path)):
+        state = load_checkpoint(path)
+    meta = state.get('meta') if isinstance(state, dict) else None
+    if not isinstance(meta, dict) or not isinstance(meta.get('iter'), int):
+        return None
+    return Standing(str(meta.get('time', '')), meta['iter'], path.name.startswith('best_'))
 
 
 def damage(path: Path) -> str | None:

@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from adala_mm.engine.ema import leave_validation
+from adala_mm.engine.gathering import GatheringHook
 from adala_mm.registry import HOOKS
 
 FILE = 'preempted.pth'
@@ -21,9 +22,8 @@ FILE = 'preempted.pth'
 class PreemptionHook(Hook):
     """SIGTERM, with which clusters announce the end of a job, saves a checkpoint and ends the run: nothing is lost.
 
-    The checkpoint, ``preempted.pth`` in the work dir, is what ``--resume`` takes up, in the middle of an epoch or of a
-    validation too. Processes agree on the iteration after which they stop, in training a multiple of accumulation
-    steps.
+    The checkpoint, ``preempted.pth`` in the work dir, is what ``--resume`` takes up, in the middle of an epoch, an
+    accumulation or a validation too. Processes agree on the iteration after which they stop.
 
     Args:
         signals: names of the signals; ``SIGUSR1`` suits ``sbatch --signal=USR1@120``.
@@ -58,9 +58,7 @@ class PreemptionHook(Hook):
         self.received = number
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        done, accumulated = runner.iter + 1, getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        if done % accumulated == 0:  # else gradients that are being summed up would be lost
-            self.leave_if_told(runner, done, done // accumulated)
+        self.leave_if_told(runner, runner.iter + 1, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.leave_if_told(runner, runner.iter, batch_idx + 1, validating=True)
@@ -81,6 +79,9 @@ class PreemptionHook(Hook):
     def save_and_leave(self, runner: Runner, done: int) -> None:
         name = signal.Signals(self.received).name
         runner.logger.warning(f'{name}: saving {FILE} after iteration {done}, then leaving; continue with --resume')
+        for hook in runner.hooks:
+            if isinstance(hook, GatheringHook):
+                hook.gather(runner)
         runner.save_checkpoint(runner.work_dir, FILE, meta=dict(epoch=runner.epoch, iter=done), by_epoch=False)
         barrier()
         raise SystemExit(128 + self.received)

@@ -22,7 +22,7 @@ def exporting() -> bool:
 
 def transformed() -> bool:
     """Whether ``torch.func`` (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def same_grid(hw: Sequence[int], stored: Sequence[int]) -> bool:

@@ -1,75 +1,11 @@
-"""Vanilla linear attention (Katharopoulos et al. 2020; ViT-AdaLA eq. 2) and its feature maps (ViT-AdaLA A.3)."""
+"""Vanilla linear attention (Katharopoulos et al. 2020; ViT-AdaLA eq. 2): the fastest way that fits."""
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from adala_mm.ops import cpu_linear_attention
 from adala_mm.ops import fused_linear_attention as fused
-from adala_mm.ops.exporting import exporting
-from adala_mm.ops.precision import in_float32
-
-Features = tuple[Tensor, Tensor]
-
-
-def elu1(x: Tensor) -> Tensor:
-    """``elu(x) + 1``: x + 1 where x is positive, exp(x) elsewhere."""
-    # The branch not taken is kept finite: exp of a large x would turn its zero gradient into 0 * inf = NaN.
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
-
-
-def shifted_exp(q: Tensor, k: Tensor) -> Features:
-    """exp(q), exp(k) up to factors that cancel between numerator and denominator.
-
-    A factor exp(-c_d) on feature d of all keys is undone by exp(c_d) on that feature of the queries, and a common
-    factor of one query cancels by itself. With c_d the largest key the denominator is at least 1: nothing can
-    overflow or underflow, whatever the size of q and k.
-    """
-    peak = k.detach().amax(dim=-2, keepdim=True)
-    q = q + peak
-    return torch.exp(q - q.detach().amax(dim=-1, keepdim=True)), torch.exp(k - peak)
-
-
-FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor], Features]] = {
-    'elu1': lambda q, k: (elu1(q), elu1(k)),
-    'relu': lambda q, k: (F.relu(q), F.relu(k)),
-    'softplus': lambda q, k: (F.softplus(q), F.softplus(k)),
-    'softmax': lambda q, k: (q.softmax(dim=-1), k.softmax(dim=-1)),
-    'exp': shifted_exp,
-    'identity': lambda q, k: (q, k),  # of features that are there already, whose products must not be negative
-}
-
-
-def weighted_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_j (q_i·k_j) v_j`` and ``sum_j q_i·k_j`` for features q and k, in the cheaper of two orders.
-
-    What kernel attentions have in common; how they divide the one by the other is what they differ in. ``q (k^T v)``
-    takes (Nq + Nk) F D multiply-adds, ``(q k^T) v`` takes Nq Nk (F + D): less if there are fewer tokens than channels
-    (N < D if F = D), as in a window. In an exported graph, whose N is open, it is always the former.
-
-    Args:
-        q, k: features (B, H, N, F).
-        v: (B, H, N, D), as many as k.
-
-    Returns:
-        (B, H, N, D) and (B, H, N, 1), as many as q.
-    """
-    (nq, f), (nk, d) = q.shape[-2:], v.shape[-2:]
-    if not exporting() and nq * nk * (f + d) < (nq + nk) * f * d:
-        scores = q @ k.transpose(-2, -1)  # (B, H, Nq, Nk)
-        return scores @ v, scores.sum(dim=-1, keepdim=True)
-    return q @ (k.transpose(-2, -1) @ v), q @ k.sum(dim=-2).unsqueeze(-1)
-
-
-@in_float32
-def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
-                               eps: float = 1e-6) -> Tensor:
-    """`linear_attention` in plain PyTorch, for any device, dtype and feature map, differentiable by autograd."""
-    total, weight = weighted_sums(*FEATURE_MAPS[feature_map](q, k), v)
-    return total / (weight + eps)
+from adala_mm.ops.plain_linear_attention import check_feature_map, linear_attention_reference
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1', eps: float = 1e-6) -> Tensor:
@@ -97,7 +33,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = 'elu1',
     """
     check_feature_map(feature_map)
     if fused.supports(q, feature_map, k, v) and not _few_tokens(q.device, q.shape[2], k.shape[2], q.shape[-1]):
-        return fused.fused(q, k, v, feature_map, eps)[0]
+        return fused.attend(feature_map, eps, q, k, v)
     return linear_attention_reference(q, k, v, feature_map, eps)
 
 
@@ -112,18 +48,10 @@ def linear_attention_packed(qkv: Tensor, feature_map: str = 'elu1', eps: float =
     """
     check_feature_map(feature_map)
     if fused.supports(qkv, feature_map) and not _few_tokens(qkv.device, qkv.shape[1], qkv.shape[1], qkv.shape[-1]):
-        if fused.needs_no_operator(qkv):
-            parts = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            return cpu_linear_attention.forward(*parts, feature_map, eps)[0].transpose(1, 2)
-        return fused.packed(qkv, feature_map, eps)[0]
+        return fused.attend(feature_map, eps, qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return linear_attention_reference(q, k, v, feature_map, eps).transpose(1, 2)
 
 
 def _few_tokens(device: torch.device, nq: int, nk: int, d: int) -> bool:
     return device.type == 'cpu' and nq * nk * 2 < (nq + nk) * d
-
-
-def check_feature_map(feature_map: str) -> None:
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f'unknown feature_map {feature_map!r}; choose one of {", ".join(FEATURE_MAPS)}')

@@ -1,7 +1,6 @@
 """Checks of the data: folders, counts, images, labels, classes, and the first batch."""
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from adala_mm.datasets import ImageFiles
+from adala_mm.datasets.folders import walk
 from adala_mm.datasets.image_index import OTHERS, is_image, kind_of, passed_over
 from adala_mm.engine import LabelCheckHook
 from adala_mm.preflight.images import label_loader
@@ -75,7 +75,7 @@ def not_taken(dataset: Any) -> list[str]:
         return []
     infos = map(dataset.get_data_info, range(len(dataset)))
     taken = {Path(info[key]) for info in infos for key in ('img_path', 'seg_map_path') if info.get(key)}
-    found = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names
+    found = (Path(folder, place, name) for place, _, names, _ in walk(folder) for name in names
              if is_image(name, OTHERS))
     return passed_over(folder, Counter(kind_of(path.name) for path in found if path not in taken))
 

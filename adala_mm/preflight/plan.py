@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from adala_mm.models.backbones.vit import compile_mode
 from adala_mm.preflight.images import Look, scan
 from adala_mm.preflight.report import Skipped, one_line
 from adala_mm.utils.cli import absent_data
@@ -177,7 +178,7 @@ def eager(model: Any) -> Any:
     for value in model.values() if isinstance(model, dict) else model if isinstance(model, (list, tuple)) else ():
         eager(value)
     if isinstance(model, dict) and model.get('type') == 'adala_mm.AdaLAViT':
-        model.pop('compile', None)
+        compile_mode(model.pop('compile', False))  # a wrong one is told all the same
     return model
 
 

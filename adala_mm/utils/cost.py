@@ -24,19 +24,13 @@ def convolution_backward_flops(
     return 2 * grad_output[0] * positions * math.prod(weight) * (output_mask[0] + output_mask[1])
 
 
-def baddbmm_flops(input: torch.Size, batch1: torch.Size, batch2: torch.Size, **_: object) -> int:
-    """FLOPs of ``aten.baddbmm_``, whose parameters these are, tensors being their shapes."""
-    return 2 * math.prod(batch1) * batch2[-1]
-
-
 def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> int:
     """Multiply-adds of the matrix products (and convolutions) that ``function`` runs.
 
     Counted by PyTorch as operators are dispatched, with softmax attention taken apart: of its fused kernels the
     counter knows CUDA's only.
     """
-    # The counter does not know products in place, which linear attention takes without gradients.
-    own = {torch.ops.aten.convolution_backward: convolution_backward_flops, torch.ops.aten.baddbmm_: baddbmm_flops}
+    own = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     # With gradients on, fused attention is one operator, whose cost is known, and not the calls that it consists of.
     with (FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH),
           torch.enable_grad()):

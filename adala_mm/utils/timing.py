@@ -60,6 +60,22 @@ def gpu_timer(device: torch.device) -> Timer:
     return seconds
 
 
+def cuda_graph(function: Call) -> Call:
+    """The launches of ``function``, recorded once and replayed, without what Python and PyTorch do on the way.
+
+    A replay reads inputs where they were, and writes results where it wrote them before.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # kernels are compiled and loaded, libraries get their workspaces
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def take_turns(functions: dict[str, Call], timer: Timer, seconds: float, least: int = 5,
                most: int = 50) -> dict[str, float]:
     """Median seconds of each function. All take turns, in the reverse order every other round.

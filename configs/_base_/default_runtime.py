@@ -26,6 +26,7 @@ default_hooks = dict(
     labels=dict(type='adala_mm.LabelCheckHook'),
     weights=dict(type='adala_mm.WeightsCheckHook'),
     corrupt=dict(type='adala_mm.CorruptImagesHook'),
+    pending=dict(type='adala_mm.PendingGradientsHook'),
     preemption=dict(type='adala_mm.PreemptionHook'),
     resume=dict(type='adala_mm.ExactResumeHook'),
     provenance=dict(type='adala_mm.ProvenanceHook'),

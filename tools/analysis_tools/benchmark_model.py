@@ -1,10 +1,11 @@
 """Speed and memory of whole ViTs at growing image sizes: softmax attention against linear or any other one.
 
     python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all] [--dtype fp32 bf16]
-        [--compile] [--best-batch]
+        [--compile [MODE ...]] [--cuda-graph] [--best-batch]
 
 Random weights, patch 16, batch 1 unless --best-batch is given. All attentions of a size take turns; times are what one
-waits for, launches included. Writes JSON, and says where linear attention begins to be faster.
+waits for, launches included; with --cuda-graph also of the same launches recorded once and replayed. Writes JSON, and
+says where linear attention begins to be faster.
 """
 from __future__ import annotations
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.timing import (
     Allowance,
+    Call,
     Timer,
+    cuda_graph,
     default_device,
     failure,
     hardware,
@@ -39,8 +43,10 @@ QUICK_SIZES = [224, 512, 1024]
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 SOFTMAX = 'SoftmaxAttention'
 
+Model = tuple[AdaLAViT, bool]  # and whether its launches are recorded in a CUDA graph
 
-def build(arch: str, size: int, attention: str, compile: bool = False) -> AdaLAViT:
+
+def build(arch: str, size: int, attention: str, compile: bool | str = False) -> AdaLAViT:
     model = AdaLAViT(img_size=size, **ARCHS[arch], attention=dict(type=attention), compile=compile)
     return model.eval().requires_grad_(False)
 
@@ -53,6 +59,41 @@ def count(arch: str, size: int, attention: str) -> dict:
                 gmac=multiply_adds(lambda: model(image)) / 1e9)
 
 
+def compiled(modes: list[str] | None) -> dict[str, str | bool]:
+    """``compile`` of the ViTs that --compile asks for, by what is added to a row's name; first of all none."""
+    wanted = [] if modes is None else modes or ['default']
+    return {'': False} | {', compiled' if mode == 'default' else f', compiled ({mode})': mode for mode in wanted}
+
+
+def variants(args: argparse.Namespace) -> list[tuple[str, str | bool, bool]]:
+    """(what is added to a row's dtype, ``compile`` of the ViT, whether a CUDA graph is recorded)."""
+    found = []
+    for name, compile in compiled(args.compile).items():
+        found.append((name, compile, False))
+        if args.cuda_graph and compile not in CUDA_GRAPH_MODES:  # those have graphs of their own
+            found.append((f'{name}, CUDA graph', compile, True))
+    return found
+
+
+def add_compile_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument('--compile', nargs='*', choices=COMPILE_MODES, metavar='MODE',
+                        help=f'{what} in these modes, by default the first: {", ".join(COMPILE_MODES)}')
+
+
+def start(models: dict[str, Model], images: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
+    """Calls of the models that have been made once, by name; and what went wrong with each, if anything."""
+    calls = {}
+
+    def first_call(name: str) -> None:
+        model, graph = models[name]
+        call = functools.partial(model, images)
+        calls[name] = cuda_graph(call) if graph else call
+        calls[name]()
+
+    notes = {name: failure(functools.partial(first_call, name), images.device) for name in models}
+    return {name: call for name, call in calls.items() if not notes[name]}, notes
+
+
 @torch.no_grad()
 def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: torch.device,
             allowance: Allowance) -> list[dict]:
@@ -60,9 +101,9 @@ def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: 
     image = torch.randn(1, 3, size, size, device=device, dtype=DTYPES[dtype])
     timer, shared, models, rows = wall_timer(device), None, {}, {}
     torch.compiler.reset()
-    for compiled in (False, True) if args.compile else (False,):
+    for variant, compile, graph in variants(args):
         for attention in args.attentions:
-            mode = f'{dtype}, compiled' if compiled else dtype
+            mode = dtype + variant
             row = dict(arch=arch, size=size, mode=mode, attention=attention) | count(arch, size, attention)
             name = f'{arch} {mode} {attention}'
             rows[name] = row
@@ -70,19 +111,20 @@ def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: 
                 row['note'] = note
                 continue
             with torch.device(device):
-                model = build(arch, size, attention, compiled).to(DTYPES[dtype])
+                model = build(arch, size, attention, compile).to(DTYPES[dtype])
             shared = shared or model.state_dict()
             model.load_state_dict(shared, strict=False, assign=True)
-            if note := failure(functools.partial(model, image), device):
-                row['note'] = note
-            else:
-                models[name] = model
-    calls = {name: functools.partial(model, image) for name, model in models.items()}
+            models[name] = model, graph
+    calls, notes = start(models, image)
+    for name in notes.keys() - calls.keys():
+        rows[name]['note'] = notes[name]
+        del models[name]
     seconds = take_turns(calls, timer, args.seconds)
-    peaks = {name: peak_memory(call, device) for name, call in calls.items()}
+    # A graph holds what the calls hold that it recorded, and its replay asks for nothing.
+    peaks = {name: peak_memory(functools.partial(model, image), device) for name, (model, _) in models.items()}
     for name, own in seconds.items():
         allowance.learn(name, rows[name]['gmac'], own)
-        weights = sum(p.nbytes for p in models[name].parameters())
+        weights = sum(p.nbytes for p in models[name][0].parameters())
         softmax = seconds.get(f'{arch} {rows[name]["mode"]} {SOFTMAX}')
         rows[name].update(ms=1000 * own, softmax_ms=1000 * softmax if softmax else None,
                           mib=(weights + peaks[name]) / 2 ** 20)
@@ -94,16 +136,15 @@ def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: 
     return list(rows.values())
 
 
-def best_batches(models: dict[str, AdaLAViT], image: Tensor, seconds: dict[str, float], peaks: dict[str, int],
-                 timer: Timer, args: argparse.Namespace) -> dict[str, tuple[int, float]]:
+def best_batches(models: dict[str, Model], image: Tensor, seconds: dict[str, float],
+                 peaks: dict[str, int], timer: Timer, args: argparse.Namespace) -> dict[str, tuple[int, float]]:
     """Batch size and images/s: doubled until memory or patience ends, or images/s no longer rise by 2 %."""
     device, going, batch = image.device, list(models), 2
     best = {name: (1, 1 / own) for name, own in seconds.items()}
     while going:
         images = image.expand(batch, -1, -1, -1).contiguous()
-        calls = {name: functools.partial(models[name], images) for name in going
-                 if batch * peaks[name] < 0.9 * total_memory(device) and batch / best[name][1] < args.time_limit}
-        calls = {name: call for name, call in calls.items() if not failure(call, device)}
+        calls, _ = start({name: models[name] for name in going if batch * peaks[name] < 0.9 * total_memory(device)
+                          and batch / best[name][1] < args.time_limit}, images)
         rates = {name: batch / own for name, own in take_turns(calls, timer, args.seconds).items()}
         going = [name for name, rate in rates.items() if rate > 1.02 * best[name][1]]
         best.update({name: (batch, rates[name]) for name in going})
@@ -121,7 +162,8 @@ def main() -> None:
     parser.add_argument('--attentions', nargs='+', metavar='NAME', default=['LinearAttention'],
                         help='registered names to be measured with softmax attention, or all')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'])
-    parser.add_argument('--compile', action='store_true', help='compiled models too')
+    add_compile_option(parser, 'compiled models too,')
+    parser.add_argument('--cuda-graph', action='store_true', help='launches recorded in a CUDA graph, too')
     parser.add_argument('--best-batch', action='store_true', help='images/s at the best batch size too')
     parser.add_argument('--time-limit', type=float, default=20.0, help='skip what would take more seconds for one call')
     parser.add_argument('--seconds', type=float, help='of measurements for each size; 3, with --quick 1')
@@ -135,6 +177,9 @@ def main() -> None:
     # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))
     device, rows = default_device(), []
+    if args.cuda_graph and device.type != 'cuda':
+        print('--cuda-graph is left out: it needs a GPU', flush=True)
+        args.cuda_graph = False
     for arch in args.arch or (['S'] if args.quick else ARCHS):
         for dtype in args.dtype:
             allowance = Allowance(args.time_limit)

@@ -1,7 +1,7 @@
 """Speed and memory of training steps of stages 1 and 2, against a straightforward loop over two networks.
 
     python tools/analysis_tools/benchmark_training.py [--quick] [--arch B] [--size 512] [--batch 8] [--dtype fp32 bf16]
-        [--compile] [--depths 12 24] [--config configs/adala/stage1_dinov2l_coco.py --data-root DATA]
+        [--compile [MODE ...]] [--depths 12 24] [--config configs/adala/stage1_dinov2l_coco.py --data-root DATA]
 
 Synthetic images and random weights. The straightforward loop is PyTorch without tricks: two ViTs in eager float32,
 linear attention by its formula, and in stage 1 hooks that record what each block's attention reads and writes. All
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from benchmark_loader import make_loader, open_dataset
 from benchmark_loader import measure as measure_loader
-from benchmark_model import ARCHS
+from benchmark_model import ARCHS, add_compile_option, compiled
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,7 +100,7 @@ def two_networks(stage: int, vit: dict, init_cfg: dict, images: Tensor) -> Train
     return Training(step, [teacher, student], optimizer)
 
 
-def registered(stage: int, vit: dict, init_cfg: dict, images: Tensor, dtype: str, compile: bool) -> Training:
+def registered(stage: int, vit: dict, init_cfg: dict, images: Tensor, dtype: str, compile: bool | str) -> Training:
     """What tools/train.py runs for a config of this stage, with --amp if it is to be bf16."""
     backbone = dict(type='adala_mm.AdaLAViT', **vit, attention=LINEAR, init_cfg=init_cfg, compile=compile)
     kind = dict(type='adala_mm.AttentionAlignment') if stage == 1 else dict(
@@ -118,8 +118,8 @@ def registered(stage: int, vit: dict, init_cfg: dict, images: Tensor, dtype: str
 def versions(args: argparse.Namespace) -> dict[str, Callable[..., Training]]:
     """By name, functions of a stage, a ViT, its weights and images. The baseline comes first."""
     return {BASELINE: two_networks} | {
-        f'ours, {dtype}' + compiled * ', compiled': functools.partial(registered, dtype=dtype, compile=compiled)
-        for compiled in ((False, True) if args.compile else (False,)) for dtype in args.dtype}
+        f'ours, {dtype}{name}': functools.partial(registered, dtype=dtype, compile=compile)
+        for name, compile in compiled(args.compile).items() for dtype in args.dtype}
 
 
 def save_weights(vit: dict, folder: str) -> dict:
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, help='8, with --quick 2')
     parser.add_argument('--dtype', nargs='+', choices=['fp32', 'bf16'], default=['fp32'],
                         help='of ours; bf16 is automatic mixed precision and needs a GPU')
-    parser.add_argument('--compile', action='store_true', help='ours compiled, too')
+    add_compile_option(parser, 'ours compiled, too,')
     parser.add_argument('--depths', nargs='+', type=int, default=[], help='memory of stage 1 at these depths, too')
     parser.add_argument('--seconds', type=float, help='of measurements for each stage; 10, with --quick 5')
     parser.add_argument('--config', help='measure the train_dataloader of this config, too')

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.algorithms.base import Alignment, relative_error
 from adala_mm.models.attentions import Attention, build_attention
+from adala_mm.models.backbones.vit import CUDA_GRAPH_MODES
 from adala_mm.ops import in_float32
 from adala_mm.registry import MODELS
 
@@ -171,9 +172,9 @@ class AttentionAlignment(Alignment):
 
     Raises:
         ValueError: for an unknown ``target``, ``weights`` of an attention that cannot show them, a ``target`` that is
-            blind to something that would learn, a backbone of softmax blocks only, or a ``trainable`` that leaves
-            nothing to learn; before the first loss or score, if the backbone around its attentions is not that of its
-            ``init_cfg``.
+            blind to something that would learn, a backbone of softmax blocks only or compiled to CUDA graphs, or a
+            ``trainable`` that leaves nothing to learn; before the first loss or score, if the backbone around its
+            attentions is not that of its ``init_cfg``.
     """
 
     def __init__(self, backbone: dict, target: str = 'output', head: dict | None = None,
@@ -208,10 +209,14 @@ class AttentionAlignment(Alignment):
             raise ValueError(f'trainable={self.backbone.trainable!r} leaves nothing to learn: in stage 1 only '
                              'attentions do, without their output projections')
         self.run_teacher = _run_teacher
-        if self.backbone.compile_blocks:
-            self.run_teacher = torch.compile(_run_teacher)
+        mode = self.backbone.compile_mode
+        if mode in CUDA_GRAPH_MODES:
+            raise ValueError(f'backbone.compile={mode!r} records a CUDA graph of all blocks, and stage 1 runs them one '
+                             "by one: use compile=True, or 'max-autotune-no-cudagraphs'")
+        if mode:
+            self.run_teacher = torch.compile(_run_teacher, mode=mode)
             for attn in learners.values():
-                attn.compile()
+                attn.compile(mode=mode)
         self.freeze('attentions', nn.ModuleList(self._softmax_twin(block.attn) for block in self.backbone.blocks))
         self.borrowed: dict[str, Tensor] = {}  # what the teacher shares with the student, as pretrained, until checked
 

@@ -16,6 +16,8 @@ from adala_mm.ops import same_grid
 from adala_mm.registry import MODELS
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
+CUDA_GRAPH_MODES = ('reduce-overhead', 'max-autotune')
+COMPILE_MODES = ('default', *CUDA_GRAPH_MODES, 'max-autotune-no-cudagraphs')
 
 
 class PatchEmbed(nn.Module):
@@ -52,6 +54,37 @@ class Block(nn.Module):
         return self.add_residuals(x, self.attn(self.norm1(x), hw, num_prefix))
 
 
+class Blocks(nn.ModuleList):
+    """The blocks one after the other, as a module of its own so that `torch.compile` can take them in one piece."""
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, wanted: Sequence[int],
+                with_cp: bool) -> list[Tensor | None]:
+        """Outputs of the blocks that ``wanted`` names and of the last one, by block; others are None."""
+        kept: list[Tensor | None] = [None] * len(self)
+        for i, block in enumerate(self):
+            if with_cp and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, hw, num_prefix, use_reentrant=False)
+            else:
+                x = block(x, hw, num_prefix)
+            if i in wanted or i == len(self) - 1:
+                kept[i] = x
+        return kept
+
+
+def compile_mode(compile: bool | str) -> str | None:
+    """The mode of ``torch.compile`` that a backbone's ``compile`` asks for; None for no compilation.
+
+    Raises:
+        ValueError: for what is neither True, False nor a mode; the message lists the modes.
+    """
+    if isinstance(compile, bool):
+        return 'default' if compile else None
+    if compile not in COMPILE_MODES:
+        raise ValueError(f'compile={compile!r}: choose True, False, or a mode of torch.compile: '
+                         f'{", ".join(COMPILE_MODES)}')
+    return compile
+
+
 @MODELS.register_module()
 class AdaLAViT(BaseModule):
     """Plain ViT for mmseg (feature maps) and mmpretrain (tokens), softmax, linear or mixed.
@@ -75,7 +108,10 @@ class AdaLAViT(BaseModule):
         attention: ``dict(type='adala_mm.LinearAttention')`` for all blocks, or a list of ``depth`` such dicts.
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
         with_cp: recompute block activations in the backward pass (non-reentrant checkpointing).
-        compile: run blocks through ``torch.compile``; they share one compilation per image size.
+        compile: run blocks through ``torch.compile``: True, or one of its modes, of which ``default`` is the same as
+            True. They share one compilation per image size. In the modes that record CUDA graphs (``reduce-overhead``,
+            ``max-autotune``) all blocks are compiled as one function, which takes longer: a graph's outputs last until
+            the next compiled call, so that one block's could not be the next one's input.
         out_indices: blocks to return, negative ones counted from the end; a block may be named more than once.
         out_type: ``featmap`` (B, C, h, w); ``cls_token`` (B, C); ``avg_featmap`` mean over patches (B, C); ``raw``
             all tokens (B, N, C), class and registers first.
@@ -88,9 +124,9 @@ class AdaLAViT(BaseModule):
     tasks).
 
     Raises:
-        ValueError: for an unknown attention, ``out_type`` or block index, a class token asked of a model without one,
-            a list of attentions of the wrong length, a ``trainable`` that matches nothing, or an image that the patch
-            does not divide.
+        ValueError: for an unknown attention, ``out_type``, ``compile`` or block index, a class token asked of a model
+            without one, a list of attentions of the wrong length, a ``trainable`` that matches nothing, or an image
+            that the patch does not divide.
     """
 
     def __init__(self, img_size: int | Sequence[int] = 224, patch_size: int = 16, in_channels: int = 3,
@@ -98,7 +134,7 @@ class AdaLAViT(BaseModule):
                  qkv_bias: bool = True, class_token: bool = True, num_registers: int = 0,
                  no_embed_class: bool = False, pre_norm: bool = False, act: str = 'gelu', norm_eps: float = 1e-6,
                  layer_scale: float | None = None, attention: dict | Sequence[dict] | None = None,
-                 drop_path_rate: float = 0.0, with_cp: bool = False, compile: bool = False,
+                 drop_path_rate: float = 0.0, with_cp: bool = False, compile: bool | str = False,
                  out_indices: Sequence[int] = (-1,), out_type: str = 'featmap', trainable: str | None = None,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
@@ -121,7 +157,7 @@ class AdaLAViT(BaseModule):
         self.num_prefix = int(class_token) + num_registers
         self.no_embed_class = no_embed_class
         self.with_cp = with_cp
-        self.compile_blocks = compile
+        self.compile_mode = compile_mode(compile)
         self.out_indices = [i % depth for i in out_indices]
         self.out_type = out_type
 
@@ -131,7 +167,7 @@ class AdaLAViT(BaseModule):
         positions = self.pos_grid[0] * self.pos_grid[1] + (0 if no_embed_class else self.num_prefix)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(embed_dim,
                   build_attention(attentions[i], embed_dim, num_heads, qkv_bias, self.pos_grid, self.num_prefix),
                   mlp_ratio, act, norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
@@ -139,9 +175,9 @@ class AdaLAViT(BaseModule):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.register_state_dict_post_hook(record_facts)
         self.register_load_state_dict_pre_hook(read_grid)
-        if compile:
-            for block in self.blocks:
-                block.compile()  # in place: keys and classes stay what they are
+        if self.compile_mode:
+            for module in [self.blocks] if self.compile_mode in CUDA_GRAPH_MODES else self.blocks:
+                module.compile(mode=self.compile_mode)  # in place: keys and classes stay what they are
         self.trainable = trainable
         if trainable is not None:
             chosen = [bool(re.search(trainable, name)) for name, _ in self.named_parameters()]
@@ -210,15 +246,7 @@ class AdaLAViT(BaseModule):
 
     def run_blocks(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
         """Outputs of all blocks that ``out_indices`` names and of the last one, by block; others are None."""
-        kept: list[Tensor | None] = [None] * len(self.blocks)
-        for i, block in enumerate(self.blocks):
-            if self.with_cp and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, hw, self.num_prefix, use_reentrant=False)
-            else:
-                x = block(x, hw, self.num_prefix)
-            if i in self.out_indices or i == len(self.blocks) - 1:
-                kept[i] = x
-        return kept
+        return self.blocks(x, hw, self.num_prefix, self.out_indices, self.with_cp)
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Final normalised tokens (B, N, C), prefix tokens first: what stage 2 aligns (ViT-AdaLA eq. 4)."""
