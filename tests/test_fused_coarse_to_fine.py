@@ -4,10 +4,13 @@ They run in Triton's interpreter (see conftest), or on the GPU if there is one.
 """
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_baseline_attentions import build, error, with_grads
 from test_fused_linear_attention import fenced, multiply_bfloat16, poisoned  # noqa: F401  a fixture
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -192,8 +195,26 @@ def test_layer_is_the_plain_one(num_prefix, monkeypatch):
         got = with_grads(mix, inputs, upstream)
     assert 'adala_mm.coarse_to_fine' in {str(op) for op in counter.get_flop_counts()['Global']}
     assert all(error(a.cpu(), b, floor=1) < TOLERANCE[torch.float32] for a, b in zip(got, wanted, strict=True))
-    with torch.no_grad():  # without the operator
+    for name in ('fused', 'fused_backward'):  # without the operators
+        monkeypatch.setattr(ops, name, lambda *args: pytest.fail('nobody looks on'))
+    assert all(torch.equal(a, b) for a, b in zip(with_grads(mix, inputs, upstream), got, strict=True))
+    with torch.no_grad():
         assert torch.equal(mix(*inputs), got[0])
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_further_derivatives_are_refused(watched):
+    """They would be lost in silence."""
+    q, k, v = qkv((3, 5), 1)
+    q.requires_grad_()
+    with FlopCounterMode(display=False) if watched else nullcontext():
+        out = ops.coarse_to_fine(q, k, v, (3, 5), 2, 2, 4)
+        grad, = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match='no autograd formula' if watched else 'once_differentiable'):
+            grad.sum().backward()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='first derivatives.*float64'):
+        upstream = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        torch.autograd.grad(ops.coarse_to_fine(q, k, v, (3, 5), 2, 2, 4), q, upstream)
 
 
 def test_flops_are_those_of_the_plain_way():

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from adala_mm.ops.exporting import exporting, transformed
+from adala_mm.ops.exporting import exporting, transformed, unwatched
 
 PADDED = 64  # what there is one number of for each cell fills rows of so many, which are read in one piece
 HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -35,13 +36,21 @@ def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], tile: i
     Returns:
         (B, H, h w, D), stored as (B, h w, H, D).
     """
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return (fused if watched else _forward)(q, k, v, grid, tile, num_open, block)[0]
+    if not unwatched(q, k, v):
+        return fused(q, k, v, grid, tile, num_open, block)[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return _Fused.apply(q, k, v, grid, tile, num_open, block)
+    return _forward(q, k, v, grid, tile, num_open, block)[0]
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
     from adala_mm.ops import triton_coarse_to_fine
     return triton_coarse_to_fine.forward(*args)
+
+
+def _backward(*args) -> tuple[Tensor, ...]:
+    from adala_mm.ops import triton_coarse_to_fine
+    return triton_coarse_to_fine.backward(*args)
 
 
 @torch.library.custom_op('adala_mm::coarse_to_fine', mutates_args=())
@@ -60,8 +69,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_open:
 def fused_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor,
                    cells: Tensor, sizes: Tensor, grid: list[int], tile: int, num_open: int,
                    block: int) -> tuple[Tensor, Tensor, Tensor]:
-    from adala_mm.ops import triton_coarse_to_fine
-    return triton_coarse_to_fine.backward(grad, q, k, v, out, opened, lse, cells, sizes, grid, tile, block)
+    return _backward(grad, q, k, v, out, opened, lse, cells, sizes, grid, tile, num_open, block)
 
 
 def _squares(grid: list[int], side: int) -> int:
@@ -92,7 +100,24 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, *others):
     if grad is None:
         return (None,) * 7
-    return (*fused_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.tile, ctx.num_open, ctx.block), *[None] * 4)
+    if transformed():
+        raise NotImplementedError('the kernels of coarse-to-fine attention have first derivatives, backwards: take '
+                                  'float64 or a CPU for others, where it is made of operators of PyTorch')
+    direct = not torch.is_grad_enabled() and unwatched(grad, *ctx.saved_tensors)
+    function = _backward if direct else fused_backward  # which tells if it is to be differentiated itself
+    return (*function(grad, *ctx.saved_tensors, ctx.grid, ctx.tile, ctx.num_open, ctx.block), *[None] * 4)
+
+
+class _Fused(torch.autograd.Function):
+    """The operator without what PyTorch does for operators, which takes longer on the host than a small image."""
+
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:
+        outputs = _forward(*inputs)
+        _save(ctx, inputs, outputs)
+        return outputs[0]
+
+    backward = staticmethod(once_differentiable(_differentiate))
 
 
 fused.register_autograd(_differentiate, setup_context=_save)

@@ -416,10 +416,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor, cells: Tensor,
-             sizes: Tensor, grid: list[int], tile: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+             sizes: Tensor, grid: list[int], tile: int, num_open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, stored as (B, N, H, D)."""
     q, k, v, grad = _dense(q, k, v, grad)
-    s = _Shape(q, k, grid, tile, opened.shape[-1], block)
+    s = _Shape(q, k, grid, tile, num_open, block)
     grads = gq, gk, gv = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
                           for x in (q, k, v)]
     bias, delta = s.bias(opened[0], sizes, opened, corners=False), torch.empty_like(lse)

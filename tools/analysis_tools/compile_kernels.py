@@ -92,7 +92,7 @@ def _linear(dtype: torch.dtype, dim: int, feature_map: str, heads: int, tokens: 
 def _coarse(dtype: torch.dtype, dim: int, feature_map: str, heads: int, side: int, backward: bool) -> None:
     from adala_mm.ops import triton_coarse_to_fine as module
 
-    n, grid, options = side * side, [side, side], dict(tile=4, block=8)
+    n, grid, options = side * side, [side, side], dict(tile=4, num_open=16, block=8)
     q, k, v = torch.empty(1, n + 1, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     if backward:
         out, grad = torch.empty(2, 1, n, heads, dim, dtype=dtype).transpose(2, 3).unbind(0)
@@ -100,7 +100,7 @@ def _coarse(dtype: torch.dtype, dim: int, feature_map: str, heads: int, side: in
         lse, cells = torch.empty(1, heads, n), torch.empty(2, 1, heads, n // 16 + 1, dim, dtype=dtype)
         module.backward(grad, q[:, :, 1:], k, v, out, opened, lse, cells, torch.empty(n // 16 + 64), grid, **options)
     else:
-        module.forward(q[:, :, 1:], k, v, grid, num_open=16, **options)
+        module.forward(q[:, :, 1:], k, v, grid, **options)
 
 
 # Name: what calls a launcher for inputs of a dtype and head width, on tensors as the product has them.
