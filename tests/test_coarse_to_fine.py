@@ -8,7 +8,7 @@ import torch
 from test_baseline_attentions import HEADS, WIDTH, build, error, qkv, with_grads
 from torch.nn.functional import scaled_dot_product_attention
 
-from adala_mm.models.attentions.coarse_to_fine import nested_tiles
+from adala_mm.models.attentions.tiles import nested_tiles
 
 OPTIONS = [dict(tile=2, num_open=2, block=4), dict(tile=2, num_open=2, block=4, levels=2),
            dict(tile=3, num_open=3, block=2), dict(tile=1, num_open=2, block=3, levels=3), dict(num_open=1),

@@ -4,6 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import LINEAR, ROOT, tiny_vit
+from test_fused_coarse_to_fine import check as check_coarse_to_fine
+from test_fused_coarse_to_fine import qkv as coarse_qkv
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.ops import FEATURE_MAPS, linear_attention
@@ -26,6 +28,12 @@ def test_linear_attention(feature_map, dtype):
     assert out.dtype == dtype
     assert (out - wanted).norm() < 2 * torch.finfo(dtype).eps * wanted.norm() + 1e-5 * wanted.norm()
     assert all(t.grad.isfinite().all() for t in inputs)
+
+
+@pytest.mark.parametrize('dim', [64, 80])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_coarse_to_fine(dtype, dim):
+    check_coarse_to_fine(coarse_qkv((40, 36), 1, dim, heads=4, dtype=dtype), (40, 36), 4, 16, 8)
 
 
 @pytest.mark.parametrize('name', sorted(ATTENTIONS.module_dict))

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 from study_report import ALIGNMENT, SEGMENTATION, chain, compute, lengths, read_plan, seeds_of, shown, spread, table
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
@@ -153,6 +156,37 @@ def layers() -> str:
                      'yes' if layer.positional else 'no', layer.reference])
     return markdown_table(['type', 'formula (before the output projection)', 'extra parameters', 'cost', 'positional',
                            'reference'], rows)
+
+
+class Calls(TorchFunctionMode):
+    """Operators of ours that are called, and how many query channels the calls of PyTorch's fused attention have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours, self.channels = set(), [0]
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        if function is F.scaled_dot_product_attention:
+            self.channels.append(args[0].numel())
+        elif str(function).startswith('adala_mm.'):
+            self.ours.add(str(function).split('.')[1])
+        return function(*args, **kwargs or {})
+
+
+def gpu_paths() -> str:
+    """Who mixes the tokens of each attention on a GPU: seen by running it on tensors that pretend to be on one."""
+    ATTENTIONS.import_from_location()
+    rows = {'fused': [], 'SDPA': [], 'PyTorch': []}
+    for name in sorted(ATTENTIONS.module_dict):
+        with FakeTensorMode(), torch.device('cuda'):
+            built = build_attention(dict(type=name), 1024, 16, grid=(32, 32), num_prefix=1)
+            x = torch.empty(1, 1025, 1024, requires_grad=True)
+            with Calls() as calls:
+                built(x, (32, 32), 1)
+        # The softmax of the class token alone takes O(N) and says nothing of the others.
+        path = 'fused' if calls.ours else 'SDPA' if max(calls.channels) > x.numel() // 2 else 'PyTorch'
+        rows[path].append(f'`{name.removesuffix("Attention")}`' + f' (`{", ".join(calls.ours)}`)' * bool(calls.ours))
+    return markdown_table(['path', 'attentions'], [[path, ', '.join(names)] for path, names in rows.items()])
 
 
 def recorded(name: str) -> dict:
@@ -296,7 +330,8 @@ def measured_on(folder: Path) -> str:
     return '\n\n'.join(texts)
 
 
-TABLES = dict(demo=demo, faults=faults, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
+TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, frontier=frontier, costs=costs,
+              downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               agreement=agreement,

@@ -4,8 +4,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import Parameter
 
 
 def exporting() -> bool:
@@ -23,6 +26,13 @@ def exporting() -> bool:
 def transformed() -> bool:
     """Whether ``torch.func`` (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd looks on: no tracer, no mode that sees operators, no kind of tensor of its own."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(x) in (Tensor, Parameter) and not is_legacy_batchedtensor(x) for x in tensors)
 
 
 def same_grid(hw: Sequence[int], stored: Sequence[int]) -> bool:

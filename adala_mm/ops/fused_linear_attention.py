@@ -15,13 +15,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from adala_mm.ops import cpu_linear_attention
-from adala_mm.ops.exporting import exporting, transformed
+from adala_mm.ops.exporting import exporting, transformed, unwatched
 from adala_mm.ops.plain_linear_attention import linear_attention_reference
 
 MAPS = tuple(cpu_linear_attention.PHI)
@@ -53,18 +51,11 @@ def attend(feature_map: str, eps: float, *tensors: Tensor) -> Tensor:
     Returns:
         of the former (B, H, N, D), of the latter (B, N, H, D).
     """
-    if not _unwatched(*tensors):
+    if not unwatched(*tensors):
         return (fused if len(tensors) == 3 else packed)(*tensors, feature_map, eps)[0]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Fused.apply(feature_map, eps, *tensors)
     return _forward(tensors, feature_map, eps)[0]
-
-
-def _unwatched(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd looks on: no tracer, no mode that sees operators, no kind of tensor of its own."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(type(x) in (Tensor, Parameter) and not is_legacy_batchedtensor(x) for x in tensors)
 
 
 def _forward(tensors: tuple[Tensor, ...], feature_map: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +86,7 @@ def _gradients(grad: Tensor, tensors: tuple[Tensor, ...], state: Tensor, total: 
             out = linear_attention_reference(*_heads(tensors), feature_map, eps)
             return out if len(tensors) == 3 else out.transpose(1, 2)
         return torch.func.vjp(formula, *tensors)[1](grad)
-    if _unwatched(grad, *tensors):
+    if unwatched(grad, *tensors):
         return _backward(grad, tensors, state, total, feature_map, eps)
     if len(tensors) == 3:
         return fused_backward(grad, *tensors, state, total, feature_map, eps)

@@ -5,20 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
-from adala_mm.models.attentions.tiles import from_tiles, padded, real_patches, to_tiles
+from adala_mm.models.attentions.tiles import from_tiles, nested_tiles, padded, real_patches, to_tiles
+from adala_mm.ops import coarse_to_fine as fused
 from adala_mm.registry import ATTENTIONS
 
 Cells = tuple[Tensor, Tensor, Tensor]  # keys and values (B, H, M, D), and counts (M,) of the tokens behind them
-
-
-def nested_tiles(x: Tensor, hw: tuple[int, int], side: int, levels: int) -> Tensor:
-    """(B, H, h w, D) to (B, H, T, side^2, D): the four tiles of each tile that is twice as large follow each other."""
-    large = side << (levels - 1)
-    out, heads = to_tiles(x, hw, (large, large)), x.shape[1]
-    while large > side:
-        out = to_tiles(out.flatten(1, 2), (large, large), (large // 2, large // 2))  # (B, H T, 4, (large / 2)^2, D)
-        out, large = out.unflatten(1, (heads, -1)).flatten(2, 3), large // 2
-    return out
 
 
 def pyramid(k: Tensor, v: Tensor, count: Tensor, members: list[int]) -> list[Cells]:
@@ -54,9 +45,9 @@ class CoarseToFineAttention(Attention):
 
     With ``levels=2`` there are tiles of four tiles above them: K of those open into their tiles, K of these into
     tokens; and so on. Every query then meets ``N / (4^(L-1) s^2) + 4 (L-1) K + K s^2`` keys, which with as many levels
-    as the grid has is O(N log N); they are gathered once a block, which takes memory. Gradients pass through the
-    weights, not the choice of tiles. Any grid: where a tile reaches over its edge it has fewer tokens. One call of
-    PyTorch's fused attention, in its precision.
+    as the grid has is O(N log N). Gradients pass through the weights, not the choice of tiles. Any grid: where a tile
+    reaches over its edge it has fewer tokens. On a GPU, one level has kernels that read keys where they are; else they
+    are gathered once a block, which takes memory, and go through PyTorch's fused attention.
 
     Near it: QuadTree attention (Tang et al., ICLR 2022); means and tiles as gated branches (Yuan et al. 2025).
 
@@ -85,8 +76,12 @@ class CoarseToFineAttention(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
         batch, block = q.shape[:2], (self.block, self.block)
-        prefix, (queries, *patches) = zip(*(x.tensor_split((num_prefix,), dim=2) for x in (q, k, v)), strict=True)
-        first = F.scaled_dot_product_attention(prefix[0], k, v)
+        first, queries = q.split((num_prefix, hw[0] * hw[1]), dim=2)
+        first = F.scaled_dot_product_attention(first, k, v)
+        if self.levels == 1 and fused.supports(q):
+            out = fused.coarse_to_fine(queries, k, v, hw, self.tile, self.num_open, self.block)
+            return torch.cat([x.transpose(1, 2) for x in (first, out)], dim=1).transpose(1, 2)
+        prefix, patches = zip(*(x.tensor_split((num_prefix,), dim=2) for x in (k, v)), strict=True)
         queries = to_tiles(queries, hw, block)  # (B, H, L, S, D)
         real = real_patches(hw, block, q.device) if padded(hw, block) else None
         one = q.new_ones(1, 1, hw[0] * hw[1], 1)
@@ -94,7 +89,7 @@ class CoarseToFineAttention(Attention):
         cells = pyramid(k, v, count[0, 0, :, 0], [self.tile ** 2] + [4] * (self.levels - 1))
 
         ids, bias = self.met_by(queries, cells, real, num_prefix)
-        met = [take(torch.cat([prefix[i + 1], *(cell[i] for cell in cells)], dim=2), ids) for i in (0, 1)]
+        met = [take(torch.cat([prefix[i], *(cell[i] for cell in cells)], dim=2), ids) for i in (0, 1)]
         out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (queries, *met, bias.unsqueeze(3))))
         return torch.cat([first, from_tiles(out.unflatten(0, batch), hw, block)], dim=2)
 

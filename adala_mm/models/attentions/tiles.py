@@ -39,6 +39,16 @@ def to_tiles(x: Tensor, hw: tuple[int, int], tile: tuple[int, int]) -> Tensor:
     return x.unflatten(3, (columns, tw)).unflatten(2, (rows, th)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
+def nested_tiles(x: Tensor, hw: tuple[int, int], side: int, levels: int) -> Tensor:
+    """(B, H, h w, D) to (B, H, T, side^2, D): the four tiles of each tile that is twice as large follow each other."""
+    large = side << (levels - 1)
+    out, heads = to_tiles(x, hw, (large, large)), x.shape[1]
+    while large > side:
+        out = to_tiles(out.flatten(1, 2), (large, large), (large // 2, large // 2))  # (B, H T, 4, (large / 2)^2, D)
+        out, large = out.unflatten(1, (heads, -1)).flatten(2, 3), large // 2
+    return out
+
+
 def from_tiles(x: Tensor, hw: tuple[int, int], tile: tuple[int, int]) -> Tensor:
     """The inverse of `to_tiles`: (B, H, T, th tw, D) to (B, H, h w, D)."""
     (h, w), (th, tw), (rows, columns) = hw, tile, count(hw, tile)
