@@ -20,6 +20,7 @@ from conftest import LINEAR, ROOT, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.logging import MessageHub
+from mmengine.optim import OptimWrapper
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
@@ -365,7 +366,13 @@ def corrupt_skipped(cfg: Config) -> None:
     dataset.pop('with_label', None)
 
 
+def best_kept(cfg: Config) -> None:
+    """Written after validation, and the checkpoint before it once more."""
+    cfg.default_hooks.checkpoint.update(save_best='align/rel_error', rule='less')
+
+
 FEATURES = {
+    'best weights kept': best_kept,
     'averaged weights': averaged, 'accumulation': accumulated, 'mixed precision': mixed_precision,
     'activation checkpointing': checkpointed, 'progressive resolution': progressive, 'early stopping': stopped_early,
     'redrawn features': redrawn, 'corrupt images': corrupt_skipped}
@@ -374,6 +381,7 @@ CELLS = {  # of a run of epochs, which saves after 5, 10, 15 iterations and vali
     ('SIGKILL', 'validation'): dict(what='kill', when='validation', at=10),
     ('SIGKILL', 'saving'): dict(what='kill', when='half', at=11),
     ('SIGTERM', 'training'): dict(what='terminate', when='step', at=6),
+    ('SIGTERM', 'the last step of an epoch'): dict(what='terminate', when='batch', at=4),
     ('SIGTERM', 'validation'): dict(what='terminate', when='validation', at=5),
     ('SIGTERM', 'saving'): dict(what='terminate', when='written', at=6)}
 
@@ -407,7 +415,8 @@ def with_features(names: Iterable[str], scenes: Path, init_cfg: dict) -> Config:
 def assert_same_end(whole: Path, pieces: Path) -> None:
     """All that the last checkpoint has, and all that the steps saw."""
     final = sorted(path.name for path in whole.glob('epoch_*.pth'))
-    assert sorted(path.name for path in pieces.glob('*.pth')) == final
+    assert sorted(path.name for path in pieces.glob('epoch_*.pth')) == final
+    assert not (pieces / 'preempted.pth').exists()
     one, two = (load_checkpoint(run / final[-1]) for run in (whole, pieces))
     for key in sorted(one.keys() - {'message_hub', 'meta'}):
         assert_equal(one[key], two[key], key)
@@ -427,10 +436,11 @@ def assert_equal(one: object, two: object, place: str) -> None:
         assert one == two, place
 
 
-@pytest.mark.parametrize(('pair', 'cell'), zip([
+@pytest.mark.parametrize(('pair', 'cell'), list(zip([
     ('averaged weights', 'accumulation'), ('mixed precision', 'early stopping'), ('redrawn features', 'corrupt images'),
     ('activation checkpointing', 'redrawn features'), ('progressive resolution', 'averaged weights'),
-    ('accumulation', 'mixed precision')], CELLS, strict=True), ids=lambda part: '-'.join(part))
+    ('accumulation', 'mixed precision'), ('accumulation', 'best weights kept')], CELLS, strict=True)),
+    ids='-'.join)
 def test_pairs_of_features(scenes, corrupt_scenes, sharp_pretrained, tmp_path, pair, cell):
     """A sample of what `make test-faults` does with every pair."""
     cfg = with_features(pair, scenes, sharp_pretrained)
@@ -545,10 +555,11 @@ def write_checkpoint(path: Path, steps: int, minute: int, modified: int = 0) -> 
         cfg=Config(), experiment_name='one', train_dataloader=SimpleNamespace(dataset=None),
         message_hub=MessageHub('one'), call_hook=lambda *args, **kwargs: None, get_hooks_info=str)
     torch.nn.init.constant_(runner.model.weight, float(steps))
+    runner.optim_wrapper = OptimWrapper(torch.optim.SGD(runner.model.parameters(), lr=1.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.runner.runner.time.strftime', lambda *args: f'20260102_03{minute:02}00')
-        Runner.save_checkpoint(runner, str(path.parent), path.name, save_optimizer=False, save_param_scheduler=False,
-                               meta=dict(epoch=1, iter=steps), by_epoch=False)
+        Runner.save_checkpoint(runner, str(path.parent), path.name, by_epoch=False, save_param_scheduler=False,
+                               save_optimizer='best' not in path.name, meta=dict(epoch=1, iter=steps))
     os.utime(path, (modified, modified))
     return path
 
@@ -561,7 +572,8 @@ def write_checkpoint(path: Path, steps: int, minute: int, modified: int = 0) -> 
     ([('preempted.pth', 8, 3, 0), ('step=7.pth', 7, 2, 10)], 'preempted.pth', ''),
     ([('iter_5.pth', 5, 1, 0), ('iter_7.pth', 7, 1, 0), ('epoch_3.pth', 6, 1, 9)], 'iter_7.pth', ''),  # in one second
     ([('epoch_2.pth', 6, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 9)], 'epoch_2.pth', ''),
-    ([('epoch_1.pth', 3, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 0)], 'best_mIoU_epoch_2.pth', ''),
+    ([('epoch_1.pth', 3, 1, 0), ('best_mIoU_epoch_2.pth', 6, 2, 0)], 'epoch_1.pth', ''),
+    ([('best_mIoU_epoch_1.pth', 3, 1, 0)], 'best_mIoU_epoch_1.pth', 'has no state of the optimizer'),
     ([('epoch_11.pth', 11, 1, 0), ('epoch_3.pth', 3, 2, 0)], 'epoch_3.pth',  # the run was started anew
      'epoch_11.pth stands at iteration 11, further than epoch_3.pth at 3, but was written before')])
 def test_which_checkpoint_is_the_newest(files, newest, told, tmp_path):
@@ -593,7 +605,7 @@ def test_damage_anywhere_in_a_file_is_found(tmp_path):
 def test_where_a_run_stood_is_read_without_its_tensors(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / 'iter_4.pth', 4, 1)
     monkeypatch.setattr(torch_files, '_read_bytes', lambda *args: pytest.fail('a tensor was read'))
-    assert standing_of(path) == ('20260102_030100', 4, False)
+    assert standing_of(path) == ('20260102_030100', 4, True)
 
 
 def test_nothing_to_resume_starts_at_the_beginning(scenes, sharp_pretrained, tmp_path, whole_runs):

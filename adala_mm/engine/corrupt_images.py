@@ -57,7 +57,7 @@ class CorruptImagesHook(GatheringHook):
         return dict(drawn=self.drawn, replaced=self.replaced)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        self.gather(runner)
+        super().before_val_epoch(runner)
         self.before_validation = self.counts()
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: object = None,

@@ -171,15 +171,15 @@ class Standing(NamedTuple):
 
     time: str  # %Y%m%d_%H%M%S, local
     iter: int
-    in_validation: bool  # a best one; what validation changes, such as the patience of early stopping, has changed
+    whole: bool  # with the optimizer's state, which MMEngine leaves out of the best ones
 
 
 def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
     """The newest checkpoint of a run that can be read from end to end, or None if there is no checkpoint at all.
 
-    It is the one that was written last by its own account, whatever it is called. One of the best, which is written
-    after the validation that follows a checkpoint, comes after that. Half-written files are deleted. ``warn`` is called
-    with a line for each file that is passed over.
+    It is the one that was written last by its own account, whatever it is called. Those without the optimizer's state
+    come after all others. Half-written files are deleted. ``warn`` is called with a line for each file that is passed
+    over.
 
     Raises:
         ValueError: if there are checkpoints, and none of them can be read.
@@ -195,15 +195,16 @@ def newest_checkpoint(work_dir: Path, warn: Any) -> Path | None:
         except (OSError, ValueError) as error:
             problems.append(f'{path} is damaged ({str(error).splitlines()[0]})')
             warn(f'{problems[-1]}: taking another one')
-    times = {standing.iter: standing.time for standing in found.values() if not standing.in_validation}
 
     def order(path: Path) -> tuple:
-        time, steps, in_validation = found[path]
-        return (times.get(steps, time) if in_validation else time), steps, not in_validation
+        return found[path].whole, found[path].time, found[path].iter
 
     for path in sorted(found, key=order, reverse=True):
         if (problem := damage(path)) is None:
-            for other in (other for other in found if found[other].iter > found[path].iter):
+            if not found[path].whole:
+                warn(f'{path} has no state of the optimizer, which begins anew: the run will not be what it would have '
+                     'been')
+            for other in (other for other in found if found[other].whole and found[other].iter > found[path].iter):
                 warn(f'{other} stands at iteration {found[other].iter}, further than {path.name} at '
                      f'{found[path].iter}, but was written before: it is taken for one of an earlier run. To go on '
                      f'from it instead: --resume {other}')
@@ -227,7 +228,7 @@ def standing_of(path: Path) -> Standing | None:
     meta = state.get('meta') if isinstance(state, dict) else None
     if not isinstance(meta, dict) or not isinstance(meta.get('iter'), int):
         return None
-    return Standing(str(meta.get('time', '')), meta['iter'], path.name.startswith('best_'))
+    return Standing(str(meta.get('time', '')), meta['iter'], 'optimizer' in state)
 
 
 def damage(path: Path) -> str | None:

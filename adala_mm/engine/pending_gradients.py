@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmengine.dist import all_reduce, get_world_size
+import torch
+from mmengine.dist import all_gather_object, all_reduce
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -61,22 +62,29 @@ class PendingGradientsHook(GatheringHook):
         runner.logger.warning(f'The checkpoint has gradients of {loaded["steps"]} iterations that wait for an update. '
                               f'They are left out: {lost}')
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.gradients = {}  # the optimizer drops its own after the update
+
     def gather(self, runner: Runner) -> None:
-        self.gradients = {}
         if not pending_steps(runner.optim_wrapper):
             return
-        for name, parameter in named_parameters(runner).items():
-            if parameter.grad is not None:
-                if get_world_size() > 1 and not isinstance(parameter.grad, DTensor):  # which are means already
+        parameters = named_parameters(runner)
+        names = {name for name, parameter in parameters.items() if parameter.grad is not None}
+        names = set().union(*all_gather_object(names))  # processes may have used different ones
+        for name, parameter in parameters.items():
+            if name in names:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if not isinstance(parameter.grad, DTensor):  # which are means already
                     all_reduce(parameter.grad, op='mean')
                 self.gradients[name] = whole(parameter.grad)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if steps := pending_steps(runner.optim_wrapper):
+        if self.gradients:
             checkpoint[KEY] = dict(
-                steps=steps, accumulative_counts=runner.optim_wrapper._accumulative_counts,
+                steps=pending_steps(runner.optim_wrapper),
+                accumulative_counts=runner.optim_wrapper._accumulative_counts,
                 gradients={name: value.cpu() for name, value in self.gradients.items()})
-            self.gradients = {}  # the optimizer drops its own after the update
 
 
 def named_parameters(runner: Runner) -> dict[str, Tensor]:
