@@ -6,7 +6,7 @@ DOCS_READY := .venv/.docs-ready
 # Several small processes beat one with many threads; more than one thread each would only make them fight.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-faults lint tables wheel notebook docs clean
+.PHONY: demo test test-faults test-fuzz lint tables wheel notebook docs clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -17,6 +17,10 @@ test: $(READY)
 # Kills, tears and fills up real runs, and prints what came of it: a few minutes.
 test-faults: $(READY)
 	$(THREADS) $(BIN)/python tests/faults.py
+
+# New forged and damaged checkpoints, in place of the same few hundred of `make test`: a few minutes.
+test-fuzz: $(READY)
+	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/test_unpickling.py -k makes_data
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from adala_mm.adapters import Adapter, Family
 from adala_mm.calibration import calibrate
 from adala_mm.linearization import is_linear
-from adala_mm.pairing import find_pair, first_of, frozen, report, restored, steps_in, validated
+from adala_mm.pairing import find_pair, first_of, frozen, report, require_whole, restored, steps_in, validated
 from adala_mm.utils.batches import Batches
 from adala_mm.utils.run_checkpoint import read_run, restore_run, write_run
 
@@ -76,8 +76,9 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
         what it returned.
 
     Raises:
-        ValueError: for another stage, a rate where nothing learns by steps, not exactly one of ``steps`` and
-            ``epochs``, nothing to do, a model without linear blocks, or one that does not fit its teacher; for a
+        ValueError: for another stage, a rate where nothing learns by steps or that is not above 0, not exactly one of
+            ``steps`` and ``epochs``, lengths or intervals that are no whole numbers above 0, a dataloader without
+            batches or with none left, a model without linear blocks, or one that does not fit its teacher; for a
             checkpoint of another run; for processes that would all see the same images.
         FileExistsError: for a checkpoint that is there, without ``resume``.
         TypeError: for unsupported models, batches of another kind, or ``epochs`` of a dataloader without length.
@@ -91,6 +92,9 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
                          val_interval=val_interval, checkpoint=checkpoint, resume=resume)
     if stage not in LEARNING_RATES:
         raise ValueError(f"stage={stage!r}: there are stages 1, 2 and 'calibrate'")
+    require_whole(log_interval=log_interval, val_interval=val_interval, checkpoint_interval=checkpoint_interval)
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f'lr={lr} has to be above 0 and finite')
     total, data = steps_in(dataloader, steps, epochs), Batches(dataloader)
     pairs, learners, measure = _prepare(model, teacher, stage)
     device, dtype = (getattr(learners[0], fact) for fact in ('device', 'dtype'))

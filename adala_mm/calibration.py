@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from adala_mm.adapters import Adapter, Family
 from adala_mm.adapters.residuals import Residual, middle_of, residuals_of
-from adala_mm.pairing import find_pair, first_of, frozen, report, steps_in, validated
+from adala_mm.pairing import find_pair, first_of, frozen, report, require_whole, steps_in, validated
 from adala_mm.utils.batches import Batches
 from adala_mm.utils.run_checkpoint import read_run, restore_run, write_run
 
@@ -308,6 +308,7 @@ def calibrate(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], s
         FileExistsError: for a checkpoint that is there, without ``resume``.
         FloatingPointError: if a stream is not finite.
     """
+    require_whole(val_interval=val_interval)
     total, data = steps_in(dataloader, steps, epochs), Batches(dataloader)
     vit, old, family = find_pair(model, teacher)
     work = Calibration(vit, old, family, mlp, ridge, patches)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,15 +41,28 @@ def steps_in(dataloader: Iterable[Any], steps: int | None, epochs: int | None) -
     """Length of a run in batches, the same in all processes.
 
     Raises:
-        ValueError: for not exactly one of ``steps`` and ``epochs``, or nothing to do.
+        ValueError: for not exactly one of ``steps`` and ``epochs``, no whole number, or nothing to do.
         TypeError: for ``epochs`` of a dataloader without length.
     """
     if (steps is None) == (epochs is None):
         raise ValueError('tell either steps or epochs')
-    total = common_length(epochs * len(dataloader)) if steps is None else steps
-    if total < 1:
-        raise ValueError(f'steps={steps} and epochs={epochs} of this dataloader come to nothing')
+    require_whole(steps=steps, epochs=epochs)
+    if steps is not None:
+        return steps
+    try:
+        length = len(dataloader)
+    except TypeError as error:  # streams have none
+        raise TypeError(f'epochs={epochs} of a {type(dataloader).__name__} without length: say steps') from error
+    if (total := common_length(epochs * length)) < 1:
+        raise ValueError(f'epochs={epochs} of this dataloader come to nothing: it has no batch')
     return total
+
+
+def require_whole(**numbers: int | None) -> None:
+    """Raises a ValueError for a number that is there, and is no whole one above 0."""
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, Integral) and number > 0):
+            raise ValueError(f'{name}={number!r} has to be a whole number of at least 1')
 
 
 def report(message: str) -> None:

@@ -82,6 +82,23 @@ def test_shape_and_independent_samples(name, hw, num_prefix):
     torch.testing.assert_close(out[1:], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(('name', 'options'), [*((name, {}) for name in NAMES),
+                                               ('NystromformerAttention', dict(pinv_init='original')),
+                                               ('L2ViTAttention', dict(local_concentration=True))],
+                         ids=lambda value: ' '.join(value) if isinstance(value, dict) else value)
+@pytest.mark.parametrize(('hw', 'num_prefix', 'training'), [((3, 5), 1, True), ((4, 4), 0, False)], ids=str)
+def test_a_batch_of_nothing(name, options, hw, num_prefix, training):
+    """As the last share of a batch may be: nothing comes out, gradients are 0, and so it is under bfloat16."""
+    layer = disturbed(build(name, hw, num_prefix, **options)).train(training)
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            out = layer(x := tokens(hw, num_prefix, batch=0).requires_grad_(), hw, num_prefix)
+        assert out.shape == x.shape
+        out.sum().backward()
+        assert x.grad.shape == x.shape
+        assert all(not parameter.grad.any() for parameter in layer.parameters() if parameter.grad is not None)
+
+
 @every_attention
 def test_tokens_are_mixed(name):
     layer, x = build(name), tokens((3, 5), 1)

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -18,12 +20,14 @@ from conftest import LINEAR, ROOT, tiny_vit
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.datasets import CustomDataset
 from PIL import Image
 from test_pipeline import ade20k, apart, arguments, coco, labels, mask2former, photo, pretrained_file, stage1, stage2
 from torch import nn
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Finding, Plan, memory, write_finding
 from adala_mm.preflight.checkpoints import not_downloaded
+from adala_mm.preflight.data import not_taken
 from adala_mm.preflight.images import spread
 from adala_mm.preflight.report import Skipped, findings_of
 from adala_mm.preflight.sizes import cropped_size
@@ -518,6 +522,35 @@ def test_files_that_are_not_taken(root):
         name='val_dataloader counts', status=OK, found='2 images', fix='')
 
 
+def test_links_in_circles_and_hidden_folders(root):
+    """A walk through them has an end, and what is hidden is none of the data, here and in training."""
+    folder = root / 'coco/train2017'
+    theirs = CustomDataset(str(folder), with_label=False, pipeline=[])  # its own walk would have no end
+    for name in ('one', 'two'):
+        (folder / name).symlink_to('.')
+    (folder / '.ipynb_checkpoints').mkdir()
+    (folder / '.ipynb_checkpoints/0-checkpoint.gif').touch()
+    assert not_taken(theirs) == []
+    _, findings = check(STAGE1, '--data-root', root, options=stage1())
+    assert [finding['found'] for finding in findings['train_dataloader counts']] == ['4 images']
+
+
+@pytest.mark.parametrize('damage', [b'', None])
+def test_images_in_shards_are_looked_at(damage, root):
+    """As in training, which reads them."""
+    folder = root / 'coco/train2017'
+    first, *_ = sorted(folder.iterdir())
+    if damage is None:
+        first.rename(folder / os.fsdecode(b'\xff.jpg'))  # no UTF-8: findings are printed all the same
+        (folder / os.fsdecode(b'\xff.jpg')).write_bytes(b'no image')
+    else:
+        first.write_bytes(damage)
+    subprocess.run(['tar', '-cf', 'all.tar', '.'], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    result = check(STAGE1, '--data-root', root, options=stage1() | {'train_dataloader.dataset.shards': 'all.tar'})
+    (finding,) = result[1]['train_dataloader images']
+    assert finding['status'] == ERROR and '1 cannot be decoded, 4 of 4 looked at: tar://' in finding['found']
+
+
 # Recipes and processes.
 
 
@@ -695,3 +728,9 @@ def test_scaling_a_rate_of_unknown_batch_is_refused(monkeypatch, capsys):
         runpy.run_path(str(ROOT / 'tools/check.py'), run_name='__main__')
     assert end.value.code == 2
     assert f'--auto-scale-lr: {config} does not say which total batch' in capsys.readouterr().err
+
+
+def test_findings_with_names_that_are_no_utf8():
+    out = io.TextIOWrapper(io.BytesIO(), 'utf-8')
+    write_finding(Finding('images', ERROR, os.fsdecode(b'\xff.jpg')), out)
+    assert out.buffer.getvalue() == b'error   images: \\udcff.jpg\n'

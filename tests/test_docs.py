@@ -107,7 +107,7 @@ def template(node: ast.AST) -> str:
 
 @functools.cache
 def strings_of_the_code() -> list[str]:
-    nodes = [node for folder in ('adala_mm', 'tools') for path in (ROOT / folder).rglob('*.py')
+    nodes = [node for folder in ('adala_mm', 'tools', 'benchmarks') for path in (ROOT / folder).rglob('*.py')
              for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))]
     docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     return [text for node in nodes if id(node) not in docstrings and (text := template(node)) != '…']

@@ -1,6 +1,7 @@
 """What a user gets wrong ends in one error that names the thing and what to do about it."""
 from __future__ import annotations
 
+import collections
 import re
 import runpy
 import shutil
@@ -94,7 +95,7 @@ def test_these_command_lines_work(data):
 @pytest.mark.parametrize('name', ['train', 'test'])
 def test_missing_config(name, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [name, 'configs/adala/mask2former.py', *(['a.pth'] if name == 'test' else [])])
-    with pytest.raises(FileNotFoundError, match='no config at configs/adala/mask2former.py'):
+    with pytest.raises(SystemExit, match='^error: no config at configs/adala/mask2former.py'):
         runpy.run_path(str(ROOT / f'tools/{name}.py'), run_name='__main__')
 
 
@@ -134,7 +135,7 @@ def test_missing_data(name, config, absent, loader, place):
     path = root / absent
     if path.is_dir():
         shutil.rmtree(path)
-    with pytest.raises(FileNotFoundError) as info:
+    with pytest.raises(SystemExit) as info:
         tool(name, config, root, {}, *(['any.pth'] if name == 'test' else []))
     assert_names(info, f'{loader}: {path} does not exist.', '--data-root DIR',
                  f'--cfg-options {loader}.dataset.data_root=DIR', 'configs/adala/README.md')
@@ -143,7 +144,7 @@ def test_missing_data(name, config, absent, loader, place):
 
 def test_the_advice_on_missing_data_helps(data, place):
     path = data / 'coco'
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit):
         tool('train', STAGE1, place)
     tool('train', STAGE1, place, {'train_cfg.max_epochs': 1, 'train_dataloader.dataset.data_root': path})
     assert Path(f'work_dirs/{STAGE1}/epoch_1.pth').is_file()
@@ -162,28 +163,41 @@ def test_unknown_feature_map(data):
     assert_names(info, "unknown feature_map 'elu2'", 'elu1, relu')
 
 
-@pytest.mark.parametrize('use', ['init_cfg', 'test', 'resume', 'auto resume'])
-def test_truncated_checkpoint(use, data, place):
+class Forged:
+    """An object that is called when it is unpickled."""
+
+    def __reduce__(self):
+        return collections.deque, ()
+
+
+@pytest.mark.parametrize(('use', 'forged'), [('init_cfg', False), ('test', False), ('resume', False),
+                                             ('auto resume', False), ('test', True), ('resume', True),
+                                             ('load_from', True)])
+def test_unreadable_checkpoint(use, forged, data, place):
     path = truncated(place / 'half.pth')
-    with pytest.raises(ValueError) as info:
+    if forged:
+        torch.save({'state_dict': {}, 'message_hub': Forged()}, path)
+    with pytest.raises(SystemExit) as info:
         if use == 'init_cfg':
             tool('train', STAGE1, data, {'model.backbone.init_cfg.checkpoint': path})
         elif use == 'test':
             tool('test', FLAGSHIP, data, {}, path)
         elif use == 'resume':
             tool('train', STAGE1, data, {}, '--resume', path)
+        elif use == 'load_from':
+            tool('train', STAGE1, data, {'load_from': path})
         else:
             work_dir = place / 'work_dirs' / STAGE1
             work_dir.mkdir(parents=True)
             (work_dir / 'last_checkpoint').write_text(str(path))
             tool('train', STAGE1, data, {}, '--resume')
-    assert_names(info, f'cannot read the checkpoint {path}', 'truncated')
+    assert_names(info, f'error: cannot read the checkpoint {path}', 'never unpickled' if forged else 'truncated')
 
 
 @pytest.mark.parametrize('use', ['init_cfg', 'test', 'resume'])
 def test_missing_checkpoint(use, data, place):
     path = place / 'absent.pth'
-    with pytest.raises(FileNotFoundError) as info:
+    with pytest.raises(SystemExit) as info:
         if use == 'init_cfg':
             tool('train', STAGE1, data, {'model.backbone.init_cfg.checkpoint': path})
         elif use == 'test':
@@ -194,7 +208,7 @@ def test_missing_checkpoint(use, data, place):
 
 
 def test_stage_2_before_stage_1(data):
-    with pytest.raises(FileNotFoundError) as info:
+    with pytest.raises(SystemExit) as info:
         tool('train', STAGE2, data)
     assert_names(info, f'no checkpoint at work_dirs/{STAGE1}/epoch_4.pth', 'run the stage that writes it first')
 
@@ -248,12 +262,12 @@ def test_empty_data_folder(place):
     ade20k(place)
     for file in (place / 'ade/ADEChallengeData2016/images/validation').iterdir():
         file.unlink()
-    with pytest.raises(FileNotFoundError, match='images/validation is empty.*--data-root DIR'):
+    with pytest.raises(SystemExit, match='images/validation is empty.*--data-root DIR'):
         tool('train', FLAGSHIP, place, {})
 
 
 def test_imagenet_without_its_split(place):
     imagenet(place)
     shutil.rmtree(place / 'imagenet/val')
-    with pytest.raises(FileNotFoundError, match='val_dataloader: .*imagenet/val does not exist'):
+    with pytest.raises(SystemExit, match='val_dataloader: .*imagenet/val does not exist'):
         tool('train', LINEAR, place, {})

@@ -4,9 +4,12 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import timm
 import torch
@@ -101,7 +104,6 @@ def test_attentions_through_onnx(name, tmp_path):
 
 def test_onnx_of_several_blocks_and_registers(tmp_path):
     """What a user finds in the file: names, free sides and notes; and what becomes of the rest of an image."""
-    import onnx
     target = make(tiny_vit(attention=[SOFTMAX, LINEAR], out_indices=(0, 1, 1), num_registers=2, layer_scale=1.0))
     run = export.export_onnx(target, tmp_path / 'model.onnx', opset=20)
     compared(target, run)
@@ -115,6 +117,23 @@ def test_onnx_of_several_blocks_and_registers(tmp_path):
     image = torch.randn(1, 3, 45, 31)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in
                zip(run(image), target.module(image[..., :40, :24]), strict=True))
+
+
+def test_the_sizes_that_a_file_promises(tmp_path):
+    """torch.export takes a side of one patch for a constant; ONNX does not."""
+    target = make(tiny_vit(img_size=24, attention=LINEAR))
+    promised = {}
+    for kind, write in {'.pt2': export.export_torch, '.onnx': export.export_onnx}.items():
+        run = write(target, path := tmp_path / f'model{kind}')
+        compared(target, run)  # 3 patches, half of which are 1
+        notes = (json.loads(zipfile.ZipFile(path).read(next(
+            name for name in zipfile.ZipFile(path).namelist() if name.endswith('adala_mm.json'))))
+            if kind == '.pt2' else {entry.key: entry.value for entry in onnx.load(path).metadata_props})
+        promised[kind] = notes['size']
+        run(torch.zeros(1, 3, 16, 40))
+        with nullcontext() if kind == '.onnx' else pytest.raises(AssertionError, match='Guard failed'):
+            run(torch.zeros(1, 3, 8, 40))
+    assert promised == {'.pt2': 'any multiple of 8 from 16 on', '.onnx': 'any multiple of 8'}
 
 
 def test_a_fixed_size(tmp_path):

@@ -1,7 +1,8 @@
 """What training of stages 1 and 2, check.py and the tools see of an image file, format by format."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from adala_mm import analysis
 from adala_mm.preflight.images import look_at
@@ -38,6 +39,10 @@ def by_opencv(array: np.ndarray) -> Callable[[Path], None]:
 
 def by_tifffile(array: np.ndarray, **options) -> Callable[[Path], None]:
     return lambda path: pytest.importorskip('tifffile').imwrite(path, array, **options)
+
+
+def by_hand(head: bytes, array: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(head + array.tobytes())
 
 
 def read_everywhere(path: Path) -> np.ndarray:
@@ -82,6 +87,17 @@ def read_everywhere(path: Path) -> np.ndarray:
     ('transparent palette.png', lambda path: PALETTE.save(path, transparency=3), INDEXED, 0),
     ('cmyk.tif', by_pillow(INK, 'CMYK'), RGB / 255 * 205, 1),
     ('cmyk.jpg', by_pillow(INK, 'CMYK', quality=100), RGB / 255 * 205, 4),
+    # Shares of the largest value that the file names.
+    ('to 15.pgm', by_hand(b'P5 24 16 15\n', GREY // 16), GREY3 // 16 * 17, 0),
+    ('to 15.ppm', by_hand(b'P6\n# of a camera\n24 16\n15\n', RGB // 16), RGB // 16 * 17, 0),
+    ('to 1023.pgm', by_hand(b'P5 24 16 1023\n', (GREY.astype(np.uint16) * 4).astype('>u2')),
+     GREY3 * 4.0 / 1023 * 255, 1),
+    ('to 1023.ppm', by_hand(b'P6 24 16 1023\n', (RGB.astype(np.uint16) * 4).astype('>u2')), RGB * 4.0 / 1023 * 255, 1),
+    ('transparent.gif', lambda path: PALETTE.save(path, transparency=3), INDEXED, 0),
+    # What OpenCV does not read.
+    ('colours.tga', by_pillow(RGB), RGB, 0),
+    ('icon.ico', lambda path: Image.fromarray(RGB).save(path, sizes=[(24, 16)]), RGB, 0),
+    ('tiles.tif', by_tifffile(RGB, photometric='rgb', tile=(16, 16)), RGB, 0),
     # Of several frames, the first.
     ('frames.gif', lambda path: PALETTE.save(path, save_all=True, append_images=[PALETTE.rotate(180)]), INDEXED, 0),
     ('frames.tif', by_pillow(RGB, save_all=True, append_images=[Image.fromarray(255 - RGB)]), RGB, 0),
@@ -136,6 +152,70 @@ def test_what_is_refused_and_why(name, write, why, tmp_path):
         assert why in look_at(dict(img_path=str(path)), load, None).error
 
 
+def odd_files() -> Iterator[tuple[str, bytes]]:
+    """Files that two decoders might read in two ways, by name."""
+    def encoded(image: np.ndarray | Image.Image, kind: str, **options) -> bytes:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        image.save(file := io.BytesIO(), kind, **options)
+        return file.getvalue()
+
+    exact = dict(JPEG=dict(quality=100, subsampling=0), MPO=dict(quality=100, subsampling=0),
+                 WEBP=dict(lossless=True, exact=True), PNG={}, TIFF={}, BMP={}, JPEG2000={})
+    rgba, others = np.dstack([RGB, ALPHA]), dict(save_all=True, append_images=[Image.fromarray(255 - RGB)])
+    for kind in ('JPEG', 'PNG', 'WEBP', 'TIFF'):
+        for number in (0, 3, 6, 9):  # 0 and 9 mean nothing
+            exif = Image.Exif()
+            exif[0x0112] = number
+            for name, image in dict(colours=RGB, grey=GREY, alpha=rgba, palette=PALETTE).items():
+                if kind != 'JPEG' or name in ('colours', 'grey'):
+                    yield f'{kind} {name} {number}', encoded(image, kind, exif=exif, **exact[kind])
+    for kind in exact:
+        for name, (height, width) in dict(pixel=(1, 1), line=(1, 24), column=(16, 1)).items():
+            yield f'{kind} {name}', encoded(RGB[:height, :width], kind, **exact[kind])
+    jpeg, png = encoded(RGB, 'JPEG', **exact['JPEG']), encoded(RGB, 'PNG')
+    yield 'bytes after a JPEG', jpeg + b'more' * 99
+    yield 'bytes after a PNG', png + b'more' * 99
+    yield 'torn EXIF', jpeg[:2] + b'\xff\xe1\0\x10Exif\0\0II*\0\xff\xff\xff\xff' + jpeg[2:]
+    yield 'progressive', encoded(RGB, 'JPEG', progressive=True, **exact['JPEG'])
+    yield 'RGB in a JPEG', encoded(RGB, 'JPEG', keep_rgb=True, quality=100)
+    yield 'pictures of two lenses', encoded(RGB, 'MPO', **exact['MPO'], **others)
+    yield 'moving PNG', encoded(RGB, 'PNG', **others)
+    yield 'moving PNG with a still', encoded(RGB, 'PNG', default_image=True, **others)
+    yield 'transparent grey', encoded(GREY, 'PNG', transparency=100)
+    yield 'transparent colour', encoded(RGB, 'PNG', transparency=(10, 15, 5))
+    yield '4 bits', encoded(PALETTE, 'PNG', bits=4)
+    for kind in ('BMP', 'TIFF'):
+        for name, image in {'palette': PALETTE, '1 bit': Image.fromarray(GREY > 99), 'alpha': rgba}.items():
+            yield f'{kind} {name}', encoded(image, kind)
+    for compression in ('tiff_lzw', 'tiff_adobe_deflate', 'packbits'):
+        yield compression, encoded(RGB, 'TIFF', compression=compression)
+    yield 'fax', encoded(Image.fromarray(GREY > 99), 'TIFF', compression='group4')
+    yield 'YCbCr', encoded(Image.fromarray(RGB).convert('YCbCr'), 'TIFF')
+    yield 'numbers in words', b'P3\n# c\n3 1\n255\n255 0 0 0 255 0 0 0 255\n'
+    yield 'bits', b'P4\n8 1\n\xa0'
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
+def test_two_decoders_agree():
+    """Pillow, which mmpretrain's and timm's pipelines can use, and `decode_image`."""
+    differing = {}
+    for name, content in odd_files():
+        with Image.open(io.BytesIO(content)) as image:
+            theirs = np.asarray(ImageOps.exif_transpose(image).convert('RGB')).astype(int)
+        ours = decode_image(content)[..., ::-1]
+        if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 4:
+            differing[name] = ours.shape, theirs.shape
+    assert not differing
+
+
+def test_formats_that_pillow_reads_by_other_programs_are_refused(monkeypatch):
+    """A photograph by its name may be PostScript, which Pillow would have Ghostscript run."""
+    Image.fromarray(RGB).save(file := io.BytesIO(), 'EPS')
+    monkeypatch.setattr('PIL.EpsImagePlugin.Ghostscript', lambda *args: pytest.fail('was run'))
+    with pytest.raises(ValueError, match='no image of a kind that can be read'):
+        decode_image(file.getvalue())
+
+
 def test_a_missing_file_is_called_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_image(str(tmp_path / 'absent.png'))
@@ -150,11 +230,15 @@ def test_what_mmcv_reads_otherwise_is_told(tmp_path):
     Image.fromarray(RGB).save(tmp_path / 'photo.jpg', exif=exif)
     Image.fromarray(np.dstack([RGB, ALPHA])).save(tmp_path / 'alpha.tif')
     Image.fromarray(np.dstack([RGB, ALPHA])).save(tmp_path / 'alpha.png')
+    by_hand(b'P5 24 16 15\n', GREY // 16)(tmp_path / 'to 15.pgm')
+    by_hand(b'P5 24 16 255\n', GREY)(tmp_path / 'to 255.pgm')
+    PALETTE.save(tmp_path / 'transparent.gif', transparency=3)
     with DefaultScope.overwrite_default_scope('mmseg'):
         load = Compose([dict(type='LoadImageFromFile')]).transforms[0]
     looks = {path.name: look_at(dict(img_path=str(path)), load, None) for path in tmp_path.iterdir()}
     assert {name: look.otherwise for name, look in looks.items()} == {
-        'photo.webp': True, 'photo.jpg': False, 'alpha.tif': True, 'alpha.png': False}
+        'photo.webp': True, 'photo.jpg': False, 'alpha.tif': True, 'alpha.png': False, 'to 15.pgm': True,
+        'to 255.pgm': False, 'transparent.gif': True}
 
 
 def test_12_bits_in_16_are_called_dark(tmp_path):

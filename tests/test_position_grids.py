@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_checkpoint as mmengine_load_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,6 +94,17 @@ def by_merging_lora(model: nn.Module, folder: Path) -> Path:
     return folder / 'a.pth'
 
 
+def by_merging_lora_into_safetensors(model: nn.Module, folder: Path) -> Path:
+    """Such a file in deed, as its own library reads it, with the same weights as in the other kind."""
+    state = read_state_dict(str(by_merging_lora(model, folder)))
+    tool('merge_lora', folder / 'lora.pth', folder / 'b.safetensors')
+    with safe_open(folder / 'b.safetensors', 'pt') as file:
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in state.items())
+        tensors, notes = {key: file.get_tensor(key) for key in state}, file.metadata()
+    save_file(tensors, folder / 'c.safetensors', notes)
+    return folder / 'c.safetensors'
+
+
 def by_conversion(model: nn.Module, folder: Path) -> Path:
     """What is recorded in the source is used, and recorded again."""
     tool('convert_vfm', by_state_dict(model, folder), folder / 'a.safetensors', '--family', 'deit', '--num-heads', 4)
@@ -107,7 +119,8 @@ def by_export(model: nn.Module, folder: Path) -> Path:
     return folder / 'a.safetensors'
 
 
-WRITERS = [by_state_dict, by_parallel_model, by_runner, by_publishing, by_merging_lora, by_conversion, by_export]
+WRITERS = [by_state_dict, by_parallel_model, by_runner, by_publishing, by_merging_lora,
+           by_merging_lora_into_safetensors, by_conversion, by_export]
 
 
 @pytest.mark.parametrize('write', WRITERS, ids=lambda write: write.__name__)

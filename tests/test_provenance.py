@@ -201,7 +201,7 @@ def test_failed(place):
 
 
 def test_missing_weights_are_a_failure(place):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit, match='error: no checkpoint at /absent.pth'):
         train(place, 'absent', '--cfg-options', 'model.backbone.init_cfg.checkpoint=/absent.pth')
     (record,) = starts(place / 'absent')
     assert record['outcome'] == 'failed' and '/absent.pth' in record['error'] and 'weights' not in record

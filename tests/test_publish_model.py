@@ -99,8 +99,31 @@ def test_what_reads_a_checkpoint_reads_the_average(trained):
     assert_close(read_state_dict(str(path)), average or last)
 
 
-def test_what_is_no_training_checkpoint(tmp_path, monkeypatch, capsys):
-    torch.save({'weight': torch.ones(2)}, tmp_path / 'plain.pth')
+@pytest.mark.parametrize('content', [{'weight': torch.ones(2)}, [torch.ones(2)], {'state_dict': [1]}], ids=str)
+def test_what_is_no_training_checkpoint(content, tmp_path, monkeypatch, capsys):
+    torch.save(content, tmp_path / 'plain.pth')
     with pytest.raises(SystemExit):
         publish(monkeypatch, tmp_path / 'plain.pth', tmp_path / 'out')
     assert 'has no state_dict' in capsys.readouterr().err and not list(tmp_path.glob('out*'))
+
+
+@pytest.mark.parametrize(('source', 'out', 'message'), [
+    ('absent.pth', 'out', 'error: no checkpoint at .*absent.pth'), ('.', 'out', 'error: no checkpoint at .*looked for'),
+    ('a.pth', 'a.pth/out', 'error: .*a.pth')], ids=['absent', 'folder', 'no place'])
+def test_files_and_places_that_are_not_there(source, out, message, tmp_path, monkeypatch):
+    torch.save({'state_dict': {'weight': torch.ones(2)}}, tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=message):
+        publish(monkeypatch, tmp_path / source, tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(state, path):
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    torch.save({'state_dict': {'weight': torch.ones(2)}}, tmp_path / 'a.pth')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(SystemExit, match='No space left'):
+        publish(monkeypatch, tmp_path / 'a.pth', tmp_path / 'out/model')
+    assert not list((tmp_path / 'out').iterdir())

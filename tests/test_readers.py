@@ -22,9 +22,9 @@ import torch
 from mmengine import fileio
 
 from adala_mm.datasets import ImageFiles, image_index
-from adala_mm.datasets.folders import walk
 from adala_mm.datasets.image_index import Source, load_index
 from adala_mm.datasets.tar_shards import follow
+from adala_mm.utils.folders import walk
 
 BYTES = os.fsdecode(b'\xff\xfe.jpg')  # no UTF-8
 LONG = f'{"n" * 150}/{"m" * 150}.jpg'
@@ -345,8 +345,8 @@ def test_a_change_in_the_same_tick(age, images, tmp_path, monkeypatch):
     """It leaves the stamp as it was: an index of files that were that young is not used again."""
     monkeypatch.setattr(image_index, 'TICK', 2 * 10 ** 9)
     monkeypatch.setattr(image_index.time, 'time_ns', lambda: 10 ** 18)
-    for module in ('image_index', 'folders'):
-        monkeypatch.setattr(f'adala_mm.datasets.{module}.stamp_of', lambda path: [0, 10 ** 18 - age * 10 ** 9, 0])
+    for module in ('datasets.image_index', 'utils.folders'):
+        monkeypatch.setattr(f'adala_mm.{module}.stamp_of', lambda path: [0, 10 ** 18 - age * 10 ** 9, 0])
     root, options = write(tmp_path / 'root', '0.jpg'), dict(index_dir=str(tmp_path / 'index'))
     content_of(root, **options)
     write(root, '1.jpg')

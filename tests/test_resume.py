@@ -541,8 +541,8 @@ def write_checkpoint(path: Path, steps: int, minute: int, modified: int = 0) -> 
     """By the runner that writes them in training, on a clock that stands at ``minute``."""
     runner = SimpleNamespace(
         epoch=1, iter=steps, train_loop=SimpleNamespace(_epoch=1), model=torch.nn.Linear(20, 20, bias=False), seed=0,
-        cfg=Config(), experiment_name='one', train_dataloader=SimpleNamespace(dataset=None), message_hub=MessageHub('one'),
-        call_hook=lambda *args, **kwargs: None, get_hooks_info=str)
+        cfg=Config(), experiment_name='one', train_dataloader=SimpleNamespace(dataset=None),
+        message_hub=MessageHub('one'), call_hook=lambda *args, **kwargs: None, get_hooks_info=str)
     torch.nn.init.constant_(runner.model.weight, float(steps))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.runner.runner.time.strftime', lambda *args: f'20260102_03{minute:02}00')

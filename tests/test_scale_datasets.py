@@ -524,6 +524,14 @@ def test_hook_counts_and_lists(tmp_path):
     assert hook.path.read_text().endswith('\nc.jpg\tno whole image\n')
 
 
+def test_hook_takes_names_that_are_no_utf8(tmp_path):
+    runner, hook = fake_runner(tmp_path), CorruptImagesHook(interval=1)
+    hook.before_run(runner)
+    hook.after_train_iter(runner, 0, batch({os.fsdecode(b'\xff.jpg'): 'no whole image'}))
+    assert hook.path.read_bytes() == b'\xff.jpg\tno whole image\n'
+    assert r'\udcff.jpg (no whole image)' in runner.logger[0] and runner.logger[0].encode()  # as logs do
+
+
 def test_hook_lists_each_image_once(tmp_path):
     for _ in range(2):  # a resumed run
         runner, hook = fake_runner(tmp_path), CorruptImagesHook(interval=1)

@@ -25,8 +25,15 @@ from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.frontier import advice, agreements, each_size
 from adala_mm.utils.frontier import table as frontier_table
+from adala_mm.utils.row_log import latest_rows
 from adala_mm.utils.tables import ablation_table, markdown_table
-from adala_mm.utils.timing import attention_speed_table, depth_table, model_speed_table, training_speed_table
+from adala_mm.utils.timing import (
+    attention_speed_table,
+    check_table,
+    depth_table,
+    model_speed_table,
+    training_speed_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.
@@ -297,6 +304,32 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
+# Parts of benchmarks/run_gpu.sh that have a table: their title, and what makes it.
+GPU_PARTS = dict(check=('Values and gradients', check_table), spot=('Values and gradients, spot checks', check_table),
+                 core=('The attention core', attention_speed_table), model=('Whole ViTs', model_speed_table),
+                 training=('Training steps', training_speed_table))
+
+
+def gpu() -> str:
+    """What run_gpu.sh measured, a section for each GPU."""
+    folders = [path.parent for path in sorted(ROOT.glob('benchmarks/results/*/run.jsonl'))]
+    return '\n\n'.join(map(measured_on, folders)) or 'No GPU has measured these yet.'
+
+
+def measured_on(folder: Path) -> str:
+    """Tables of a GPU's records; of rows with the same key the last one counts."""
+    parts, (machine, *_) = latest_rows(folder / 'run.jsonl')
+    texts = [f'### Measured on {machine["device"]}']
+    for name, (title, tell) in GPU_PARTS.items():
+        if (folder / f'{name}.jsonl').exists():
+            rows, machines = latest_rows(folder / f'{name}.jsonl')
+            places = dict.fromkeys(f'driver {m["driver"]}, CUDA {m["cuda"]}, torch {m["torch"]}, Triton {m["triton"]}, '
+                                   f'commit {m["commit"]}' for m in machines)
+            texts += [f'{title}:', tell(dict(rows=rows)), f'{"; ".join(places)}.'] if rows else []
+    texts += [f'The part "{part["part"]}" {part["outcome"]}.' for part in parts if part['outcome'] != 'done']
+    return '\n\n'.join(texts)
+
+
 TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, frontier=frontier, costs=costs,
               downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
@@ -309,7 +342,7 @@ TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, fron
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
-              memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
+              speed_gpu=gpu, memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
 
 
 def fill(text: str) -> str:

@@ -2,16 +2,30 @@
 
     python tools/merge_lora.py work_dirs/linear_dinov2l_lolcats_native_in1k/epoch_10.pth merged.pth
 
-The result loads wherever `adala_mm.HedgehogAttention` stands in place of `adala_mm.LoLCATSAttention`.
+The result is a file of torch.save, or of safetensors if it is called so. It loads wherever `adala_mm.HedgehogAttention`
+stands in place of `adala_mm.LoLCATSAttention`.
 """
 import argparse
+import io
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from adala_mm.models.attentions.lolcats import merge_lora
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.atomic import write_atomically
+from adala_mm.utils.checkpoint import grid_note, read_state_dict
 from adala_mm.utils.cli import one_message
+
+
+def content_of(state: dict[str, Tensor], suffix: str) -> bytes:
+    """A file with ``state``, of the kind that its name says."""
+    if suffix == '.safetensors':
+        own = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+        return safetensors.torch.save(own, {'format': 'pt', **grid_note(state)})
+    torch.save({'state_dict': state}, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def main() -> None:
@@ -26,7 +40,7 @@ def main() -> None:
     with one_message():
         state = read_state_dict(args.checkpoint, trust=args.trust_checkpoint)
         merged = merge_lora(state, args.alpha)
-    torch.save({'state_dict': merged}, args.out)
+        write_atomically(args.out, content_of(merged, args.out.suffix))
     print(f'{args.out}: {len(state) - len(merged)} LoRA tensors merged, {len(merged)} tensors left')
 
 

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from mmengine.runner.checkpoint import weights_to_cpu
 
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import one_message
@@ -30,8 +29,12 @@ def main() -> None:
     parser.add_argument('--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds')
     args = parser.parse_args()
     with one_message():
-        checkpoint = load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
-    if 'state_dict' not in checkpoint:
+        publish(args, parser)
+
+
+def publish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    checkpoint = load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
         parser.error(f'{args.checkpoint} has no state_dict: it is not a checkpoint of a training run')
     last = {key.removeprefix('module.'): value for key, value in checkpoint.get('ema_state_dict', {}).items()
             if key.startswith('module.')}
@@ -40,15 +43,16 @@ def main() -> None:
     kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
     if args.raw:
         kept['state_dict'].update(last)
-    kept['state_dict'] = weights_to_cpu(kept['state_dict'])  # keeps what state dicts record beside tensors
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(f'{args.out.name}.partial')
-    torch.save(kept, part)
-    out = args.out.with_name(f'{args.out.name}-{file_sha256(part)[:8]}.pth')
-    if out.exists():
-        part.unlink()
-        parser.error(f'{out} exists already; nothing is overwritten')
-    part.rename(out)
+    try:
+        torch.save(kept, part)
+        out = args.out.with_name(f'{args.out.name}-{file_sha256(part)[:8]}.pth')
+        if out.exists():
+            parser.error(f'{out} exists already; nothing is overwritten')
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
     size = [path.stat().st_size / 2 ** 20 for path in (args.checkpoint, out)]
     dropped = sorted(set(checkpoint) - set(kept))
     kind = 'tensors' if not last else 'tensors of the last step' if args.raw else 'averaged tensors'

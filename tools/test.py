@@ -5,9 +5,10 @@
 from mmengine.runner import Runner
 
 from adala_mm.engine.provenance import outcome_recorded
-from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config
+from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config, message_for_files
 
 
+@message_for_files()
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='checkpoint file')

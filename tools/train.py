@@ -9,9 +9,17 @@ import torch
 from mmengine.registry import RUNNERS
 
 from adala_mm.engine.provenance import outcome_recorded
-from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_config, scale_learning_rate
+from adala_mm.utils.cli import (
+    base_parser,
+    check_data,
+    leave_processes,
+    load_config,
+    message_for_files,
+    scale_learning_rate,
+)
 
 
+@message_for_files()
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',

@@ -22,8 +22,8 @@ import torch.distributed
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.logging import print_log
 
-from adala_mm.datasets.folders import is_hidden, stamp_of, walk
 from adala_mm.datasets.tar_shards import expand_shards, has_wildcards, parents, scan_shard
+from adala_mm.utils.folders import is_hidden, stamp_of, walk
 
 VERSION = 3
 TICK = 2 * 10 ** 9  # ns: two changes of a file that are nearer in time may have the same stamp (FAT's clock)

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from mmengine.fileio import BaseStorageBackend, register_backend
 
-from adala_mm.datasets.folders import is_hidden
+from adala_mm.utils.folders import is_hidden
 
 ADDRESS = re.compile(r'(?P<shard>.+?)\?(?P<offset>\d+)\+(?P<size>\d+)#(?P<name>.*)', re.DOTALL)
 MAX_LINKS = 40  # in a row, as of Linux
@@ -92,7 +92,6 @@ def scan_shard(root: str, shard: str) -> Shard:
                     continue
                 if name in spans:
                     again.append(name)
-                    del spans[name]
                 spans[name] = span
                 links.pop(name, None)
     except tarfile.ReadError as error:

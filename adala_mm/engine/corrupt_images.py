@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 
 from adala_mm.engine.gathering import GatheringHook
 from adala_mm.registry import HOOKS
+from adala_mm.utils.folders import printable
 
 FEW = 1000  # draws after which a share of them means something
 
@@ -103,4 +104,4 @@ class CorruptImagesHook(GatheringHook):
 
 def few(images: dict[str, str]) -> str:
     first = [f'{path} ({problem})' for path, problem in list(images.items())[:3]]
-    return ', '.join(first) + (f' and {len(images) - 3:,} more' if len(images) > 3 else '')
+    return printable(', '.join(first)) + (f' and {len(images) - 3:,} more' if len(images) > 3 else '')

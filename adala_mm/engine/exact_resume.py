@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.utils.serialization
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
@@ -224,8 +223,7 @@ def standing_of(path: Path) -> Standing | None:
     Raises:
         ValueError: as `load_checkpoint`.
     """
-    with torch.utils.serialization.config.patch('load.mmap', zipfile.is_zipfile(path)):
-        state = load_checkpoint(path)
+    state = load_checkpoint(path, map_location='meta')
     meta = state.get('meta') if isinstance(state, dict) else None
     if not isinstance(meta, dict) or not isinstance(meta.get('iter'), int):
         return None

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from adala_mm.evaluation.knn import KNNMetric
+from adala_mm.utils.checkpoint import read_state_dict
 from adala_mm.utils.image_files import open_image
 
 Reference = dict[str, Any]  # tensors alone, which torch.load can map
@@ -35,8 +36,9 @@ def load_teacher(name: str, size: int, weights: str | Path | None = None) -> nn.
     Raises:
         ValueError: for a model that does not classify, which could not agree with anybody.
     """
-    overlay = dict(file=str(weights)) if weights else None
+    overlay = dict(state_dict=read_state_dict(str(weights))) if weights else None
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
+    model.pretrained_cfg.pop('state_dict', None)  # copies of the model would have copies of it
     if not model.num_classes:
         raise ValueError(f'{name} has no classifier, so that nothing could agree with it; choose one that classifies, '
                          'such as deit_tiny_patch16_224')

@@ -19,17 +19,18 @@ from adala_mm.export.target import Target
 
 OPSET = 18  # the first whose Resize can antialias, as position embeddings need
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+LEAST = 2  # patches along a side of what torch.export traces for any size: it takes 1 for a constant
 LIMIT = 2 ** 31  # bytes of a protobuf, which an ONNX file is
 
 
 def trace(target: Target, dynamic: bool) -> ExportedProgram:
-    """The graph of a model, for any batch, and for any size that is a multiple of ``target.multiple`` if ``dynamic``.
+    """The graph of a model, for any batch, and for any size of `size_note` if ``dynamic``.
 
     Raises:
         ValueError: for a model that depends on the size in ways that a graph cannot hold.
     """
     step = target.multiple
-    rows, columns = (max(2, side // step) for side in target.size)  # sides of 1 would be taken for constants
+    rows, columns = (max(LEAST, side // step) for side in target.size)
     size = (rows * step, (columns + 1) * step) if dynamic else target.size
     free = {2: step * Dim('rows'), 3: step * Dim('columns')} if dynamic else {}
     try:
@@ -44,7 +45,7 @@ def trace(target: Target, dynamic: bool) -> ExportedProgram:
 
 def export_torch(target: Target, path: Path, dynamic: bool = True) -> Run:
     """Writes a ``.pt2`` file, and returns it as a function, read back."""
-    notes = target.notes | {'size': size_note(target, dynamic)}
+    notes = target.notes | {'size': size_note(target, dynamic, LEAST)}
     torch.export.save(trace(target, dynamic), path, extra_files={'adala_mm.json': json.dumps(notes)})
     return torch.export.load(path).module()
 
@@ -102,9 +103,11 @@ def require_packages() -> None:
         raise ImportError(f'ONNX files need {", ".join(missing)}: pip install {" ".join(PACKAGES)}')
 
 
-def size_note(target: Target, dynamic: bool) -> str:
-    height, width = target.size
-    return f'any multiple of {target.multiple}' if dynamic else f'{height} x {width} only'
+def size_note(target: Target, dynamic: bool, least: int = 1) -> str:
+    """Which sizes a graph takes, ``least`` patches along a side being the smallest."""
+    if not dynamic:
+        return '{} x {} only'.format(*target.size)
+    return f'any multiple of {target.multiple}' + f' from {least * target.multiple} on' * (least > 1)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Difference(NamedTuple):
 def shapes(size: tuple[int, int], multiple: int, dynamic: bool) -> list[tuple[int, int, int]]:
     """(B, H, W) to compare at: two batches, and if the size is free a second one, which is not square."""
     height, width = size
-    narrow = max(multiple, width // 2 // multiple * multiple)
+    narrow = max(2, width // 2 // multiple) * multiple
     sizes = [size, (height + multiple, narrow)] if dynamic else [size]
     return [(batch, *other) for other in sizes for batch in (1, 3)]
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from adala_mm.datasets import ImageFiles
-from adala_mm.datasets.folders import walk
 from adala_mm.datasets.image_index import OTHERS, is_image, kind_of, passed_over
 from adala_mm.engine import LabelCheckHook
 from adala_mm.preflight.images import label_loader
 from adala_mm.preflight.plan import TRAIN, VAL, Plan, Scan, draws_itself
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 from adala_mm.utils.cli import absent_data, data_advice
+from adala_mm.utils.folders import walk
 from adala_mm.utils.label_files import leaves
 
 MANY = 100_000  # labels of images that are read at most

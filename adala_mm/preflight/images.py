@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import LoadAnnotations
 from mmcv.transforms import LoadImageFromFile as MmcvLoadImageFromFile
+from mmengine import fileio
 from mmengine.utils import ProgressBar
 
 from adala_mm.datasets import LoadImageFromFile
@@ -51,8 +52,7 @@ def image_loader(dataset: Any) -> Callable[[dict], dict]:
 
 def look_at_image(path: str, load: Callable[[dict], dict]) -> dict[str, Any]:
     """Facts of a `Look`."""
-    with open(path, 'rb') as file:
-        content = file.read()
+    content = fileio.get(path)
     try:
         image = load(dict(img_path=path))['img']
     except Exception:  # its reason is often not more than that there is none
@@ -103,7 +103,7 @@ def scan(dataset: Any, name: str, count: int | None, workers: int) -> Iterator[L
         Skipped: if the data set knows no image files of this machine.
     """
     infos = [dataset.get_data_info(i) for i in spread(len(dataset), count)]
-    if any('://' in str(info.get('img_path', '://')) for info in infos):
+    if any('://' in str(info.get('img_path', '://')).removeprefix('tar://') for info in infos):
         raise Skipped('its images are no files of this machine')
     load, load_label = image_loader(dataset), label_loader(dataset)
     bar = ProgressBar(len(infos), file=sys.stderr) if infos and sys.stderr.isatty() else None

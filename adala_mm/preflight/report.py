@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
+from adala_mm.utils.folders import printable
+
 OK, WARNING, ERROR, SKIPPED = 'ok', 'warning', 'error', 'skipped'
 COLOURS = {OK: '\033[32m', WARNING: '\033[33m', ERROR: '\033[31m', SKIPPED: '\033[2m'}
 
@@ -51,6 +53,6 @@ def findings_of(name: str, check: Callable[[], Iterator[Finding]],
 def write_finding(finding: Finding, out: TextIO = sys.stdout) -> None:
     """Two lines at most: status, name and what was found, then the fix. Coloured on a terminal."""
     colour, end = (COLOURS[finding.status], '\033[0m') if out.isatty() else ('', '')
-    print(f'{colour}{finding.status:8}{end}{finding.name}: {finding.found}', file=out, flush=True)
+    print(f'{colour}{finding.status:8}{end}{finding.name}: {printable(finding.found)}', file=out, flush=True)
     if finding.fix:
         print(f'        -> {finding.fix}', file=out, flush=True)

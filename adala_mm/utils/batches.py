@@ -51,7 +51,10 @@ class Batches:
                 elif self.seen == self.skip:
                     set_random_state(self.resumed)
             if not self.seen:
-                raise ValueError('the dataloader is empty')
+                kind = type(self.dataloader).__name__
+                raise ValueError(f'the {kind} of images is used up: it can be read only once. Give a DataLoader or a '
+                                 'list, or fewer steps' if isinstance(self.dataloader, Iterator) else
+                                 'the dataloader is empty')
             self.passes, self.skip = self.passes + 1, 0
 
     def state(self) -> dict[str, Any]:

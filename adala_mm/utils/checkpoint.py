@@ -9,39 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import mmengine.runner.checkpoint
-import numpy as np
 import torch
-from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.fileio import get_file_backend
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adala_mm.utils.weight_files import SAFETENSORS, kind_of, weight_files
-
-
-def _history_method(cls: type, name: str) -> Any:
-    """Stands in for ``getattr``, which MMEngine's pickled log buffers ask for: four methods of one class, no more."""
-    if cls is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
-        return getattr(cls, name)
-    raise ValueError(f'a checkpoint asked for {cls!r}.{name}, which no training checkpoint needs')
-
-
-# All that MMEngine puts into a checkpoint beside tensors and plain Python values.
-SAFE_GLOBALS = [
-    (_history_method, 'builtins.getattr'), HistoryBuffer, np.ndarray, np.dtype,
-    *((f, f'numpy.{core}.multiarray.{f.__name__}') for core in ('core', '_core')  # numpy 1 and 2 name them differently
-      for f in (np._core.multiarray._reconstruct, np._core.multiarray.scalar)),
-    *{type(np.dtype(t)) for t in '?bBhHiIlLqQefdFDUS'},
-]
-
+from adala_mm.utils.torch_files import read_torch_file
+from adala_mm.utils.unpickling import Refused
+from adala_mm.utils.weight_files import SAFETENSORS, UnreadableCheckpoint, kind_of, weight_files
 
 # Where training scripts keep a model's weights in their checkpoints, in order of preference.
 WRAPPERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
 # What wrappers of modules put into the names of weights, and what averaging counts its steps with.
 WRAPPED = re.compile(r'^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 COUNTERS = ('n_averaged', 'steps')
-# What torch says of a pickle that is whole, and holds what only its own code can make.
-NEEDS_TRUST = re.compile('unsupported|can only|must be imported|TorchScript|no training checkpoint needs', re.I)
 
 TIMM = 'timm://'
 # The user's word that this process may unpickle what it is told to load (`--trust-checkpoint`); also for its children.
@@ -49,7 +31,7 @@ TRUST = 'ADALA_MM_TRUST_CHECKPOINT'
 
 
 def load_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict[str, Any]:
-    """Reads a safetensors file, or a ``torch.save`` file with ``weights_only=True``, whatever it is called.
+    """Reads a safetensors file, or a ``torch.save`` file by `read_torch_file`, whatever it is called.
 
     The position grid that a safetensors file records is given as `recorded_grid` reads it.
 
@@ -60,7 +42,7 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = F
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, no checkpoint, or would need to run code to load.
+        UnreadableCheckpoint: if it is truncated, no checkpoint, or would need to run code to load; a ValueError.
     """
     parts = [_load_file(file, map_location, trust or os.environ.get(TRUST) == '1')
              for file in weight_files(Path(path).expanduser())]
@@ -78,21 +60,17 @@ def _load_file(path: Path, map_location: Any, trust: bool) -> dict[str, Any]:
             return state
         if trust:
             return torch.load(path, map_location=map_location, weights_only=False)
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen types for what is the same to the user
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if NEEDS_TRUST.search(line)), lines[0])
-        if 'TorchScript' in reason:
-            reason = 'a TorchScript archive, which is code'
-        if NEEDS_TRUST.search(reason):
-            reason = reason.partition(' Please use')[0]  # torch's own advice is for code, not for users
+        return read_torch_file(path, map_location)
+    except Exception as error:  # what is damaged raises a dozen types for what is the same to the user
+        text = ''.join(letter if letter.isprintable() else ' ' for letter in str(error)).strip()
+        reason = text[:300] or type(error).__name__
+        if isinstance(error, Refused):
             reason = (f'it holds more than tensors and plain values, which is never unpickled here ({reason}). If it '
                       f'is your own, and needs that: --trust-checkpoint of a tool, {TRUST}=1 in the environment of a '
                       'program, or trust=True of load_checkpoint and read_state_dict')
         elif not reason.startswith('it is '):
             reason = f'it is truncated or damaged: fetch it again ({reason})'
-        raise ValueError(f'cannot read the checkpoint {path}: {reason}') from error
+        raise UnreadableCheckpoint(f'cannot read the checkpoint {path}: {reason}') from error
 
 
 def file_notes(path: Path) -> dict[str, str]:
@@ -106,9 +84,21 @@ def file_notes(path: Path) -> dict[str, str]:
         return {}
 
 
+def grid_note(state: dict[str, Any]) -> dict[str, str]:
+    """What `note_grid` reads, for the metadata of a safetensors file; {} if no grid is recorded."""
+    owner = _owner(state)
+    grid = None if owner is None else recorded_grid(state, owner)
+    return {} if grid is None else {'position_grid': 'x'.join(map(str, grid))}
+
+
+def _owner(state: dict[str, Any]) -> str | None:
+    """Prefix of the module with position embeddings."""
+    return next((key.removesuffix('pos_embed').rstrip('.') for key in state if key.endswith('pos_embed')), None)
+
+
 def note_grid(state: OrderedDict[str, Any], grid: str | None) -> None:
     """Puts the position grid ``16x64`` of a file where `AdaLAViT.state_dict` has it: in the metadata of torch."""
-    owner = next((key.removesuffix('pos_embed').rstrip('.') for key in state if key.endswith('pos_embed')), None)
+    owner = _owner(state)
     if grid is not None and owner is not None:
         state._metadata = OrderedDict({owner: {'grid': tuple(map(int, grid.split('x')))}})
 
@@ -235,7 +225,7 @@ def under(state: dict, prefix: str) -> OrderedDict:
 
 
 def use_safe_loading() -> None:
-    """Makes MMEngine read local and downloaded files with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
+    """Makes MMEngine read files, wherever they are, with `load_checkpoint`: load_from, resume, init_cfg, inferencers.
 
     Called by `adala_mm.openmmlab`.
     """
@@ -248,8 +238,14 @@ def use_safe_loading() -> None:
             torch.hub.download_url_to_file(url, str(path), progress=progress)
         return load_checkpoint(path, map_location)
 
-    mmengine.runner.checkpoint.load_url = load_url  # what all of its remote schemes end in
-
-    @CheckpointLoader.register_scheme(prefixes='', force=True)
-    def load_local(filename: str, map_location: Any) -> dict[str, Any]:
+    def load_local(filename: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return load_checkpoint(filename, map_location)
+
+    def load_remote(filename: str, map_location: Any = None, backend: str = 'petrel') -> dict[str, Any]:
+        with get_file_backend(filename, backend_args={'backend': backend}).get_local_path(filename) as path:
+            return load_checkpoint(path, map_location)
+
+    mmengine.runner.checkpoint.load_url = load_url  # what its schemes of the web end in
+    mmengine.runner.checkpoint._safe_torch_load = load_local  # pavi and openmmlab; it unpickles what torch refuses
+    CheckpointLoader.register_scheme('', load_local, force=True)
+    CheckpointLoader.register_scheme([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_remote, force=True)

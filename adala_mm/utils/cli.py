@@ -20,6 +20,7 @@ import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every to
 from adala_mm.utils.checkpoint import TRUST
 from adala_mm.utils.inert_lines import refuse_inert_lines
 from adala_mm.utils.stack import import_quietly, require_stack
+from adala_mm.utils.weight_files import UnreadableCheckpoint
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'  # a wheel has them in the package, a clone a link to them
 
@@ -150,6 +151,18 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError, TypeError) as error:
+        raise SystemExit(f'error: {error}') from error
+
+
+@contextmanager
+def message_for_files() -> Iterator[None]:
+    """Ends the program with one message for a file that is not there, or a checkpoint that cannot be read.
+
+    Other errors keep their traceback, as they may come from code of the user's.
+    """
+    try:
+        yield
+    except (FileNotFoundError, UnreadableCheckpoint) as error:
         raise SystemExit(f'error: {error}') from error
 
 

@@ -19,6 +19,15 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def sources_fingerprint() -> str:
+    """First 16 hex digits of SHA-256 over this package's Python files, and a clone's analysis tools."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*package.glob('**/*.py'), *package.parent.glob('tools/analysis_tools/*.py')]):
+        digest.update(f'{path.relative_to(package.parent)} '.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file in hex digits, read piece by piece."""
     digest = hashlib.sha256()

@@ -10,15 +10,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 TIFF = b'II*\0', b'MM\0*'
+GIF, NETPBM = b'GIF8', (b'P5', b'P6')
 RANGES = np.uint8, np.uint16
+FORMATS = 'AVIF', 'BMP', 'GIF', 'ICO', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP'
+EIGHT_BITS = '1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr', 'LAB'  # modes of Pillow
 FLOATING = (*TIFF, b'#?', b'PF', b'Pf')  # TIFF, Radiance and PFM may hold numbers of unknown range
 
 
 def decode_image(content: bytes) -> np.ndarray:
     """Pixels of an image file, (H, W, 3) uint8 in OpenCV's order of channels, BGR.
 
-    As mmcv's ``LoadImageFromFile`` decodes it, but for `by_pillow`: upright in every format, grey, palettes and CMYK
-    become colours, alpha is dropped, of 16 bits the high 8 are taken, of several frames the first.
+    As mmcv's ``LoadImageFromFile`` decodes it, but for `by_pillow` and `rescued`: upright in every format, grey,
+    palettes and CMYK become colours, alpha is dropped, of 16 bits the high 8 are taken, of several frames the first.
 
     Raises:
         ValueError: saying why it cannot be decoded.
@@ -28,9 +31,7 @@ def decode_image(content: bytes) -> np.ndarray:
     image = by_pillow(content)
     if image is None and content:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(what_is_wrong(content))
-    return image
+    return rescued(content) if image is None else image
 
 
 def open_image(path: str) -> Image.Image:
@@ -52,32 +53,38 @@ def is_webp_or_avif(content: bytes) -> bool:
 
 def mmcv_may_differ(content: bytes) -> bool:
     """Whether a file is of a format that mmcv's ``LoadImageFromFile`` can read in another way than `decode_image`."""
-    return content.startswith(FLOATING) or is_webp_or_avif(content)
+    return content.startswith((*FLOATING, *NETPBM, GIF)) or is_webp_or_avif(content)
 
 
 def by_pillow(content: bytes) -> np.ndarray | None:
     """Pixels of what OpenCV reads in a way of its own; None for what it reads as other files.
 
-    It leaves WebP and AVIF files as they lie, whatever their EXIF orientation, darkens TIFF files by their alpha, and
-    takes CIELAB for RGB.
+    It leaves WebP and AVIF files as they lie, whatever their EXIF orientation, darkens TIFF files by their alpha, takes
+    CIELAB for RGB, paints over what is transparent in a GIF file, and takes values of PGM and PPM files for shares of
+    255, whatever their largest one is.
 
     Raises:
         ValueError: if such a file is damaged.
     """
-    turnable = is_webp_or_avif(content)
-    if not turnable and not content.startswith(TIFF):
+    if not content.startswith((*TIFF, *NETPBM, GIF)) and not is_webp_or_avif(content):
         return None
     try:
         with Image.open(BytesIO(content)) as image:
-            odd = image.getexif().get(ORIENTATION, 1) != 1 if turnable else image.mode in ('RGBA', 'LAB')
-            if not odd:
+            odd = {'TIFF': image.mode in ('RGBA', 'LAB'), 'PPM': True, 'GIF': 'transparency' in image.info}
+            if not odd.get(image.format, image.getexif().get(ORIENTATION, 1) != 1):
                 return None
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+            return pixels_of(image)
     except UnidentifiedImageError:
         return None
     except OSError as error:
         raise ValueError(str(error)) from error
-    return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8, BGR, upright; Pillow has 16 bits of PGM files in 32."""
+    if image.mode == 'I':
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert('RGB'))[..., ::-1])
 
 
 def as_it_is(content: bytes) -> np.ndarray | None:
@@ -85,15 +92,23 @@ def as_it_is(content: bytes) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def what_is_wrong(content: bytes) -> str:
-    """Why OpenCV does not make an image of 8 bits of a file."""
+def rescued(content: bytes) -> np.ndarray:
+    """Pixels of a file that OpenCV cannot read, such as TGA, ICO, and TIFF in tiles that reach beyond the image.
+
+    Raises:
+        ValueError: saying why it cannot be read by Pillow either.
+    """
     if not content:
-        return 'the file is empty'
+        raise ValueError('the file is empty')
+    Image.init()
     try:
-        with Image.open(BytesIO(content)) as image:
+        # Of Pillow's other formats, some are read by programs that it calls.
+        with Image.open(BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             image.load()
+            if image.mode in EIGHT_BITS:
+                return pixels_of(image)
     except UnidentifiedImageError:
-        return 'no image of a kind that can be read'
+        raise ValueError('no image of a kind that can be read') from None
     except Exception as error:  # Pillow's readers raise a dozen types for damage
-        return ' '.join(str(error).split()) or type(error).__name__
-    return f'{image.format} of a kind ({image.mode}) that cannot be read: write 8 or 16 bits'
+        raise ValueError(' '.join(str(error).split()) or type(error).__name__) from error
+    raise ValueError(f'{image.format} of a kind ({image.mode}) that cannot be read: write 8 or 16 bits')

@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.cost import peak_bytes
@@ -21,6 +23,8 @@ from adala_mm.utils.tables import markdown_table
 
 Call = Callable[[], object]
 Timer = Callable[[Call], float]
+
+CACHE = 2 ** 28  # bytes, more than any L2 cache has
 
 
 def default_device() -> torch.device:
@@ -45,13 +49,16 @@ def wall_timer(device: torch.device, clock: Callable[[], float] = time.perf_coun
 
 
 def gpu_timer(device: torch.device) -> Timer:
-    """Seconds that a GPU works on a call, from a cold cache and without waiting for launches."""
-    cache = torch.empty(2 ** 28, dtype=torch.int8, device=device)  # more than any L2 cache
+    """Seconds that a GPU works on a call, from a cold cache and without waiting for launches.
+
+    The cache is flushed by reading: lines that were written would have to go back to memory while the call runs.
+    """
+    cold = torch.zeros(CACHE // 4, device=device)
 
     def seconds(function: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(10_000_000)  # cycles, some 5 ms, in which all launches queue up
-        cache.zero_()
+        cold.sum()
         start.record()
         function()
         end.record()
@@ -108,6 +115,7 @@ def failure(function: Call, device: torch.device) -> str:
         reason = f'failed: {type(error).__name__}'
         print(f'{reason}: {error}', flush=True)
     if device.type == 'cuda':
+        synchronize(device)  # raises if the device is lost to this process: whatever came next would be wrong
         torch.cuda.empty_cache()
     return reason
 
@@ -121,6 +129,26 @@ def peak_memory(function: Call, device: torch.device) -> int:
     function()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def softmax_kernels(function: Call) -> str:
+    """Which of PyTorch's kernels ``scaled_dot_product_attention`` takes in ``function``: flash, cudnn, efficient, math.
+
+    Empty if it is not called, or called where ``function`` is compiled or runs in inference mode.
+    """
+    found: dict[str, None] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if fused := re.match(r'aten::_scaled_dot_product_(?:fused_)?(\w+?)_attention', op.name()):
+                found[fused[1]] = None
+            elif op.name() == 'aten::_safe_softmax':  # what is left of it when it is taken apart
+                found['math'] = None
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        function()
+    return ', '.join(found)
 
 
 def total_memory(device: torch.device) -> int:
@@ -160,7 +188,7 @@ def hardware(device: torch.device) -> dict[str, str | int]:
         driver = ''
     triton = importlib.import_module('triton').__version__ if importlib.util.find_spec('triton') else 'none'
     return facts | dict(device=torch.cuda.get_device_name(device), driver=driver or 'unknown', cuda=torch.version.cuda,
-                        triton=triton)
+                        cudnn=torch.backends.cudnn.version(), triton=triton)
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -172,6 +200,13 @@ def save(path: str | Path, data: dict) -> None:
     write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + '\n').encode())
 
 
+def exit_if_failed(rows: Iterable[dict]) -> None:
+    """Ends the program with a message if one of ``rows`` failed; one that memory or patience forbade did not."""
+    failed = [row for row in rows if row.get('note', '').startswith('failed')]
+    if failed:
+        raise SystemExit(f'{len(failed)} rows failed, the first: {failed[0]}')
+
+
 def speedup(baseline: float, own: float) -> str:
     """How many times less time than the baseline is needed; says so where it is more."""
     text = f'{baseline / own:.2f}x'
@@ -179,24 +214,44 @@ def speedup(baseline: float, own: float) -> str:
 
 
 def attention_speed_table(data: dict) -> str:
-    """What benchmark_attention.py found: one row per pass and length, one column per competitor."""
+    """What benchmark_attention.py found: one row per pass, shape and length, one column per competitor."""
     names = list(dict.fromkeys(row['name'] for row in data['rows']))
-    cells = {(row['pass'], row['tokens'], row['name']): row for row in data['rows']}
+    passes = list(dict.fromkeys(row['pass'] for row in data['rows']))
+    shapes = list(dict.fromkeys(shape_of(row) for row in data['rows']))
+    cells = {(row['pass'], *shape_of(row), row['tokens'], row['name']): row for row in data['rows']}
     table = []
-    for key in dict.fromkeys(key[:2] for key in cells):
+    for key in sorted(dict.fromkeys(key[:-1] for key in cells), key=lambda key: (passes.index(key[0]), *key[1:])):
         own, sdpa = (cells.get((*key, name), {}) for name in ('ours', 'sdpa'))
-        texts = [time_cell(cells[(*key, name)], sdpa) for name in names]
+        texts = [time_cell(cells[(*key, name)], sdpa) if (*key, name) in cells else '' for name in names]
         share = [f'{own["gb_per_s"]:.1f}', f'{100 * own["copy_share"]:.0f} %'] if 'ms' in own else ['', '']
         memory = ' / '.join(f'{row["mib"]:,.1f}' if 'mib' in row else '-' for row in (own, sdpa))
-        table.append([key[0], f'{key[1]:,}', *texts, *share, memory])
-    return markdown_table(['pass', 'tokens', *names, 'ours, GB/s', 'of a copy', 'MiB, ours / sdpa'], table)
+        shape = [' x '.join(map(str, key[1:-1]))] * (len(shapes) > 1)
+        table.append([key[0], *shape, f'{key[-1]:,}', *texts, *share, memory])
+    shape = ['images x heads x channels'] * (len(shapes) > 1)
+    return markdown_table(['pass', *shape, 'tokens', *names, 'ours, GB/s', 'of a copy', 'MiB, ours / sdpa'], table)
+
+
+def shape_of(row: dict) -> tuple[int, ...]:
+    """Images, heads and channels of a head; earlier records have those of all rows in their settings."""
+    return tuple(row[name] for name in ('batch', 'heads', 'dim') if name in row)
 
 
 def time_cell(row: dict, baseline: dict) -> str:
     if 'ms' not in row:
         return row['note']
     text = f'{row["ms"]:.3g} ms' if row['ms'] < 1000 else f'{row["ms"]:,.0f} ms'
+    if row.get('backend') and row is baseline:
+        text += f' ({row["backend"]})'
     return f'{text}, {speedup(baseline["ms"], row["ms"])}' if 'ms' in baseline and row is not baseline else text
+
+
+def check_table(data: dict) -> str:
+    """What check_kernels.py found: one row per case."""
+    return markdown_table(
+        ['core', 'dtype', 'channels', 'tokens', 'error', 'of the gradient', 'bound', 'NaN stays NaN', ''],
+        [[row['name'], row['dtype'], str(row['dim']), f'{row["tokens"]:,}',
+          *(f'{row[name]:.1e}' if name in row else '' for name in ('error', 'gradient_error', 'bound')),
+          {True: 'yes', False: 'no'}.get(row.get('nan_stays'), ''), row.get('note', '')] for row in data['rows']])
 
 
 def model_speed_table(data: dict) -> str:
@@ -256,7 +311,8 @@ def training_speed_table(data: dict) -> str:
             continue
         ratios = [speedup(baseline['ms'], row['ms']), f'{row["mib"] / baseline["mib"]:.2f}'
                   ] if 'ms' in baseline and row is not baseline else ['', '']
-        table.append([*cells, f'{1000 * data["settings"]["batch"] / row["ms"]:.2f}', ratios[0], f'{row["mib"]:,.0f}',
+        batch = row.get('batch') or data['settings']['batch']  # earlier records have it in their settings
+        table.append([*cells, f'{1000 * batch / row["ms"]:.2f}', ratios[0], f'{row["mib"]:,.0f}',
                       ratios[1]])
     return markdown_table(['stage', 'version', 'images/s', 'against straightforward', 'peak MiB', 'of straightforward'],
                           table)

@@ -23,12 +23,16 @@ OTHERS = (
 )
 
 
+class UnreadableCheckpoint(ValueError):
+    """A file that is there, but of which no weights can be read."""
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights: ``path`` itself, one in a folder of Hugging Face, or all that an index names.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: for JSON that is no index.
+        UnreadableCheckpoint: for JSON that is no index.
     """
     if path.is_dir():
         path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
@@ -43,8 +47,9 @@ def weight_files(path: Path) -> list[Path]:
         names = sorted(set(json.loads(path.read_text())['weight_map'].values()))
         parts = [path.parent / Path(name).name for name in names]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f'cannot read the checkpoint {path}: it is JSON without a weight_map, which names no weights. '
-                         'Name the .safetensors or .bin file beside it, or the folder of both') from error
+        raise UnreadableCheckpoint(
+            f'cannot read the checkpoint {path}: it is JSON without a weight_map, which names no weights. Name the '
+            '.safetensors or .bin file beside it, or the folder of both') from error
     if absent := [part.name for part in parts if not part.is_file()]:
         raise FileNotFoundError(f'no checkpoint at {path.parent / absent[0]}: {path.name} names {len(parts)} files, '
                                 f'and {len(absent)} of them are not beside it: download these too')

@@ -5,7 +5,8 @@
 
 Random weights, patch 16, batch 1 unless --best-batch is given. All attentions of a size take turns; times are what one
 waits for, launches included; with --cuda-graph also of the same launches recorded once and replayed. Writes JSON, and
-says where linear attention begins to be faster.
+says where linear attention begins to be faster. An --out that ends in .jsonl gets each row as it is measured; rows that
+it has are not measured again.
 """
 from __future__ import annotations
 
@@ -19,29 +20,33 @@ from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
     Allowance,
     Call,
     Timer,
     cuda_graph,
     default_device,
+    exit_if_failed,
     failure,
     hardware,
     model_speed_table,
     peak_memory,
     save,
     settings,
+    softmax_kernels,
     take_turns,
     total_memory,
     wall_timer,
 )
 
-ARCHS = dict(S=dict(embed_dim=384, depth=12, num_heads=6), B=dict(embed_dim=768, depth=12, num_heads=12),
-             L=dict(embed_dim=1024, depth=24, num_heads=16))
+ARCHS = dict(T=dict(embed_dim=192, depth=12, num_heads=3), S=dict(embed_dim=384, depth=12, num_heads=6),
+             B=dict(embed_dim=768, depth=12, num_heads=12), L=dict(embed_dim=1024, depth=24, num_heads=16))
 SIZES = [224, 384, 512, 768, 1024, 1536, 2048]
 QUICK_SIZES = [224, 512, 1024]
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 SOFTMAX = 'SoftmaxAttention'
+KEY = ('arch', 'size', 'mode', 'attention')
 
 Model = tuple[AdaLAViT, bool]  # and whether its launches are recorded in a CUDA graph
 
@@ -101,13 +106,15 @@ def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: 
     image = torch.randn(1, 3, size, size, device=device, dtype=DTYPES[dtype])
     timer, shared, models, rows = wall_timer(device), None, {}, {}
     torch.compiler.reset()
+    counts = {attention: count(arch, size, attention) for attention in args.attentions}
     for variant, compile, graph in variants(args):
         for attention in args.attentions:
             mode = dtype + variant
-            row = dict(arch=arch, size=size, mode=mode, attention=attention) | count(arch, size, attention)
+            row = dict(arch=arch, size=size, mode=mode, attention=attention) | counts[attention]
             name = f'{arch} {mode} {attention}'
             rows[name] = row
-            if note := allowance.refuse(name, row['gmac']):
+            absent = 'needs a GPU' if graph and device.type != 'cuda' else ''
+            if note := absent or allowance.refuse(name, row['gmac']):
                 row['note'] = note
                 continue
             with torch.device(device):
@@ -120,6 +127,8 @@ def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: 
         rows[name]['note'] = notes[name]
         del models[name]
     seconds = take_turns(calls, timer, args.seconds)
+    backends = {attention: softmax_kernels(functools.partial(models[name][0], image)) for attention in args.attentions
+                if (name := f'{arch} {dtype} {attention}') in models}
     # A graph holds what the calls hold that it recorded, and its replay asks for nothing.
     peaks = {name: peak_memory(functools.partial(model, image), device) for name, (model, _) in models.items()}
     for name, own in seconds.items():
@@ -128,6 +137,8 @@ def measure(args: argparse.Namespace, arch: str, size: int, dtype: str, device: 
         softmax = seconds.get(f'{arch} {rows[name]["mode"]} {SOFTMAX}')
         rows[name].update(ms=1000 * own, softmax_ms=1000 * softmax if softmax else None,
                           mib=(weights + peaks[name]) / 2 ** 20)
+        if backend := backends.get(rows[name]['attention']):
+            rows[name]['backend'] = backend
     if args.best_batch:
         for name, (batch, rate) in best_batches(models, image, seconds, peaks, timer, args).items():
             rows[name].update(best_batch=batch, best_images_per_s=rate)
@@ -157,7 +168,7 @@ def main() -> None:
     known = sorted(ATTENTIONS.module_dict)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='ViT-S at three sizes, little time for each')
-    parser.add_argument('--arch', nargs='+', choices=ARCHS, help='S B L, with --quick S')
+    parser.add_argument('--arch', nargs='+', choices=ARCHS, help='T S B L; S B L, with --quick S')
     parser.add_argument('--sizes', nargs='+', type=int, help='sides of the image in pixels, instead of 224 ... 2048')
     parser.add_argument('--attentions', nargs='+', metavar='NAME', default=['LinearAttention'],
                         help='registered names to be measured with softmax attention, or all')
@@ -176,18 +187,22 @@ def main() -> None:
     args.seconds = args.seconds or (1.0 if args.quick else 3.0)
     # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))
-    device, rows = default_device(), []
-    if args.cuda_graph and device.type != 'cuda':
-        print('--cuda-graph is left out: it needs a GPU', flush=True)
-        args.cuda_graph = False
-    for arch in args.arch or (['S'] if args.quick else ARCHS):
+    device = default_device()
+    log = open_log(parser, args, KEY, device)
+    for arch in args.arch or ('S' if args.quick else 'SBL'):
         for dtype in args.dtype:
             allowance = Allowance(args.time_limit)
             for size in sorted(args.sizes or (QUICK_SIZES if args.quick else SIZES)):
-                rows += measure(args, arch, size, dtype, device, allowance)
-    data = dict(rows=rows, settings=settings(args), machine=hardware(device))
-    save(args.out, data)
+                keys = [dict(arch=arch, size=size, mode=dtype + variant, attention=attention)
+                        for variant, *_ in variants(args) for attention in args.attentions]
+                if not all(log.has(**key) for key in keys):
+                    for row in measure(args, arch, size, dtype, device, allowance):
+                        log.add(row)
+    data = dict(rows=list(log.rows.values()), settings=settings(args), machine=hardware(device))
+    if not log.appends:
+        save(args.out, data)
     print(model_speed_table(data))
+    exit_if_failed(row for row in data['rows'] if row['attention'] != SOFTMAX)
 
 
 if __name__ == '__main__':

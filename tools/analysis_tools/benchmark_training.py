@@ -1,11 +1,14 @@
-"""Speed and memory of training steps of stages 1 and 2, against a straightforward loop over two networks.
+"""Speed and memory of training steps of stages 1, 2 and 3, against a straightforward loop.
 
     python tools/analysis_tools/benchmark_training.py [--quick] [--arch B] [--size 512] [--batch 8] [--dtype fp32 bf16]
-        [--compile [MODE ...]] [--depths 12 24] [--config configs/adala/stage1_dinov2l_coco.py --data-root DATA]
+        [--compile [MODE ...]] [--stages 1 2 3] [--depths 12 24]
+        [--config configs/adala/stage1_dinov2l_coco.py --data-root DATA]
 
-Synthetic images and random weights. The straightforward loop is PyTorch without tricks: two ViTs in eager float32,
-linear attention by its formula, and in stage 1 hooks that record what each block's attention reads and writes. All
-versions take turns. With --config, also the images/s of a real data loader. Writes JSON.
+Synthetic images and random weights, networks built on the GPU if there is one. The straightforward loop is PyTorch
+without tricks: two ViTs in eager float32 (in stage 3 one, with its head), linear attention by its formula, and in stage
+1 hooks that record what each block's attention reads and writes. All versions take turns. With --config, also the
+images/s of a real data loader. Writes JSON; an --out that ends in .jsonl gets each row as it is measured, and rows that
+it has are not measured again.
 """
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ import torch
 from benchmark_loader import make_loader, open_dataset
 from benchmark_loader import measure as measure_loader
 from benchmark_model import ARCHS, add_compile_option, compiled
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,10 +37,12 @@ from adala_mm.models.attentions import Attention, LinearAttention
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.ops import linear_attention_reference
 from adala_mm.registry import MODELS
-from adala_mm.utils.cli import one_message
+from adala_mm.utils.cli import find_config, one_message
+from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
     default_device,
     depth_table,
+    exit_if_failed,
     failure,
     hardware,
     peak_memory,
@@ -44,8 +53,11 @@ from adala_mm.utils.timing import (
     wall_timer,
 )
 
+PRECISION = dict(fp32={}, bf16=dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0))
 SOFTMAX, LINEAR = dict(type='adala_mm.SoftmaxAttention'), dict(type='adala_mm.LinearAttention')
 BASELINE = 'straightforward'
+HEAD = 'mask2former_dinov2l_ade20k'
+KEY = ('arch', 'size', 'batch', 'stage', 'version', 'depth')
 
 
 class Training(NamedTuple):
@@ -69,8 +81,14 @@ class PlainLinearAttention(LinearAttention):
         return linear_attention_reference(q, k, v, self.feature_map, self.eps)
 
 
+def straightforward(stage: int, vit: dict, init_cfg: dict, images: Tensor, head: str = HEAD) -> Training:
+    if stage == 3:
+        return segmenter(vit | dict(attention=dict(type=PlainLinearAttention), init_cfg=init_cfg), images, head)
+    return two_networks(stage, vit, init_cfg, images)
+
+
 def two_networks(stage: int, vit: dict, init_cfg: dict, images: Tensor) -> Training:
-    """The straightforward loop."""
+    """The straightforward loop of an alignment."""
     teacher = AdaLAViT(**vit, attention=SOFTMAX, init_cfg=init_cfg)
     student = AdaLAViT(**vit, attention=dict(type=PlainLinearAttention), init_cfg=init_cfg,
                        trainable=r'attn\.qkv\.' if stage == 1 else None)
@@ -100,32 +118,63 @@ def two_networks(stage: int, vit: dict, init_cfg: dict, images: Tensor) -> Train
     return Training(step, [teacher, student], optimizer)
 
 
-def registered(stage: int, vit: dict, init_cfg: dict, images: Tensor, dtype: str, compile: bool | str) -> Training:
+def registered(stage: int, vit: dict, init_cfg: dict, images: Tensor, dtype: str, compile: bool | str,
+               head: str = HEAD) -> Training:
     """What tools/train.py runs for a config of this stage, with --amp if it is to be bf16."""
     backbone = dict(type='adala_mm.AdaLAViT', **vit, attention=LINEAR, init_cfg=init_cfg, compile=compile)
+    if stage == 3:
+        return segmenter(backbone, images, head, dtype)
     kind = dict(type='adala_mm.AttentionAlignment') if stage == 1 else dict(
         type='adala_mm.FeatureAlignment', teacher=dict(backbone, attention=SOFTMAX))
     model = MODELS.build(dict(kind, backbone=backbone))
     model.init_weights()
     model.to(images.device).train()
-    wrapper = build_optim_wrapper(model, dict(
-        optimizer=dict(type='AdamW', lr=1e-5),
-        **dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0) if dtype == 'bf16' else {}))
+    wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='AdamW', lr=1e-5)) | PRECISION[dtype])
     step = functools.partial(model.train_step, dict(inputs=images), wrapper)
     return Training(step, [model, *model.frozen.values()], wrapper.optimizer)
 
 
+def segmenter(backbone: dict, images: Tensor, head: str, dtype: str = 'fp32') -> Training:
+    """Stage 3: neck, head and optimizer of the config ``head`` on this backbone. Labels are squares of random classes.
+    """
+    from mmseg.structures import SegDataSample
+    cfg = Config.fromfile(find_config(head))
+    import_modules_from_strings(f'{cfg.default_scope}.models')
+    size, width, last = images.shape[-1], backbone['embed_dim'], backbone['depth'] - 1
+    cfg.model.backbone = dict(type='adala_mm.AdaLAViT') | backbone | dict(out_indices=[last] * 4)
+    cfg.model.neck.embed_dim, cfg.model.decode_head.in_channels = width, [width] * 4
+    cfg.model.data_preprocessor.size = (size, size)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    model.to(images.device).train()
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper | PRECISION[dtype])
+    labels = torch.randint(cfg.model.decode_head.num_classes, (len(images), 1, 4, 4)).float()
+    shape = dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size))
+    samples = [SegDataSample(metainfo=shape, gt_sem_seg=PixelData(data=label.long()))
+               for label in F.interpolate(labels, (size, size))]
+    step = functools.partial(model.train_step, dict(inputs=list(images), data_samples=samples), wrapper)
+    return Training(step, [model], wrapper.optimizer)
+
+
 def versions(args: argparse.Namespace) -> dict[str, Callable[..., Training]]:
     """By name, functions of a stage, a ViT, its weights and images. The baseline comes first."""
-    return {BASELINE: two_networks} | {
-        f'ours, {dtype}{name}': functools.partial(registered, dtype=dtype, compile=compile)
+    return {BASELINE: functools.partial(straightforward, head=args.head)} | {
+        f'ours, {dtype}{name}': functools.partial(registered, dtype=dtype, compile=compile, head=args.head)
         for name, compile in compiled(args.compile).items() for dtype in args.dtype}
 
 
-def save_weights(vit: dict, folder: str) -> dict:
+def key(args: argparse.Namespace, stage: int | None) -> dict:
+    """What rows of a stage have in common."""
+    return dict(arch=args.arch, size=args.size, batch=args.batch, stage=stage)
+
+
+def save_weights(vit: dict, folder: str, device: torch.device) -> dict:
     """``init_cfg`` of a softmax ViT with random weights."""
-    model, path = AdaLAViT(**vit, attention=SOFTMAX), Path(folder) / 'softmax.pth'
-    model.init_weights()
+    path = Path(folder) / 'softmax.pth'
+    with device:
+        model = AdaLAViT(**vit, attention=SOFTMAX)
+        model.init_weights()
     torch.save(model.state_dict(), path)
     return dict(type='Pretrained', checkpoint=str(path))
 
@@ -139,12 +188,13 @@ def measure(args: argparse.Namespace, stage: int, device: torch.device) -> list[
     vit, images = dict(ARCHS[args.arch], img_size=args.size), synthetic(args, device)
     trainings, rows = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        init_cfg = save_weights(vit, folder)
+        init_cfg = save_weights(vit, folder, device)
         for name, build in versions(args).items():
             def first_step(name=name, build=build) -> None:
-                trainings[name] = build(stage, vit, init_cfg, images)
+                with device:  # initial weights are drawn there, which takes a CPU seconds
+                    trainings[name] = build(stage, vit, init_cfg, images)
                 trainings[name].step()
-            rows[name] = dict(stage=stage, version=name)
+            rows[name] = key(args, stage) | dict(version=name)
             if note := failure(first_step, device):
                 rows[name]['note'] = note
                 trainings.pop(name, None)
@@ -163,12 +213,14 @@ def measure_depths(args: argparse.Namespace, device: torch.device) -> list[dict]
     for depth in args.depths:
         vit = dict(ARCHS[args.arch], img_size=args.size, depth=depth)
         with tempfile.TemporaryDirectory() as folder:
-            init_cfg = save_weights(vit, folder)
+            init_cfg = save_weights(vit, folder, device)
             for name, build in versions(args).items():
-                training = build(1, vit, init_cfg, images)
+                with device:
+                    training = build(1, vit, init_cfg, images)
                 training.step()  # makes the optimizer's state
-                rows.append(dict(depth=depth, version=name, held_mib=training.held_bytes() / 2 ** 20,
-                                 step_mib=peak_memory(training.step, device) / 2 ** 20))
+                rows.append(key(args, None) | dict(
+                    depth=depth, version=name, held_mib=training.held_bytes() / 2 ** 20,
+                    step_mib=peak_memory(training.step, device) / 2 ** 20))
     return rows
 
 
@@ -182,6 +234,8 @@ def main() -> None:
     parser.add_argument('--dtype', nargs='+', choices=['fp32', 'bf16'], default=['fp32'],
                         help='of ours; bf16 is automatic mixed precision and needs a GPU')
     add_compile_option(parser, 'ours compiled, too,')
+    parser.add_argument('--stages', nargs='+', type=int, choices=[1, 2, 3], default=[1, 2])
+    parser.add_argument('--head', default=HEAD, help=f'config whose stage 3 is run; {HEAD}')
     parser.add_argument('--depths', nargs='+', type=int, default=[], help='memory of stage 1 at these depths, too')
     parser.add_argument('--seconds', type=float, help='of measurements for each stage; 10, with --quick 5')
     parser.add_argument('--config', help='measure the train_dataloader of this config, too')
@@ -198,8 +252,16 @@ def main() -> None:
         with one_message():
             cfg, dataset = open_dataset(args.config, args.data_root)
     logging.disable(logging.INFO)  # MMEngine lists every parameter
-    data = dict(rows=[row for stage in (1, 2) for row in measure(args, stage, device)],
-                depths=measure_depths(args, device), settings=settings(args), machine=hardware(device))
+    log = open_log(parser, args, KEY, device)
+    for stage in args.stages:
+        if not all(log.has(**key(args, stage), version=name) for name in versions(args)):
+            for row in measure(args, stage, device):
+                log.add(row)
+    for row in measure_depths(args, device):
+        log.add(row)
+    rows = list(log.rows.values())
+    data = dict(rows=[row for row in rows if row['stage']], depths=[row for row in rows if 'depth' in row],
+                settings=settings(args), machine=hardware(device))
     print(training_speed_table(data))
     if args.depths:
         print(depth_table(data))
@@ -208,7 +270,9 @@ def main() -> None:
         data['loader'] = dict(measure_loader(make_loader(cfg, dataset, workers, None), args.seconds),
                               config=Path(args.config).stem)
         print('{config}: {images_per_s:.1f} images/s from the data loader, {workers} workers'.format(**data['loader']))
-    save(args.out, data)
+    if not log.appends:
+        save(args.out, data)
+    exit_if_failed(row for row in data['rows'] if row['version'] != BASELINE)
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     """Rows (B, H, L, n, D) of x (B, H, M, D), by their numbers (B, H, L, n)."""
     batch, heads, rows = x.shape[:3]
     offset = rows * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
-    return x.flatten(0, 2).index_select(0, (ids + offset).flatten()).view(*ids.shape, -1)
+    return x.flatten(0, 2).index_select(0, (ids + offset).flatten()).view(*ids.shape, x.shape[-1])
 
 
 @ATTENTIONS.register_module()

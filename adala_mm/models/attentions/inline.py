@@ -41,8 +41,8 @@ class GeneratedConv(nn.Module):
             return F.pad(out.reshape(-1, h, d, hw[0] * hw[1]).transpose(2, 3), (0, 0, num_prefix, 0))
         kernels = kernels.reshape(b * h * d, 1, 3, 3).to(v.dtype)
         patches = v[:, :, num_prefix:].transpose(2, 3).reshape(1, b * h * d, *hw)  # every image its own channels
-        out = F.conv2d(patches, kernels, padding=1, groups=b * h * d)
-        return F.pad(out.reshape(b, h, d, -1).transpose(2, 3), (0, 0, num_prefix, 0))
+        out = F.conv2d(patches, kernels, padding=1, groups=b * h * d) if b else patches  # groups have to be positive
+        return F.pad(out.reshape(b, h, d, hw[0] * hw[1]).transpose(2, 3), (0, 0, num_prefix, 0))
 
 
 @ATTENTIONS.register_module()

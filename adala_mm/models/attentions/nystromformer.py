@@ -32,7 +32,7 @@ def iterative_pinv(a: Tensor, init: str = 'exact') -> Tensor:
     matrix (``exact``), or of the whole batch (``original``).
     """
     column = a.sum(dim=-2)
-    scale = column.amax(-1)[..., None, None] if init == 'exact' else column.max()
+    scale = column.amax(-1)[..., None, None] if init == 'exact' else F.pad(column.flatten(), (0, 1)).max()  # 0 for none
     z = a.transpose(-2, -1) / scale
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(PINV_ITERATIONS):

@@ -60,6 +60,11 @@ def walk(root: str) -> Iterator[Folder]:
             yield Folder(place, stamp, files, dead)
 
 
+def printable(text: str) -> str:
+    """A text that any terminal and log takes: bytes of file names that are no UTF-8 are written as ``\\udcff``."""
+    return text.encode('utf-8', 'backslashreplace').decode()
+
+
 def leads_to(kind: Callable[[], bool]) -> bool:
     """Whether a folder's entry is of a kind; a link to itself, or into a folder that may not be read, is of none."""
     try:
