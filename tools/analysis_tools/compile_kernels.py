@@ -131,8 +131,8 @@ class NamedDriver(DriverBase):
         gpu = GPUS[self.target]
         return dict(max_shared_mem=gpu.shared * 1024, multiprocessor_count=gpu.processors)
 
-    def load_binary(self, *args) -> tuple:
-        return 0, 0, 0, 0, 1024
+    def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple:
+        return 0, 0, _usage(binary)[0] if self.target.startswith('sm_') else 128, 0, 1024
 
     def launcher_cls(self, src, metadata) -> Callable:
         return lambda *args: self.launches.append((metadata.name, args[:3]))
@@ -147,7 +147,7 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
     about = dict(target=target, case=case, dtype=dtype, dim=dim, map=feature_map)
 
     def note(self, *args, grid, warmup, **options):
-        error = None
+        error, before = None, len(driver.launches)
         try:
             compiled = run(self, *args, grid=grid, warmup=warmup, **options)
         except OutOfResources as raised:
@@ -158,7 +158,7 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
                 kernel=compiled.metadata.name, launches=0, warps=compiled.metadata.num_warps,
                 stages=compiled.metadata.num_stages, shared=compiled.metadata.shared,
                 limit=GPUS[target].shared * 1024, **facts(compiled, target))
-        rows[id(compiled)]['launches'] += error is None
+        rows[id(compiled)]['launches'] += len(driver.launches) - before
         if error:
             raise error
 
@@ -173,17 +173,25 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
     return list(rows.values())
 
 
-def _nvidia_facts(compiled, target: str) -> dict:
+def _read(binary: bytes, *command: str) -> str:
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(compiled.asm['cubin'])
+        file.write(binary)
         file.flush()
-        usage, code = (subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True,
-                                      check=True).stdout
-                       for tool in (('cuobjdump', '-res-usage'), ('nvdisasm', '-c')))
-    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', usage).groups())
+        return subprocess.run([TOOLS / command[0], *command[1:], file.name], capture_output=True, text=True,
+                              check=True).stdout
+
+
+@functools.lru_cache
+def _usage(binary: bytes) -> tuple[int, ...]:
+    """Registers and bytes of stack of a thread."""
+    return tuple(map(int, re.search(r'REG:(\d+) STACK:(\d+)', _read(binary, 'cuobjdump', '-res-usage')).groups()))
+
+
+def _nvidia_facts(compiled, target: str) -> dict:
+    registers, stack = _usage(compiled.asm['cubin'])
     ptx = compiled.asm['ptx']
     extrema = re.findall(r'\b(?:min|max)\.[\w.]*f(?:16|32|64)\w*', ptx)
-    loops = _loops(code)
+    loops = _loops(_read(compiled.asm['cubin'], 'nvdisasm', '-c'))
     return dict(registers=registers, stack=stack, products=_products(ptx),
                 async_copies=[loop['LDGSTS'] + loop['UBLKCP'] + loop['UTMALDG'] for loop in loops],
                 extrema=len(extrema), extrema_without_nan=sum('.NaN' not in name for name in extrema),
