@@ -76,7 +76,7 @@ def engine(request) -> SimpleNamespace:
 
 
 def handle_bfloat16(monkeypatch):
-    """As a GPU does. The interpreter cuts digits off where that rounds, and multiplies the bits as if they were numbers.
+    """As a GPU does: the interpreter cuts digits off where that rounds, and multiplies bits as if they were numbers.
 
     It stores bfloat16 as 16-bit integers.
     """

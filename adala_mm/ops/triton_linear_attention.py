@@ -43,9 +43,9 @@ def _min(a, b):
 
 @triton.jit
 def _largest(x, axis: tl.constexpr = None):
-    """Largest absolute value of those that are finite."""
-    x = tl.abs(x)
-    return _max(tl.reduce(tl.where(x < float('inf'), x, 0.0), axis, _max), TINY)
+    """Largest absolute value of those that are finite, by their bits, which have the same order."""
+    bits = tl.abs(x).to(tl.int32, bitcast=True)
+    return _max(tl.max(tl.where(bits < 0x7F800000, bits, 0), axis).to(tl.float32, bitcast=True), TINY)
 
 
 @triton.jit
@@ -123,8 +123,9 @@ def _head(ptr, stride_b, stride_h, stride_n, row, H):
 
 
 @triton.jit
-def _add_product(s11, s12, s21, s22, unit, x1, x2, f1, f2, C2: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds x^T f to a state that is kept in units of the largest f so far."""
+def _add_product(s11, s12, s21, s22, unit, x1, x2, f1, f2, C2: tl.constexpr, ROWS: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """Adds x^T f, or f^T x if the state has features as rows, in units of the largest f so far."""
     dtype: tl.constexpr = x1.dtype
     if dtype == tl.float16:
         largest = _max(unit, _largest(f1))
@@ -135,45 +136,82 @@ def _add_product(s11, s12, s21, s22, unit, x1, x2, f1, f2, C2: tl.constexpr, PRE
         if C2:
             s12, s21, s22, f2 = s12 * shrink, s21 * shrink, s22 * shrink, f2 * inverse
     f1 = f1.to(dtype)
-    s11 = tl.dot(tl.trans(x1), f1, s11, input_precision=PRECISION)
+    s11 = _add_block(s11, x1, f1, ROWS, PRECISION)
     if C2:
         f2 = f2.to(dtype)
-        s12 = tl.dot(tl.trans(x1), f2, s12, input_precision=PRECISION)
-        s21 = tl.dot(tl.trans(x2), f1, s21, input_precision=PRECISION)
-        s22 = tl.dot(tl.trans(x2), f2, s22, input_precision=PRECISION)
+        s12 = _add_block(s12, x1, f2, ROWS, PRECISION)
+        s21 = _add_block(s21, x2, f1, ROWS, PRECISION)
+        s22 = _add_block(s22, x2, f2, ROWS, PRECISION)
     return s11, s12, s21, s22, unit
 
 
 @triton.jit
-def _no_state(BN: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr):
-    """A state of zeros, its unit, and zeros for the sums of features."""
-    s11, s12, s21, s22 = tl.zeros((C1, C1), tl.float32), 0.0, 0.0, 0.0
-    t1, t2 = tl.zeros((BN, C1), tl.float32), 0.0
+def _add_block(s, x, f, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    if ROWS:
+        return tl.dot(tl.trans(x), f, s, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(f), x, s, input_precision=PRECISION)
+
+
+@triton.jit
+def _finish(s11, s12, s21, s22, unit, C2: tl.constexpr, ROWS: tl.constexpr):
+    """The state with values as rows, in units of 1."""
+    if ROWS == 0:
+        s11 = tl.trans(s11)
+        if C2:
+            s12, s21, s22 = tl.trans(s12), tl.trans(s21), tl.trans(s22)
     if C2:
-        s12, s21 = tl.zeros((C1, C2), tl.float32), tl.zeros((R2, C1), tl.float32)
-        s22, t2 = tl.zeros((R2, C2), tl.float32), tl.zeros((BN, C2), tl.float32)
-    return s11, s12, s21, s22, TINY, t1, t2
+        s12, s21, s22 = s12 * unit, s21 * unit, s22 * unit
+    return s11 * unit, s12, s21, s22
+
+
+@triton.jit
+def _no_state(C1: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """A state of zeros, and its unit."""
+    s11, s12, s21, s22 = tl.zeros((C1, C1), tl.float32), 0.0, 0.0, 0.0
+    if C2:
+        s12 = tl.zeros((C1, C2) if ROWS else (C2, C1), tl.float32)
+        s21 = tl.zeros((R2, C1) if ROWS else (C1, R2), tl.float32)
+        s22 = tl.zeros((R2, C2), tl.float32)
+    return s11, s12, s21, s22, TINY if dtype == tl.float16 else 1.0
 
 
 @triton.jit
 def _sum_state(k_ptr, v_ptr, kn, vn, count, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
-               R2: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
-    """``sum_j phi(k_j)^T v_j`` and ``sum_j phi(k_j)`` over ``count`` tokens."""
+               R2: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
+               PRECISION: tl.constexpr):
+    """``sum_j phi(k_j)^T v_j`` and ``sum_j phi(k_j)`` over ``count`` tokens.
+
+    In half precision as ``sum_j (phi(k_j) - a)^T v_j + a^T sum_j v_j``, where a is the mean of some of the features:
+    what is rounded is what distinguishes a key from others.
+    """
     NOTHING: tl.constexpr = float('-inf') if MAP == 'elu1' or MAP == 'softplus' else 0.0  # phi of it is 0
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     rows = tl.arange(0, BN)
-    s11, s12, s21, s22, unit, t1, t2 = _no_state(BN, C1, C2, R2)
-    # The block that is not full comes first, so that none in the loop asks what is there.
+    s11, s12, s21, s22, unit = _no_state(C1, C2, R2, ROWS, dtype)
+    t1, t2 = tl.zeros((BN, C1), tl.float32), 0.0
+    # The tile that is not full comes first, so that none in the loop asks what is there.
     first = count - (tl.cdiv(count, BN) - 1) * BN
-    k1, k2 = _load(k_ptr, kn, rows, first, W1, C1, NOTHING), 0.0
+    k1 = _load(k_ptr, kn, rows, first, W1, C1, NOTHING)
     v1, v2 = _load(v_ptr, vn, rows, first, W1, C1), 0.0
     f1, f2 = _features(k1, W1, C1, MAP), 0.0
+    t1 += f1
+    a1, a2 = tl.sum(f1, axis=0) / first, 0.0
     if C2:
         k2 = _load(k_ptr + C1, kn, rows, first, D - C1, C2, NOTHING)
         v2 = _load(v_ptr + C1, vn, rows, first, D - C1, R2)
         f2 = _features(k2, D - C1, C2, MAP)
-        t2 += f2
-    t1 += f1
-    s11, s12, s21, s22, unit = _add_product(s11, s12, s21, s22, unit, v1, v2, f1, f2, C2, PRECISION)
+        t2 = f2
+        a2 = tl.sum(f2, axis=0) / first
+    h1, h2 = tl.zeros((C1, 16) if ROWS else (16, C1), tl.float32), 0.0
+    if dtype != tl.float32:
+        f1 -= a1[None, :]
+        h1 = _add_block(h1, v1, tl.full((BN, 16), 1.0, tl.float32).to(dtype), ROWS, PRECISION)
+        if C2:
+            f2 -= a2[None, :]
+            h2 = tl.zeros((R2, 16) if ROWS else (16, R2), tl.float32)
+            h2 = _add_block(h2, v2, tl.full((BN, 16), 1.0, tl.float32).to(dtype), ROWS, PRECISION)
+    s11, s12, s21, s22, unit = _add_product(s11, s12, s21, s22, unit, v1, v2, f1, f2, C2, ROWS, PRECISION)
     k_ptr += first.to(tl.int64) * kn
     v_ptr += first.to(tl.int64) * vn
     for _ in range(first, count, BN):
@@ -186,17 +224,37 @@ def _sum_state(k_ptr, v_ptr, kn, vn, count, D: tl.constexpr, W1: tl.constexpr, C
             v2 = _load_whole(v_ptr + C1, vn, rows, D - C1, R2)
             f2 = _features(k2, D - C1, C2, MAP)
             t2 += f2
-        s11, s12, s21, s22, unit = _add_product(s11, s12, s21, s22, unit, v1, v2, f1, f2, C2, PRECISION)
+        if dtype != tl.float32:
+            f1 -= a1[None, :]
+            h1 = _add_block(h1, v1, tl.full((BN, 16), 1.0, tl.float32).to(dtype), ROWS, PRECISION)
+            if C2:
+                f2 -= a2[None, :]
+                h2 = _add_block(h2, v2, tl.full((BN, 16), 1.0, tl.float32).to(dtype), ROWS, PRECISION)
+        s11, s12, s21, s22, unit = _add_product(s11, s12, s21, s22, unit, v1, v2, f1, f2, C2, ROWS, PRECISION)
         k_ptr += BN * kn
         v_ptr += BN * vn
     t1 = tl.sum(t1, axis=0)
-    if k_ptr.dtype.element_ty == tl.float16:
-        s11 *= unit
     if C2:
         t2 = tl.sum(t2, axis=0)
-        if k_ptr.dtype.element_ty == tl.float16:
-            s12, s21, s22 = s12 * unit, s21 * unit, s22 * unit
+    s11, s12, s21, s22 = _finish(s11, s12, s21, s22, unit, C2, ROWS)
+    if dtype != tl.float32:
+        h1 = tl.sum(h1, axis=1 if ROWS else 0) / 16
+        s11 = _add_mean(s11, h1, a1)
+        if C2:
+            h2 = tl.sum(h2, axis=1 if ROWS else 0) / 16
+            s12, s21, s22 = _add_mean(s12, h1, a2), _add_mean(s21, h2, a1), _add_mean(s22, h2, a2)
     return s11, s12, s21, s22, t1, t2
+
+
+@triton.jit
+def _add_mean(s, h, a):
+    """s + h^T a; where a value is infinite, so is its row, and not the difference of two infinite ones."""
+    return tl.where((tl.abs(h) < float('inf'))[:, None], s + h[:, None] * a[None, :], h[:, None])
+
+
+@triton.jit
+def _halve(x):
+    return tl.sum(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), axis=1)
 
 
 @triton.jit
@@ -279,9 +337,35 @@ def _as_factor(s11, s12, s21, s22, dtype: tl.constexpr, C2: tl.constexpr):
 
 
 @triton.jit
-def _features_times(f1, f2, s11, s12, s21, s22, C2: tl.constexpr, PRECISION: tl.constexpr):
-    """``phi S`` as two blocks of columns, and the unit of each row."""
-    dtype: tl.constexpr = s11.dtype
+def _center(s11, s12, s21, s22, t1, t2, C2: tl.constexpr):
+    """A row m, and the state without total^T m, the most that a product of two vectors can take away from it.
+
+    Gradients of q and k are what is left of values when their mean is taken away. Rounded to half precision before
+    that, they would be lost in the last digits. Any m will do.
+    """
+    norm = tl.sum(t1 * t1, axis=0) + TINY
+    m1, m2 = tl.sum(s11 * t1[None, :], axis=1), 0.0
+    if C2:
+        norm += tl.sum(t2 * t2, axis=0)
+        m1 += tl.sum(s12 * t2[None, :], axis=1)
+        m2 = _finite((tl.sum(s21 * t1[None, :], axis=1) + tl.sum(s22 * t2[None, :], axis=1)) / norm)
+        s21 -= m2[:, None] * t1[None, :]
+        s22 -= m2[:, None] * t2[None, :]
+    m1 = _finite(m1 / norm)
+    s11 -= m1[:, None] * t1[None, :]
+    if C2:
+        s12 -= m1[:, None] * t2[None, :]
+    return s11, s12, s21, s22, m1, m2
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(tl.abs(x) < float('inf'), x, 0.0)
+
+
+@triton.jit
+def _rounded(f1, f2, dtype: tl.constexpr, C2: tl.constexpr):
+    """Features in the dtype of products, and each row's unit."""
     row = 1.0
     if dtype == tl.float16:
         row = _largest(f1, 1)
@@ -289,23 +373,14 @@ def _features_times(f1, f2, s11, s12, s21, s22, C2: tl.constexpr, PRECISION: tl.
             row = _max(row, _largest(f2, 1))
             f2 *= (1 / row)[:, None]
         f1 *= (1 / row)[:, None]
-    out1, out2 = tl.dot(f1.to(dtype), tl.trans(s11), input_precision=PRECISION), 0.0
-    if C2:
-        out1 = tl.dot(f2.to(dtype), tl.trans(s12), out1, input_precision=PRECISION)
-        out2 = tl.dot(f1.to(dtype), tl.trans(s21), input_precision=PRECISION)
-        out2 = tl.dot(f2.to(dtype), tl.trans(s22), out2, input_precision=PRECISION)
-    return out1, out2, row
+    return f1.to(dtype), f2.to(dtype) if C2 else f2, row
 
 
 @triton.jit
-def _values_times(x1, x2, s11, s12, s21, s22, C2: tl.constexpr, PRECISION: tl.constexpr):
-    """``x S^T`` as two blocks of columns."""
-    out1, out2 = tl.dot(x1, s11, input_precision=PRECISION), 0.0
-    if C2:
-        out1 = tl.dot(x2, s21, out1, input_precision=PRECISION)
-        out2 = tl.dot(x1, s12, input_precision=PRECISION)
-        out2 = tl.dot(x2, s22, out2, input_precision=PRECISION)
-    return out1, out2
+def _times(x1, x2, s11, s21, C2: tl.constexpr, PRECISION: tl.constexpr):
+    """x by a factor of two blocks of rows."""
+    out = tl.dot(x1, s11, input_precision=PRECISION)
+    return tl.dot(x2, s21, out, input_precision=PRECISION) if C2 else out
 
 
 @triton.jit
@@ -315,21 +390,47 @@ def _weight(f1, f2, t1, t2, eps, C2: tl.constexpr):
 
 
 @triton.jit
+def _in_two(t, dtype: tl.constexpr):
+    """A factor with t in its first two columns: its first digits and the rest."""
+    column = tl.arange(0, 16)[None, :]
+    high = t.to(dtype)
+    low = (t - high.to(tl.float32)).to(dtype)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0)).to(dtype)
+
+
+@triton.jit
 def _answer(q_ptr, out_ptr, qn, on, count, s11, s12, s21, s22, t1, t2, eps, D: tl.constexpr, W1: tl.constexpr,
             C1: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
             PRECISION: tl.constexpr):
-    """Writes ``phi(q) S / (phi(q)·total + eps)`` for ``count`` queries."""
+    """Writes ``phi(q) S / (phi(q)·total + eps)`` for ``count`` queries, with the same rounded phi(q) in both."""
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     rows = tl.arange(0, BN)
-    s11, s12, s21, s22, unit = _as_factor(s11, s12, s21, s22, q_ptr.dtype.element_ty, C2)
+    s11, s12, s21, s22, unit = _as_factor(s11, s12, s21, s22, dtype, C2)
+    t_unit = 1.0
+    if dtype == tl.float16:
+        t_unit = _largest(t1, 0)
+        if C2:
+            t_unit = _max(t_unit, _largest(t2, 0))
+            t2 /= t_unit
+        t1 /= t_unit
+    if dtype != tl.float32:
+        t1 = _in_two(t1, dtype)
+        if C2:
+            t2 = _in_two(t2, dtype)
     for start in range(0, count, BN):
         f1, f2 = _features(_load(q_ptr, qn, rows, count - start, W1, C1), W1, C1, MAP), 0.0
         if C2:
             f2 = _features(_load(q_ptr + C1, qn, rows, count - start, D - C1, C2), D - C1, C2, MAP)
-        out1, out2, row = _features_times(f1, f2, s11, s12, s21, s22, C2, PRECISION)
-        inverse = row * unit / _weight(f1, f2, t1, t2, eps, C2)
-        _store(out_ptr, on, rows, count - start, out1 * inverse[:, None], W1, C1)
+        if dtype == tl.float32:
+            inverse = 1.0 / _weight(f1, f2, t1, t2, eps, C2)
+        else:
+            f1, f2, row = _rounded(f1, f2, dtype, C2)
+            inverse = unit / (tl.sum(_times(f1, f2, t1, t2, C2, PRECISION), axis=1) * t_unit + eps / row)
+        _store(out_ptr, on, rows, count - start,
+               _times(f1, f2, tl.trans(s11), tl.trans(s12) if C2 else s12, C2, PRECISION) * inverse[:, None], W1, C1)
         if C2:
-            _store(out_ptr + C1, on, rows, count - start, out2 * inverse[:, None], D - C1, R2)
+            _store(out_ptr + C1, on, rows, count - start,
+                   _times(f1, f2, tl.trans(s21), tl.trans(s22), C2, PRECISION) * inverse[:, None], D - C1, R2)
         q_ptr += BN * qn
         out_ptr += BN * on
 
@@ -337,11 +438,11 @@ def _answer(q_ptr, out_ptr, qn, on, count, s11, s12, s21, s22, t1, t2, eps, D: t
 @triton.jit(do_not_specialize=NUMBERS)
 def _fused_kernel(q_ptr, k_ptr, v_ptr, out_ptr, state_ptr, total_ptr, qb, qh, qn, ob, oh, on, kb, kh, kn, vb, vh, vn,
                   H, NQ, NK, eps, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
-                  R2: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
+                  R2: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
     """One head per program, state in registers: everything is read and written once."""
     start = tl.program_id(1)  # 0
     s11, s12, s21, s22, t1, t2 = _sum_state(_head(k_ptr, kb, kh, kn, start, H), _head(v_ptr, vb, vh, vn, start, H), kn,
-                                            vn, start + NK, D, W1, C1, C2, R2, BN, MAP, PRECISION)
+                                            vn, start + NK, D, W1, C1, C2, R2, ROWS, BN, MAP, PRECISION)
     _store_state(state_ptr, total_ptr, tl.program_id(0).to(tl.int64), s11, s12, s21, s22, t1, t2, D, W1, C1, C2, R2)
     tl.debug_barrier()
     t1, t2 = _load_total(total_ptr, 1, D, W1, C1, C2)  # as it was summed, phi(q) would be computed twice
@@ -351,12 +452,13 @@ def _fused_kernel(q_ptr, k_ptr, v_ptr, out_ptr, state_ptr, total_ptr, qb, qh, qn
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _state_kernel(k_ptr, v_ptr, state_ptr, total_ptr, kb, kh, kn, vb, vh, vn, H, N, CHUNK, D: tl.constexpr,
-                  W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, BN: tl.constexpr,
-                  MAP: tl.constexpr, PRECISION: tl.constexpr):
+                  W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr,
+                  BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
     """State of one chunk of one head's tokens."""
     begin = tl.program_id(1) * CHUNK
     s11, s12, s21, s22, t1, t2 = _sum_state(_head(k_ptr, kb, kh, kn, begin, H), _head(v_ptr, vb, vh, vn, begin, H), kn,
-                                            vn, tl.minimum(N - begin, CHUNK), D, W1, C1, C2, R2, BN, MAP, PRECISION)
+                                            vn, tl.minimum(N - begin, CHUNK), D, W1, C1, C2, R2, ROWS, BN, MAP,
+                                            PRECISION)
     index = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     _store_state(state_ptr, total_ptr, index, s11, s12, s21, s22, t1, t2, D, W1, C1, C2, R2)
 
@@ -364,30 +466,41 @@ def _state_kernel(k_ptr, v_ptr, state_ptr, total_ptr, kb, kh, kn, vb, vh, vn, H,
 @triton.jit(do_not_specialize=NUMBERS)
 def _out_kernel(q_ptr, out_ptr, parts_ptr, totals_ptr, state_ptr, total_ptr, qb, qh, qn, ob, oh, on, H, N, CHUNK,
                 SPLITS, eps, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, R2: tl.constexpr,
-                BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
+                ROWS: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
     """Answers to a chunk of queries; the first of a head also writes the sum of its states."""
-    s11, s12, s21, s22, t1, t2 = _load_state(parts_ptr, totals_ptr, SPLITS, D, W1, C1, C2, C2)
+    s11, s12, s21, s22, t1, t2 = _load_state(parts_ptr, totals_ptr, SPLITS, D, W1, C1, C2, R2)
     if tl.program_id(1) == 0:
-        _store_state(state_ptr, total_ptr, tl.program_id(0).to(tl.int64), s11, s12, s21, s22, t1, t2, D, W1, C1, C2, C2)
+        _store_state(state_ptr, total_ptr, tl.program_id(0).to(tl.int64), s11, s12, s21, s22, t1, t2, D, W1, C1, C2, R2)
     begin = tl.program_id(1) * CHUNK
     _answer(_head(q_ptr, qb, qh, qn, begin, H), _head(out_ptr, ob, oh, on, begin, H), qn, on,
-            tl.minimum(N - begin, CHUNK), s11, s12, s21, s22, t1, t2, eps, D, W1, C1, C2, C2, BN, MAP, PRECISION)
+            tl.minimum(N - begin, CHUNK), s11, s12, s21, s22, t1, t2, eps, D, W1, C1, C2, R2, BN, MAP, PRECISION)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _grad_q_kernel(q_ptr, go_ptr, gq_ptr, state_ptr, total_ptr, gstate_ptr, gtotal_ptr, qb, qh, qn, gb, gh, gn, xb, xh,
-                   xn, H, N, CHUNK, eps, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
-                   R2: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradient of a chunk of queries, and their share of the state's: with w = phi(q)·total + eps and T = go S^T / w,
+def _grad_q_kernel(q_ptr, go_ptr, gq_ptr, state_ptr, total_ptr, gstate_ptr, gtotal_ptr, mean_ptr, qb, qh, qn, gb, gh,
+                   gn, xb, xh, xn, H, N, CHUNK, eps, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr,
+                   C2: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Gradient of a chunk of queries, and their share of the state's: with w = phi(q)·total + eps, any row m and
 
-    ``go·out = phi(q)·T``, ``d phi(q) = T - (go·out / w) total``, ``d S = sum (phi(q) / w)^T go``,
-    ``d total = -sum phi(q) (go·out / w)``.
+    ``T = go (S - total^T m)^T / w``, ``c = go·(out - m) / w = (phi(q)·T - eps go·m / w) / w``:
+    ``d phi(q) = T - c total``, ``d S = sum (phi(q) / w)^T go`` and ``d total + m d S^T = -sum c phi(q)``.
     """
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     rows = tl.arange(0, BN)
     s11, s12, s21, s22, t1, t2 = _load_state(state_ptr, total_ptr, 1, D, W1, C1, C2, R2)
+    if dtype != tl.float32:
+        s11, s12, s21, s22, m1, m2 = _center(s11, s12, s21, s22, t1, t2, C2)
+        mean_ptr += tl.program_id(0).to(tl.int64) * D
+        if tl.program_id(1) == 0:
+            tl.store(mean_ptr + tl.arange(0, C1), m1, mask=tl.arange(0, C1) < W1)
+            if C2:
+                tl.store(mean_ptr + C1 + tl.arange(0, R2), m2, mask=tl.arange(0, R2) < D - C1)
     s11, s12, s21, s22, unit = _as_factor(s11, s12, s21, s22, dtype, C2)
-    g11, g12, g21, g22, grad_unit, u1, u2 = _no_state(BN, C1, C2, R2)
+    g11, g12, g21, g22, grad_unit = _no_state(C1, C2, R2, ROWS, dtype)
+    u1, u2 = tl.zeros((BN // 16, 8, C1), tl.float32), 0.0
+    if C2:
+        u2 = tl.zeros((BN // 16, 8, C2), tl.float32)
     begin = tl.program_id(1) * CHUNK
     count = tl.minimum(N - begin, CHUNK)
     q_ptr = _head(q_ptr, qb, qh, qn, begin, H)
@@ -401,47 +514,65 @@ def _grad_q_kernel(q_ptr, go_ptr, gq_ptr, state_ptr, total_ptr, gstate_ptr, gtot
             q2 = _load(q_ptr + C1, qn, rows, count - start, D - C1, C2)
             go2 = _load(go_ptr + C1, gn, rows, count - start, D - C1, R2)
             f2 = _features(q2, D - C1, C2, MAP)
+        p1, p2 = _times(go1, go2, s11, s21, C2, PRECISION), 0.0
+        if C2:
+            p2 = _times(go1, go2, s12, s22, C2, PRECISION)
+        # 0 p1 has threads compute features of the same elements as of p1, and not of others as well.
+        weight = tl.sum(f1 * t1[None, :] + 0.0 * p1, axis=1) + eps
+        if C2:
+            weight += tl.sum(f2 * t2[None, :] + 0.0 * p2, axis=1)
         # Of queries that are not there only the weight could do harm, if it is 0.
-        inverse = tl.where(rows < count - start, 1.0 / _weight(f1, f2, t1, t2, eps, C2), 0.0)
-        p1, p2 = _values_times(go1, go2, s11, s12, s21, s22, C2, PRECISION)
+        inverse = tl.where(rows < count - start, 1.0 / weight, 0.0)
         p1 *= (unit * inverse)[:, None]
-        dot = tl.sum(f1 * p1, axis=1)
+        c = tl.sum(f1 * p1, axis=1)
         if C2:
             p2 *= (unit * inverse)[:, None]
-            dot += tl.sum(f2 * p2, axis=1)
-        grad_weight = dot * inverse
+            c += tl.sum(f2 * p2, axis=1)
+        if dtype != tl.float32:
+            gm = tl.sum(go1.to(tl.float32) * m1[None, :], axis=1)
+            if C2:
+                gm += tl.sum(go2.to(tl.float32) * m2[None, :], axis=1)
+            c -= eps * inverse * gm
+        c *= inverse
         _store(gq_ptr, xn, rows, count - start,
-               (p1 - grad_weight[:, None] * t1[None, :]) * _phi_grad(q1.to(tl.float32), f1, MAP), W1, C1)
-        u1 += f1 * grad_weight[:, None]
+               (p1 - c[:, None] * t1[None, :]) * _phi_grad(q1.to(tl.float32), f1, MAP), W1, C1)
+        u1 += _halve(f1 * c[:, None])
         f1 *= inverse[:, None]
         if C2:
             _store(gq_ptr + C1, xn, rows, count - start,
-                   (p2 - grad_weight[:, None] * t2[None, :]) * _phi_grad(q2.to(tl.float32), f2, MAP), D - C1, C2)
-            u2 += f2 * grad_weight[:, None]
+                   (p2 - c[:, None] * t2[None, :]) * _phi_grad(q2.to(tl.float32), f2, MAP), D - C1, C2)
+            u2 += _halve(f2 * c[:, None])
             f2 *= inverse[:, None]
-        g11, g12, g21, g22, grad_unit = _add_product(g11, g12, g21, g22, grad_unit, go1, go2, f1, f2, C2, PRECISION)
+        g11, g12, g21, g22, grad_unit = _add_product(g11, g12, g21, g22, grad_unit, go1, go2, f1, f2, C2, ROWS,
+                                                     PRECISION)
         q_ptr += BN * qn
         go_ptr += BN * gn
         gq_ptr += BN * xn
-    u1 = -tl.sum(u1, axis=0)
-    if dtype == tl.float16:
-        g11 *= grad_unit
+    u1 = -tl.sum(tl.sum(u1, axis=0), axis=0)
     if C2:
-        u2 = -tl.sum(u2, axis=0)
-        if dtype == tl.float16:
-            g12, g21, g22 = g12 * grad_unit, g21 * grad_unit, g22 * grad_unit
+        u2 = -tl.sum(tl.sum(u2, axis=0), axis=0)
+    g11, g12, g21, g22 = _finish(g11, g12, g21, g22, grad_unit, C2, ROWS)
     index = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     _store_state(gstate_ptr, gtotal_ptr, index, g11, g12, g21, g22, u1, u2, D, W1, C1, C2, R2)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _grad_kv_kernel(k_ptr, v_ptr, gk_ptr, gv_ptr, gstate_ptr, gtotal_ptr, kb, kh, kn, vb, vh, vn, xb, xh, xn, yb, yh,
-                    yn, H, N, CHUNK, SPLITS, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
-                    R2: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
-    """``d v = phi(k) d S``, ``d phi(k) = v d S^T + d total`` for a chunk of tokens."""
+def _grad_kv_kernel(k_ptr, v_ptr, gk_ptr, gv_ptr, gstate_ptr, gtotal_ptr, mean_ptr, kb, kh, kn, vb, vh, vn, xb, xh,
+                    xn, yb, yh, yn, H, N, CHUNK, SPLITS, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr,
+                    C2: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """``d v = phi(k) d S``, ``d phi(k) = v d S^T + d total`` for a chunk of tokens; gtotal is d total + m d S^T."""
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     rows = tl.arange(0, BN)
     s11, s12, s21, s22, t1, t2 = _load_state(gstate_ptr, gtotal_ptr, SPLITS, D, W1, C1, C2, C2)
-    s11, s12, s21, s22, unit = _as_factor(s11, s12, s21, s22, k_ptr.dtype.element_ty, C2)
+    s11, s12, s21, s22, unit = _as_factor(s11, s12, s21, s22, dtype, C2)
+    if dtype != tl.float32:  # m d S^T with the digits that v d S^T has
+        m1, m2 = _load_total(mean_ptr, 1, D, W1, C1, C2)
+        t1 -= unit * tl.sum(m1[:, None] * s11.to(tl.float32), axis=0)
+        if C2:
+            t1 -= unit * tl.sum(m2[:, None] * s21.to(tl.float32), axis=0)
+            t2 -= unit * (tl.sum(m1[:, None] * s12.to(tl.float32), axis=0) +
+                          tl.sum(m2[:, None] * s22.to(tl.float32), axis=0))
     begin = tl.program_id(1) * CHUNK
     count = tl.minimum(N - begin, CHUNK)
     k_ptr, v_ptr = _head(k_ptr, kb, kh, kn, begin, H), _head(v_ptr, vb, vh, vn, begin, H)
@@ -454,20 +585,18 @@ def _grad_kv_kernel(k_ptr, v_ptr, gk_ptr, gv_ptr, gstate_ptr, gtotal_ptr, kb, kh
             k2 = _load(k_ptr + C1, kn, rows, count - start, D - C1, C2)
             v2 = _load(v_ptr + C1, vn, rows, count - start, D - C1, C2)
             f2 = _features(k2, D - C1, C2, MAP)
-        p1, p2 = _values_times(v1, v2, s11, s12, s21, s22, C2, PRECISION)
-        _store(gk_ptr, xn, rows, count - start, (p1 * unit + t1[None, :]) * _phi_grad(k1.to(tl.float32), f1, MAP), W1,
-               C1)
+        p = _times(v1, v2, s11, s21, C2, PRECISION) * unit + t1[None, :]
+        _store(gk_ptr, xn, rows, count - start, p * _phi_grad(k1.to(tl.float32), f1, MAP), W1, C1)
         if C2:
-            _store(gk_ptr + C1, xn, rows, count - start,
-                   (p2 * unit + t2[None, :]) * _phi_grad(k2.to(tl.float32), f2, MAP), D - C1, C2)
-        p1, p2, row = _features_times(f1, f2, s11, s12, s21, s22, C2, PRECISION)
-        if k_ptr.dtype.element_ty == tl.float16:
-            p1 *= (row * unit)[:, None]
-            if C2:
-                p2 *= (row * unit)[:, None]
-        _store(gv_ptr, yn, rows, count - start, p1, W1, C1)
+            p = _times(v1, v2, s12, s22, C2, PRECISION) * unit + t2[None, :]
+            _store(gk_ptr + C1, xn, rows, count - start, p * _phi_grad(k2.to(tl.float32), f2, MAP), D - C1, C2)
+        f1, f2, row = _rounded(f1, f2, dtype, C2)
+        row *= unit
+        p = _times(f1, f2, tl.trans(s11), tl.trans(s12) if C2 else s12, C2, PRECISION)
+        _store(gv_ptr, yn, rows, count - start, p * row[:, None] if dtype == tl.float16 else p, W1, C1)
         if C2:
-            _store(gv_ptr + C1, yn, rows, count - start, p2, D - C1, C2)
+            p = _times(f1, f2, tl.trans(s21), tl.trans(s22), C2, PRECISION)
+            _store(gv_ptr + C1, yn, rows, count - start, p * row[:, None] if dtype == tl.float16 else p, D - C1, C2)
         k_ptr += BN * kn
         v_ptr += BN * vn
         gk_ptr += BN * xn
@@ -503,11 +632,14 @@ class _Kernel:
         if second == first:
             first, second = 2 * first, 0
         half = dtype != torch.float32
-        # Hopper and Blackwell multiply 64 rows at a time. Fewer are left to the slower instructions of earlier GPUs.
-        rows = 64 if half and first == 64 and second and _multiplies_64_rows() else second
-        shape = dict(D=dim, W1=first if second else dim, C1=first, C2=second, R2=rows, MAP=feature_map,
-                     PRECISION=None if half else 'ieee')
+        # Hopper and Blackwell multiply 64 rows at a time: the second block of values gets as many.
+        rows = 64 if half and first >= 64 and _multiplies_64_rows() else 0
+        shape = dict(D=dim, W1=first if second else dim, C1=first, C2=second, R2=max(rows, second) if second else 0,
+                     ROWS=rows, MAP=feature_map, PRECISION=None if half else 'ieee')
         tile, warps, stages = next(best for most, best in (HALF if half else FULL)[function].items() if dim <= most)
+        import os
+        if os.environ.get('KCFG'):
+            tile, warps, stages = map(int, os.environ['KCFG'].split(','))
         self.function, self.slots = function, 0
         self.options = [shape | dict(BN=tile, num_warps=warps, num_stages=stages) for tile, stages in dict.fromkeys(
             [(tile, stages), (tile, 2), (tile // 2, 2), (tile // 2, 1), (16, 1)])]
@@ -635,10 +767,10 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, tota
     nk, heads, kind = k.shape[2], b * h, (q.device.index, q.dtype, d, feature_map)
     gq, gk, gv = grads
     kernel, of_q = _kernel(_grad_q_kernel, *kind), (*_strides(q, grad, gq), h, nq)
-    chunk, splits = kernel.chunks(heads, nq, 1 + d / 128, d / 128, q, grad, gq, state, total, state, total, *of_q, nq,
-                                  eps)
-    states, totals = _empty_state(q, splits, b, h)
-    kernel.launch((heads, splits), q, grad, gq, state, total, states, totals, *of_q, chunk, eps)
-    kernel, args = _kernel(_grad_kv_kernel, *kind), (k, v, gk, gv, states, totals, *_strides(k, v, gk, gv), h, nk)
+    chunk, splits = kernel.chunks(heads, nq, 1 + d / 128, d / 128, q, grad, gq, state, total, state, total, total,
+                                  *of_q, nq, eps)
+    (states, totals), mean = _empty_state(q, splits, b, h), torch.empty_like(total)
+    kernel.launch((heads, splits), q, grad, gq, state, total, states, totals, mean, *of_q, chunk, eps)
+    kernel, args = _kernel(_grad_kv_kernel, *kind), (k, v, gk, gv, states, totals, mean, *_strides(k, v, gk, gv), h, nk)
     chunk, chunks = kernel.chunks(heads, nk, 1 + splits * d / 128, 0, *args, nk, splits)
     kernel.launch((heads, chunks), *args, chunk, splits)

@@ -161,6 +161,7 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
         rows[id(compiled)]['launches'] += len(driver.launches) - before
         if error:
             raise error
+        return compiled
 
     triton.runtime.driver.set_active(driver)
     JITFunction.run = note
