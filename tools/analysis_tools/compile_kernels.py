@@ -14,8 +14,8 @@ registers, stack and instructions are the compiler's, and the share of issue slo
 what the four schedulers of each multiprocessor issue for a byte of global memory, against what they could issue in the
 time in which a copy moves that byte, at nine tenths of the data sheet's bandwidth. Above 100 % a kernel cannot keep up
 with the memory whatever else it does well; below, it can if nothing else is in its way. The loops are those that hold
-matrix products (the whole kernel if none does). Their bytes are those of their loads and stores, by the width of the
-instructions: what is masked out counts as moved.
+matrix products (the whole kernel if none does). Their bytes are those of `TILES`; of a kernel that is not there, those
+of its loads and stores by the width of the instructions, where what is masked out counts as moved.
 
 Needs torch and Triton, whose wheel has the assemblers and disassemblers. Compiled kernels go to Triton's own cache
 (TRITON_CACHE_DIR), from which the GPU that they are for loads them.
@@ -97,6 +97,10 @@ CASES: dict[str, Case] = {
 }
 
 
+# Of how many tensors the loops of a kernel together move a tile in a turn, D channels of BN tokens.
+TILES = dict(_state_kernel=2, _out_kernel=2, _fused_kernel=4, _grad_q_kernel=3, _grad_kv_kernel=4)
+
+
 class NamedDriver(DriverBase):
     """Names a GPU; loads and launches nothing, and notes what it was to launch."""
 
@@ -153,11 +157,18 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
         except OutOfResources as raised:
             error, compiled = raised, next(reversed(self.device_caches[target][0].values()))
         if id(compiled) not in rows:
-            facts = _amd_facts if compiled.metadata.target.backend == 'hip' else _nvidia_facts
-            rows[id(compiled)] = about | dict(
-                kernel=compiled.metadata.name, launches=0, warps=compiled.metadata.num_warps,
-                stages=compiled.metadata.num_stages, shared=compiled.metadata.shared,
-                limit=GPUS[target].shared * 1024, **facts(compiled, target))
+            made = compiled.metadata
+            numbers = {self.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+            row = about | dict(kernel=made.name, launches=0, warps=made.num_warps, stages=made.num_stages,
+                               tile=numbers.get('BN'), shared=made.shared, limit=GPUS[target].shared * 1024)
+            if made.target.backend == 'hip':
+                row |= _amd_facts(compiled.asm['amdgcn'])
+            else:
+                row |= _nvidia_facts(compiled.asm['ptx'], compiled.asm['cubin'])
+                if made.name in TILES:
+                    row['bytes'] = TILES[made.name] * numbers['BN'] * dim * DTYPES[dtype].itemsize // made.num_warps
+                row['issue_share'] = _issue_share(row['instructions'], row['bytes'], GPUS[target])
+            rows[id(compiled)] = row
         rows[id(compiled)]['launches'] += len(driver.launches) - before
         if error:
             raise error
@@ -188,16 +199,14 @@ def _usage(binary: bytes) -> tuple[int, ...]:
     return tuple(map(int, re.search(r'REG:(\d+) STACK:(\d+)', _read(binary, 'cuobjdump', '-res-usage')).groups()))
 
 
-def _nvidia_facts(compiled, target: str) -> dict:
-    registers, stack = _usage(compiled.asm['cubin'])
-    ptx = compiled.asm['ptx']
+def _nvidia_facts(ptx: str, cubin: bytes) -> dict:
+    registers, stack = _usage(cubin)
     extrema = re.findall(r'\b(?:min|max)\.[\w.]*f(?:16|32|64)\w*', ptx)
-    loops = _loops(_read(compiled.asm['cubin'], 'nvdisasm', '-c'))
+    loops = _loops(_read(cubin, 'nvdisasm', '-c'))
     return dict(registers=registers, stack=stack, products=_products(ptx),
                 async_copies=[loop['LDGSTS'] + loop['UBLKCP'] + loop['UTMALDG'] for loop in loops],
                 extrema=len(extrema), extrema_without_nan=sum('.NaN' not in name for name in extrema),
-                instructions=[loop['all'] for loop in loops], loop_bytes=[loop['bytes'] for loop in loops],
-                issue_share=_issue_share(loops, compiled.metadata.num_warps, GPUS[target]))
+                instructions=[loop['all'] for loop in loops], bytes=sum(loop['bytes'] for loop in loops))
 
 
 def _products(ptx: str) -> list[str]:
@@ -241,15 +250,12 @@ def _count(lines: list[tuple[str, str]]) -> Counter:
     return count
 
 
-def _issue_share(loops: list[Counter], warps: int, gpu: GPU) -> float:
-    moved = sum(loop['bytes'] for loop in loops)
+def _issue_share(instructions: list[int], moved: int, gpu: GPU) -> float:
     slots = 4 * gpu.processors * gpu.clock / (COPY * gpu.bandwidth)  # for a byte
-    return round(sum(loop['all'] for loop in loops) / moved / slots, 3) if moved else float('nan')
+    return round(sum(instructions) / moved / slots, 3) if moved else float('nan')
 
 
-def _amd_facts(compiled, target: str) -> dict:
-    code = compiled.asm['amdgcn']
-
+def _amd_facts(code: str) -> dict:
     def metadata(name: str) -> int:
         return int(re.search(rf'\.{name}:\s*(\d+)', code)[1])
     return dict(registers=metadata('vgpr_count'), stack=metadata('private_segment_fixed_size'),
