@@ -53,6 +53,17 @@ KINDS = {
 }
 
 
+LAYOUTS = {
+    'tokens first': lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    'channels not last': lambda x: x.mT.contiguous().mT,
+    'every second channel': lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    'one head': lambda x: x[:, :1].expand(x.shape),
+    'one token': lambda x: x[:, :, :1].expand(x.shape),
+    'one channel': lambda x: x[..., :1].expand(x.shape),
+    'one number': lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}
+
+
 @pytest.fixture
 def cpu() -> SimpleNamespace:
     return SimpleNamespace(name='cpu', module=cpu_linear_attention, device='cpu')
@@ -280,6 +291,62 @@ def test_everything_is_written(n, m, engine, poisoned):
     assert out.isfinite().all() and torch.autograd.grad(out.sum(), whole)[0].isfinite().all()
 
 
+# The Triton kernels where they have two blocks of columns, or products in half precision.
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(('name', 'dim', 'n', 'm'), [
+    ('elu1', 80, 1, 1), ('elu1', 80, 131, 131), ('softplus', 72, 70, 1), ('relu', 64, 131, 70),
+    ('identity', 96, 33, 150), ('softplus', 128, 65, 65)])
+def test_half_precision(name, dim, n, m, dtype, triton):
+    inputs, upstream = qkv(name, 1, 2, n, m, dim, dtype=dtype, device=triton.device)
+    wanted, floor = exact(inputs, upstream, name), float(n) if m == 1 else 0.0
+    if n == m:
+        views, go, grads = packed_views(inputs, upstream)
+        check(directly(triton, views, go, name, grads=grads), wanted, TOLERANCE[dtype], floor)
+    else:
+        check(directly(triton, inputs, upstream, name), wanted, TOLERANCE[dtype], floor)
+
+
+@pytest.mark.parametrize('dim', [64, 80])
+@pytest.mark.parametrize('layout', ['tokens first', 'channels not last', 'every second channel', 'one head'])
+def test_half_precision_of_any_layout(layout, dim, triton):
+    inputs, upstream = qkv('elu1', 1, 2, 70, 67, dim, dtype=torch.bfloat16, device=triton.device)
+    inputs, upstream = [LAYOUTS[layout](x) for x in inputs], LAYOUTS[layout](upstream)
+    check(directly(triton, inputs, upstream, 'elu1'), exact(inputs, upstream, 'elu1'), 1e-2)
+
+
+def test_float16_of_sums_that_it_cannot_hold(triton):
+    """Values of 10 of 16,385 keys add up to more than 65,504, and their features alone to more than 16,384."""
+    inputs, upstream = qkv('elu1', 1, 1, 130, 16385, 64, dtype=torch.float16, device=triton.device)
+    inputs[2] += 10
+    wanted = exact(inputs, upstream, 'elu1')
+    out, state, _ = triton.module.forward(*inputs, 'elu1', 1e-6)
+    assert state.max() > torch.finfo(torch.float16).max
+    assert (out.cpu() - wanted[0]).norm() < 3e-4 * wanted[0].norm()
+    check(directly(triton, inputs, upstream, 'elu1'), wanted, 1e-2)
+
+
+@pytest.mark.parametrize(('name', 'dtype'), [*itertools.product(MAPS, [torch.float32]), ('elu1', torch.bfloat16),
+                                            ('softplus', torch.float16)], ids=str)
+def test_nan_stays(name, dtype, engine):
+    """One NaN in q, k, v or the gradient is in all numbers that are made of it, and infinities do what they would."""
+    for which, number in itertools.product(range(4), (torch.nan, torch.inf)):
+        inputs, upstream = qkv(name, 1, 2, 10, 70, 40, dtype=dtype, device=engine.device)
+        tensors = [*inputs, upstream]
+        tensors[which][0, 1, 6, 5] = number
+        wanted = exact(inputs, upstream, name)
+        for what, got, right in zip(WHAT, directly(engine, inputs, upstream, name), wanted, strict=True):
+            lost = right.isnan() & ~got.cpu().isnan() if number != number else ~right.isfinite() & got.cpu().isfinite()
+            assert not lost.any(), f'{what} after {number} in {"qkvg"[which]}'
+            assert got[0, 0].isfinite().all()
+    inputs, upstream = qkv(name, 1, 1, 20, 20, 40, dtype=dtype, device=engine.device)
+    inputs[2][0, 0, :, 7] = torch.inf
+    out = directly(engine, inputs, upstream, name)[0]
+    if name != 'relu':  # of which some features are 0, and 0 times infinity NaN
+        assert (out[..., 7] == torch.inf).all()
+    assert out[..., :7].isfinite().all()
+
+
 # What PyTorch sees.
 
 def test_same_bits_and_untouched_inputs(engine):
@@ -445,17 +512,6 @@ def test_inference_mode(engine):
         out = linear_attention(*inputs)
         linear_attention_packed(torch.randn(1, 70, 3, 2, 16, device=engine.device))
     check([out, *exact(inputs, upstream, 'elu1')[1:]], exact(inputs, upstream, 'elu1'), 1e-5)
-
-
-LAYOUTS = {
-    'tokens first': lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-    'channels not last': lambda x: x.mT.contiguous().mT,
-    'every second channel': lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    'one head': lambda x: x[:, :1].expand(x.shape),
-    'one token': lambda x: x[:, :, :1].expand(x.shape),
-    'one channel': lambda x: x[..., :1].expand(x.shape),
-    'one number': lambda x: x[:1, :1, :1, :1].expand(x.shape),
-}
 
 
 @pytest.mark.parametrize('which', [(0,), (1,), (2,), (0, 1, 2)], ids=['q', 'k', 'v', 'all'])

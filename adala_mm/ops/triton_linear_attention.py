@@ -444,6 +444,11 @@ def _fused_kernel(q_ptr, k_ptr, v_ptr, out_ptr, state_ptr, total_ptr, qb, qh, qn
     s11, s12, s21, s22, t1, t2 = _sum_state(_head(k_ptr, kb, kh, kn, start, H), _head(v_ptr, vb, vh, vn, start, H), kn,
                                             vn, start + NK, D, W1, C1, C2, R2, ROWS, BN, MAP, PRECISION)
     _store_state(state_ptr, total_ptr, tl.program_id(0).to(tl.int64), s11, s12, s21, s22, t1, t2, D, W1, C1, C2, R2)
+    if W1 < C1:  # features that are not there are 0, but times an infinite value they were not
+        s11 = tl.where((tl.arange(0, C1) < W1)[None, :], s11, 0.0)
+    if D - C1 < C2:
+        s12 = tl.where((tl.arange(0, C2) < D - C1)[None, :], s12, 0.0)
+        s22 = tl.where((tl.arange(0, C2) < D - C1)[None, :], s22, 0.0)
     tl.debug_barrier()
     t1, t2 = _load_total(total_ptr, 1, D, W1, C1, C2)  # as it was summed, phi(q) would be computed twice
     _answer(_head(q_ptr, qb, qh, qn, start, H), _head(out_ptr, ob, oh, on, start, H), qn, on, start + NQ, s11, s12, s21,
@@ -605,21 +610,28 @@ def _grad_kv_kernel(k_ptr, v_ptr, gk_ptr, gv_ptr, gstate_ptr, gtotal_ptr, mean_p
 
 
 INTERPRETED = not isinstance(_state_kernel, triton.runtime.JITFunction)
-# Tokens of a tile, warps and stages for up to so many channels, in half precision and in float32: with these there are
-# no spills or few, and most kernels fit on all GPUs. Where one does not, it gets less.
-HALF = {
+# Tokens of a tile, warps and stages for up to so many channels: without spills or with few, and within the shared
+# memory of most GPUs. Where that does not suffice, a kernel gets less.
+WIDE = {  # half precision, if 64 rows are multiplied at a time
     _state_kernel: {96: (64, 4, 3), 128: (64, 8, 3)},
     _fused_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
     _out_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
     _grad_q_kernel: {96: (64, 4, 3), 128: (64, 8, 3)},
     _grad_kv_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
 }
+HALF = {
+    _state_kernel: {64: (64, 4, 3), 96: (32, 4, 3), 128: (32, 8, 2)},
+    _fused_kernel: {96: (64, 4, 3), 128: (32, 8, 2)},
+    _out_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
+    _grad_q_kernel: {96: (64, 4, 3), 128: (32, 8, 2)},
+    _grad_kv_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
+}
 FULL = {
     _state_kernel: {128: (32, 8, 2)},
-    _fused_kernel: {128: (32, 8, 2)},
-    _out_kernel: {128: (32, 4, 2)},
-    _grad_q_kernel: {128: (32, 8, 2)},
-    _grad_kv_kernel: {128: (32, 8, 2)},
+    _fused_kernel: {96: (32, 8, 2), 128: (16, 8, 2)},
+    _out_kernel: {64: (32, 4, 2), 128: (16, 8, 2)},
+    _grad_q_kernel: {128: (16, 8, 2)},
+    _grad_kv_kernel: {128: (16, 8, 2)},
 }
 
 
@@ -636,13 +648,13 @@ class _Kernel:
         rows = 64 if half and first >= 64 and _multiplies_64_rows() else 0
         shape = dict(D=dim, W1=first if second else dim, C1=first, C2=second, R2=max(rows, second) if second else 0,
                      ROWS=rows, MAP=feature_map, PRECISION=None if half else 'ieee')
-        tile, warps, stages = next(best for most, best in (HALF if half else FULL)[function].items() if dim <= most)
-        import os
-        if os.environ.get('KCFG'):
-            tile, warps, stages = map(int, os.environ['KCFG'].split(','))
+        tiles = (WIDE if rows else HALF if half else FULL)[function]
+        tile, warps, stages = next(best for most, best in tiles.items() if dim <= most)
+        if INTERPRETED:
+            tile = 64  # fewer turns of Python
         self.function, self.slots = function, 0
         self.options = [shape | dict(BN=tile, num_warps=warps, num_stages=stages) for tile, stages in dict.fromkeys(
-            [(tile, stages), (tile, 2), (tile // 2, 2), (tile // 2, 1), (16, 1)])]
+            [(tile, stages), (tile, 2), (max(16, tile // 2), 2), (max(16, tile // 2), 1), (16, 1)])]
 
     def launch(self, grid: tuple[int, int], *args, warmup: bool = False):
         """With the first options that fit the GPU; raises OutOfResources if none do. A warm-up only compiles."""

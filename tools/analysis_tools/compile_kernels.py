@@ -263,8 +263,11 @@ def _amd_facts(code: str) -> dict:
 
 
 def compile_all(jobs: list[tuple[str, str, str, int, str]], workers: int) -> Iterator[list[dict]]:
-    """Rows of each (target, case, dtype, dim, map), in their order, by processes that are forked off this one."""
-    with multiprocessing.get_context('fork').Pool(workers, torch.set_num_threads, (1,)) as pool:
+    """Rows of each (target, case, dtype, dim, map), in their order, by processes that are forked off this one.
+
+    A process for each, because launchers remember what they found out of a GPU.
+    """
+    with multiprocessing.get_context('fork').Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
         yield from pool.imap(functools.partial(_apply, compile_case), jobs, chunksize=1)
 
 
