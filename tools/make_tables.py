@@ -245,7 +245,25 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
-TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
+def compiled_kernels() -> str:
+    """What the compiler made of the Triton kernels before products in half precision, and what it makes of them now."""
+    data = recorded('compiled_kernels')
+    old, new = ({tuple(row[name] for name in ('target', 'dtype', 'dim', 'kernel')): row for row in data[when]}
+                for when in ('before', 'now'))
+
+    def cells(key: tuple) -> list[str]:
+        rows = old[key], new[key]
+        shared = [f'{row["shared"] / 1024:.0f}' + ' (too much)' * (row['shared'] > row['limit']) for row in rows]
+        return [*map(str, key[:3]), f'`{key[3].strip("_").removesuffix("_kernel")}`',
+                *(' → '.join(str(row[name]) for row in rows) for name in ('registers', 'stack')), ' → '.join(shared),
+                ' → '.join(f'{row["issue_share"]:.0%}'.replace('%', ' %') for row in rows)]
+
+    versions = ', '.join(f'{name} {version}' for name, version in data['versions'].items())
+    return markdown_table(['target', 'dtype', 'D', 'kernel', 'registers', 'stack, B', 'shared memory, KiB',
+                           'issue slots'], [cells(key) for key in new]) + f'\n\nFeature map elu1; {versions}.'
+
+
+TABLES = dict(demo=demo, compiled_kernels=compiled_kernels, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               agreement=agreement,

@@ -254,6 +254,7 @@ def _add_mean(s, h, a):
 
 @triton.jit
 def _halve(x):
+    """Sums of rows i and i + 8, both of which a thread has: half as many registers."""
     return tl.sum(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), axis=1)
 
 
@@ -616,7 +617,7 @@ WIDE = {  # half precision, if 64 rows are multiplied at a time
     _state_kernel: {96: (64, 4, 3), 128: (64, 8, 3)},
     _fused_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
     _out_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
-    _grad_q_kernel: {96: (64, 4, 3), 128: (64, 8, 3)},
+    _grad_q_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
     _grad_kv_kernel: {96: (64, 4, 3), 128: (128, 8, 2)},
 }
 HALF = {

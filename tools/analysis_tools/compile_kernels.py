@@ -143,7 +143,7 @@ class NamedDriver(DriverBase):
 
 
 def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str) -> list[dict]:
-    """A row for each kernel that the case launches, with how often, and for each that does not fit the GPU.
+    """A row for each kernel that the case launches, with how often, or would if it did fit the GPU.
 
     What a launcher raises is in its last row, as ``error``.
     """
@@ -182,7 +182,8 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
         rows['error'] = about | dict(error=f'{type(error).__name__}: {error}'[:500])
     finally:
         JITFunction.run = run
-    return list(rows.values())
+    # Without those that were compiled to see how many of them run at a time.
+    return [row for row in rows.values() if 'error' in row or row['launches'] or row['shared'] > row['limit']]
 
 
 def _read(binary: bytes, *command: str) -> str:
