@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_baseline_attentions import build, error, with_grads
-from test_fused_linear_attention import fenced, multiply_bfloat16, poisoned  # noqa: F401  a fixture
+from test_fused_linear_attention import fenced, handle_bfloat16, poisoned  # noqa: F401  a fixture
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +31,7 @@ GEOMETRIES = [((4, 4), 0, 2, 2, 4), ((3, 5), 1, 2, 2, 2), ((3, 5), 5, 4, 16, 8),
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    multiply_bfloat16(monkeypatch)
+    handle_bfloat16(monkeypatch)
 
 
 def qkv(hw, num_prefix, dim=8, heads=1, dtype=torch.float32, batch=1):

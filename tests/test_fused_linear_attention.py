@@ -55,6 +55,17 @@ KINDS = {
 }
 
 
+LAYOUTS = {
+    'tokens first': lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    'channels not last': lambda x: x.mT.contiguous().mT,
+    'every second channel': lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    'one head': lambda x: x[:, :1].expand(x.shape),
+    'one token': lambda x: x[:, :, :1].expand(x.shape),
+    'one channel': lambda x: x[..., :1].expand(x.shape),
+    'one number': lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}
+
+
 @pytest.fixture
 def cpu() -> SimpleNamespace:
     return SimpleNamespace(name='cpu', module=cpu_linear_attention, device='cpu')
@@ -67,7 +78,7 @@ def triton(monkeypatch) -> SimpleNamespace:
     from adala_mm.ops import triton_linear_attention
     if torch.cuda.is_available():
         return SimpleNamespace(name='triton', module=triton_linear_attention, device='cuda')
-    multiply_bfloat16(monkeypatch)
+    handle_bfloat16(monkeypatch)
     monkeypatch.setattr(fused_linear_attention, '_engine', lambda x: triton_linear_attention)
     return SimpleNamespace(name='triton', module=triton_linear_attention, device='cpu')
 
@@ -77,16 +88,28 @@ def engine(request) -> SimpleNamespace:
     return request.getfixturevalue(request.param)
 
 
-def multiply_bfloat16(monkeypatch):
-    """The interpreter stores bfloat16 as 16-bit integers, and its matrix product takes them for numbers."""
+def handle_bfloat16(monkeypatch):
+    """As a GPU does: the interpreter cuts digits off where that rounds, and multiplies bits as if they were numbers.
+
+    It stores bfloat16 as 16-bit integers.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-    dot = InterpreterBuilder.create_dot
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widen(x):
-        if x.dtype != tl.bfloat16:
+        if x.dtype.scalar != tl.bfloat16:
             return x
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast_or_round(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) == (tl.bfloat16, tl.float32):
+            return widen(x)
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        rounded = torch.from_numpy(np.array(x.data, np.float32)).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+    monkeypatch.setattr(InterpreterBuilder, 'cast_impl', cast_or_round)
     monkeypatch.setattr(InterpreterBuilder, 'create_dot',
                         lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
 
@@ -243,7 +266,7 @@ def test_number_of_splits(tokens, triton, monkeypatch):
     inputs, upstream = qkv('elu1', 1, 2, 150, 140, 40, device=triton.device)
     results = []
     for splits in (1, tokens):
-        monkeypatch.setattr(triton.module, '_splits', lambda q, tokens, splits=splits: splits)
+        monkeypatch.setattr(triton.module, '_chunk', lambda tiles, *rest, splits=splits: -(-tiles // splits))
         results.append(directly(triton, inputs, upstream, 'elu1'))
     check(results[1], [x.cpu().double() for x in results[0]], 2e-6)
 
@@ -268,6 +291,62 @@ def test_everything_is_written(n, m, engine, poisoned):
     whole = torch.randn(1, n, 3, 2, 40, device=engine.device, requires_grad=True)
     out = linear_attention_packed(whole)
     assert out.isfinite().all() and torch.autograd.grad(out.sum(), whole)[0].isfinite().all()
+
+
+# The Triton kernels where they have two blocks of columns, or products in half precision.
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(('name', 'dim', 'n', 'm'), [
+    ('elu1', 80, 1, 1), ('elu1', 80, 131, 131), ('softplus', 72, 70, 1), ('relu', 64, 131, 70),
+    ('identity', 96, 33, 150), ('softplus', 128, 65, 65)])
+def test_half_precision(name, dim, n, m, dtype, triton):
+    inputs, upstream = qkv(name, 1, 2, n, m, dim, dtype=dtype, device=triton.device)
+    wanted, floor = exact(inputs, upstream, name), float(n) if m == 1 else 0.0
+    if n == m:
+        views, go, grads = packed_views(inputs, upstream)
+        check(directly(triton, views, go, name, grads=grads), wanted, TOLERANCE[dtype], floor)
+    else:
+        check(directly(triton, inputs, upstream, name), wanted, TOLERANCE[dtype], floor)
+
+
+@pytest.mark.parametrize('dim', [64, 80])
+@pytest.mark.parametrize('layout', ['tokens first', 'channels not last', 'every second channel', 'one head'])
+def test_half_precision_of_any_layout(layout, dim, triton):
+    inputs, upstream = qkv('elu1', 1, 2, 70, 67, dim, dtype=torch.bfloat16, device=triton.device)
+    inputs, upstream = [LAYOUTS[layout](x) for x in inputs], LAYOUTS[layout](upstream)
+    check(directly(triton, inputs, upstream, 'elu1'), exact(inputs, upstream, 'elu1'), 1e-2)
+
+
+def test_float16_of_sums_that_it_cannot_hold(triton):
+    """Values of 10 of 16,385 keys add up to more than 65,504, and their features alone to more than 16,384."""
+    inputs, upstream = qkv('elu1', 1, 1, 130, 16385, 64, dtype=torch.float16, device=triton.device)
+    inputs[2] += 10
+    wanted = exact(inputs, upstream, 'elu1')
+    out, state, _ = triton.module.forward(*inputs, 'elu1', 1e-6)
+    assert state.max() > torch.finfo(torch.float16).max
+    assert (out.cpu() - wanted[0]).norm() < 3e-4 * wanted[0].norm()
+    check(directly(triton, inputs, upstream, 'elu1'), wanted, 1e-2)
+
+
+@pytest.mark.parametrize(('name', 'dtype'), [*itertools.product(MAPS, [torch.float32]), ('elu1', torch.bfloat16),
+                                            ('softplus', torch.float16)], ids=str)
+def test_nan_stays(name, dtype, engine):
+    """One NaN in q, k, v or the gradient is in all numbers that are made of it, and infinities do what they would."""
+    for which, number in itertools.product(range(4), (torch.nan, torch.inf)):
+        inputs, upstream = qkv(name, 1, 2, 10, 70, 40, dtype=dtype, device=engine.device)
+        tensors = [*inputs, upstream]
+        tensors[which][0, 1, 6, 5] = number
+        wanted = exact(inputs, upstream, name)
+        for what, got, right in zip(WHAT, directly(engine, inputs, upstream, name), wanted, strict=True):
+            lost = right.isnan() & ~got.cpu().isnan() if number != number else ~right.isfinite() & got.cpu().isfinite()
+            assert not lost.any(), f'{what} after {number} in {"qkvg"[which]}'
+            assert got[0, 0].isfinite().all()
+    inputs, upstream = qkv(name, 1, 1, 20, 20, 40, dtype=dtype, device=engine.device)
+    inputs[2][0, 0, :, 7] = torch.inf
+    out = directly(engine, inputs, upstream, name)[0]
+    if name != 'relu':  # of which some features are 0, and 0 times infinity NaN
+        assert (out[..., 7] == torch.inf).all()
+    assert out[..., :7].isfinite().all()
 
 
 # What PyTorch sees.
@@ -620,17 +699,6 @@ def test_inference_mode(engine):
         out = linear_attention(*inputs)
         linear_attention_packed(torch.randn(1, 70, 3, 2, 16, device=engine.device))
     check([out, *exact(inputs, upstream, 'elu1')[1:]], exact(inputs, upstream, 'elu1'), 1e-5)
-
-
-LAYOUTS = {
-    'tokens first': lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-    'channels not last': lambda x: x.mT.contiguous().mT,
-    'every second channel': lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    'one head': lambda x: x[:, :1].expand(x.shape),
-    'one token': lambda x: x[:, :, :1].expand(x.shape),
-    'one channel': lambda x: x[..., :1].expand(x.shape),
-    'one number': lambda x: x[:1, :1, :1, :1].expand(x.shape),
-}
 
 
 @pytest.mark.parametrize('which', [(0,), (1,), (2,), (0, 1, 2)], ids=['q', 'k', 'v', 'all'])

@@ -330,8 +330,26 @@ def measured_on(folder: Path) -> str:
     return '\n\n'.join(texts)
 
 
-TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, frontier=frontier, costs=costs,
-              downloads=downloads,
+def compiled_kernels() -> str:
+    """What the compiler made of the Triton kernels before products in half precision, and what it makes of them now."""
+    data = recorded('compiled_kernels')
+    old, new = ({tuple(row[name] for name in ('target', 'dtype', 'dim', 'kernel')): row for row in data[when]}
+                for when in ('before', 'now'))
+
+    def cells(key: tuple) -> list[str]:
+        rows = old[key], new[key]
+        shared = [f'{row["shared"] / 1024:.0f}' + ' (too much)' * (row['shared'] > row['limit']) for row in rows]
+        return [*map(str, key[:3]), f'`{key[3].strip("_").removesuffix("_kernel")}`',
+                *(' → '.join(str(row[name]) for row in rows) for name in ('registers', 'stack')), ' → '.join(shared),
+                ' → '.join(f'{row["issue_share"]:.0%}'.replace('%', ' %') for row in rows)]
+
+    versions = ', '.join(f'{name} {version}' for name, version in data['versions'].items())
+    return markdown_table(['target', 'dtype', 'D', 'kernel', 'registers', 'stack, B', 'shared memory, KiB',
+                           'issue slots'], [cells(key) for key in new]) + f'\n\nFeature map elu1; {versions}.'
+
+
+TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, compiled_kernels=compiled_kernels,
+              frontier=frontier, costs=costs, downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               agreement=agreement,

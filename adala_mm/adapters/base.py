@@ -43,7 +43,8 @@ class Layout:
 
     def __call__(self, conv: nn.Module, args: tuple, output: Tensor) -> None:
         self.hw = tuple(output.shape[-2:])
-        self.kept = {place: hw for place, hw in self.kept.items() if not place[0].expired()}
+        if is_eager():
+            self.kept = {place: hw for place, hw in self.kept.items() if not place[0].expired()}
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of each block. Checkpointing keeps its tokens, and gives them back as another tensor."""

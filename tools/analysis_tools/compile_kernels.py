@@ -14,8 +14,8 @@ registers, stack and instructions are the compiler's, and the share of issue slo
 what the four schedulers of each multiprocessor issue for a byte of global memory, against what they could issue in the
 time in which a copy moves that byte, at nine tenths of the data sheet's bandwidth. Above 100 % a kernel cannot keep up
 with the memory whatever else it does well; below, it can if nothing else is in its way. The loops are those that hold
-matrix products (the whole kernel if none does). Their bytes are those of their loads and stores, by the width of the
-instructions: what is masked out counts as moved.
+matrix products (the whole kernel if none does). Their bytes are those of `TILES`; of a kernel that is not there, those
+of its loads and stores by the width of the instructions, where what is masked out counts as moved.
 
 Needs torch and Triton, whose wheel has the assemblers and disassemblers. Compiled kernels go to Triton's own cache
 (TRITON_CACHE_DIR), from which the GPU that they are for loads them.
@@ -113,6 +113,10 @@ CASES: dict[str, Case] = {
 }
 
 
+# Of how many tensors the loops of a kernel together move a tile in a turn, D channels of BN tokens.
+TILES = dict(_state_kernel=2, _out_kernel=2, _fused_kernel=4, _grad_q_kernel=3, _grad_kv_kernel=4)
+
+
 class NamedDriver(DriverBase):
     """Names a GPU; loads and launches nothing, and notes what it was to launch."""
 
@@ -147,15 +151,15 @@ class NamedDriver(DriverBase):
         gpu = GPUS[self.target]
         return dict(max_shared_mem=gpu.shared * 1024, multiprocessor_count=gpu.processors)
 
-    def load_binary(self, *args) -> tuple:
-        return 0, 0, 0, 0, 1024
+    def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple:
+        return 0, 0, _usage(binary)[0] if self.target.startswith('sm_') else 128, 0, 1024
 
     def launcher_cls(self, src, metadata) -> Callable:
         return lambda *args: self.launches.append((metadata.name, args[:3]))
 
 
 def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str) -> list[dict]:
-    """A row for each kernel that the case launches, with how often, and for each that does not fit the GPU.
+    """A row for each kernel that the case launches, with how often, or would if it did fit the GPU.
 
     What a launcher raises is in its last row, as ``error``.
     """
@@ -163,20 +167,28 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
     about = dict(target=target, case=case, dtype=dtype, dim=dim, map=feature_map)
 
     def note(self, *args, grid, warmup, **options):
-        error = None
+        error, before = None, len(driver.launches)
         try:
             compiled = run(self, *args, grid=grid, warmup=warmup, **options)
         except OutOfResources as raised:
             error, compiled = raised, next(reversed(self.device_caches[target][0].values()))
         if id(compiled) not in rows:
-            facts = _amd_facts if compiled.metadata.target.backend == 'hip' else _nvidia_facts
-            rows[id(compiled)] = about | dict(
-                kernel=compiled.metadata.name, launches=0, warps=compiled.metadata.num_warps,
-                stages=compiled.metadata.num_stages, shared=compiled.metadata.shared,
-                limit=GPUS[target].shared * 1024, **facts(compiled, target))
-        rows[id(compiled)]['launches'] += error is None
+            made = compiled.metadata
+            numbers = {self.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+            row = about | dict(kernel=made.name, launches=0, warps=made.num_warps, stages=made.num_stages,
+                               tile=numbers.get('BN'), shared=made.shared, limit=GPUS[target].shared * 1024)
+            if made.target.backend == 'hip':
+                row |= _amd_facts(compiled.asm['amdgcn'])
+            else:
+                row |= _nvidia_facts(compiled.asm['ptx'], compiled.asm['cubin'])
+                if made.name in TILES:
+                    row['bytes'] = TILES[made.name] * numbers['BN'] * dim * DTYPES[dtype].itemsize // made.num_warps
+                row['issue_share'] = _issue_share(row['instructions'], row['bytes'], GPUS[target])
+            rows[id(compiled)] = row
+        rows[id(compiled)]['launches'] += len(driver.launches) - before
         if error:
             raise error
+        return compiled
 
     triton.runtime.driver.set_active(driver)
     JITFunction.run = note
@@ -186,25 +198,32 @@ def compile_case(target: str, case: str, dtype: str, dim: int, feature_map: str)
         rows['error'] = about | dict(error=f'{type(error).__name__}: {error}'[:500])
     finally:
         JITFunction.run = run
-    return list(rows.values())
+    # Without those that were compiled to see how many of them run at a time.
+    return [row for row in rows.values() if 'error' in row or row['launches'] or row['shared'] > row['limit']]
 
 
-def _nvidia_facts(compiled, target: str) -> dict:
+def _read(binary: bytes, *command: str) -> str:
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(compiled.asm['cubin'])
+        file.write(binary)
         file.flush()
-        usage, code = (subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True,
-                                      check=True).stdout
-                       for tool in (('cuobjdump', '-res-usage'), ('nvdisasm', '-c')))
-    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', usage).groups())
-    ptx = compiled.asm['ptx']
+        return subprocess.run([TOOLS / command[0], *command[1:], file.name], capture_output=True, text=True,
+                              check=True).stdout
+
+
+@functools.lru_cache
+def _usage(binary: bytes) -> tuple[int, ...]:
+    """Registers and bytes of stack of a thread."""
+    return tuple(map(int, re.search(r'REG:(\d+) STACK:(\d+)', _read(binary, 'cuobjdump', '-res-usage')).groups()))
+
+
+def _nvidia_facts(ptx: str, cubin: bytes) -> dict:
+    registers, stack = _usage(cubin)
     extrema = re.findall(r'\b(?:min|max)\.[\w.]*f(?:16|32|64)\w*', ptx)
-    loops = _loops(code)
+    loops = _loops(_read(cubin, 'nvdisasm', '-c'))
     return dict(registers=registers, stack=stack, products=_products(ptx),
                 async_copies=[loop['LDGSTS'] + loop['UBLKCP'] + loop['UTMALDG'] for loop in loops],
                 extrema=len(extrema), extrema_without_nan=sum('.NaN' not in name for name in extrema),
-                instructions=[loop['all'] for loop in loops], loop_bytes=[loop['bytes'] for loop in loops],
-                issue_share=_issue_share(loops, compiled.metadata.num_warps, GPUS[target]))
+                instructions=[loop['all'] for loop in loops], bytes=sum(loop['bytes'] for loop in loops))
 
 
 def _products(ptx: str) -> list[str]:
@@ -248,15 +267,12 @@ def _count(lines: list[tuple[str, str]]) -> Counter:
     return count
 
 
-def _issue_share(loops: list[Counter], warps: int, gpu: GPU) -> float:
-    moved = sum(loop['bytes'] for loop in loops)
+def _issue_share(instructions: list[int], moved: int, gpu: GPU) -> float:
     slots = 4 * gpu.processors * gpu.clock / (COPY * gpu.bandwidth)  # for a byte
-    return round(sum(loop['all'] for loop in loops) / moved / slots, 3) if moved else float('nan')
+    return round(sum(instructions) / moved / slots, 3) if moved else float('nan')
 
 
-def _amd_facts(compiled, target: str) -> dict:
-    code = compiled.asm['amdgcn']
-
+def _amd_facts(code: str) -> dict:
     def metadata(name: str) -> int:
         return int(re.search(rf'\.{name}:\s*(\d+)', code)[1])
     return dict(registers=metadata('vgpr_count'), stack=metadata('private_segment_fixed_size'),
@@ -264,8 +280,11 @@ def _amd_facts(compiled, target: str) -> dict:
 
 
 def compile_all(jobs: list[tuple[str, str, str, int, str]], workers: int) -> Iterator[list[dict]]:
-    """Rows of each (target, case, dtype, dim, map), in their order, by processes that are forked off this one."""
-    with multiprocessing.get_context('fork').Pool(workers, torch.set_num_threads, (1,)) as pool:
+    """Rows of each (target, case, dtype, dim, map), in their order, by processes that are forked off this one.
+
+    A process for each, because launchers remember what they found out of a GPU.
+    """
+    with multiprocessing.get_context('fork').Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
         yield from pool.imap(functools.partial(_apply, compile_case), jobs, chunksize=1)
 
 
