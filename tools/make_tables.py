@@ -263,7 +263,8 @@ def compiled_kernels() -> str:
                            'issue slots'], [cells(key) for key in new]) + f'\n\nFeature map elu1; {versions}.'
 
 
-TABLES = dict(demo=demo, compiled_kernels=compiled_kernels, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
+TABLES = dict(demo=demo, layers=layers, frontier=frontier, costs=costs, downloads=downloads,
+              compiled_kernels=compiled_kernels,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               agreement=agreement,

@@ -62,7 +62,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
     b, h, n, d = q.shape
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     state, total = q.new_zeros(b, h, d, d, dtype=dtype), q.new_zeros(b, h, d, dtype=dtype)
-    with torch.autocast('cpu', enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         for i in range(b):
             for part in _chunks(k.shape[2]):
                 features = phi(k[i, :, part])  # (H, c, D)
@@ -81,7 +81,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total
     dtype, phi_grad = _wide(q.dtype), PHI[feature_map][1]
     phi = _features(q, k, PHI[feature_map][0], dtype)
     grad_q, grad_k, grad_v = grads
-    with torch.autocast('cpu', enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         for i in range(len(q)):
             grad_state, grad_total = torch.zeros_like(state[i]), torch.zeros_like(total[i])
             for part in _chunks(q.shape[2]):
