@@ -24,23 +24,27 @@ RUNS = [('sm_90', 'bf16', 64, 'elu1'), ('sm_80', 'bf16', 80, 'elu1'), ('sm_89', 
         ('sm_89', 'fp32', 64, 'softplus')]
 COARSE_RUNS = RUNS[::3]
 # Bytes of stack a thread: where there is not none, with the reason.
-STACK = {('sm_80', 'bf16', 80): 800,  # two blocks of gradients in registers; their spills are in first-level cache
-         ('sm_89', 'bf16', 128): 800}
+STACK = {('sm_80', 'bf16', 80): 800, ('sm_89', 'bf16', 128): 800}  # gradients of states of more than 64 x 64
 PRODUCTS = {('sm_90', 'bf16'): 'wgmma m64n64k16 bf16', ('sm_80', 'bf16'): 'mma m16n8k16 bf16',
             ('sm_89', 'bf16'): 'mma m16n8k16 bf16'}
 
 
+COMPILE = """
+import json, sys
+from compile_kernels import compile_all
+jobs = json.loads(sys.argv[1])
+print(json.dumps([row for rows in compile_all(jobs, 2) for row in rows]))
+"""
+
+
 @pytest.fixture(scope='module')
-def rows(tmp_path_factory) -> list[dict]:
-    out = tmp_path_factory.mktemp('compiled') / 'kernels.jsonl'
-    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-    for run in RUNS:
-        target, dtype, dim, feature_map = run
-        subprocess.run([sys.executable, ROOT / 'tools/analysis_tools/compile_kernels.py', '--targets', target,
-                        '--dtypes', dtype, '--dims', str(dim), '--maps', feature_map, '--out', out,
-                        '--cases', *LINEAR, *(COARSE if run in COARSE_RUNS else [])], check=True,
-                       env=environment | {'PYTHONPATH': str(ROOT)}, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in out.read_text().splitlines()]
+def rows() -> list[dict]:
+    path = f'{ROOT / "tools/analysis_tools"}:{ROOT}'
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'} | {'PYTHONPATH': path}
+    jobs = [(run[0], case, *run[1:]) for run in RUNS for case in (*LINEAR, *(COARSE if run in COARSE_RUNS else []))]
+    done = subprocess.run([sys.executable, '-c', COMPILE, json.dumps(jobs)], check=True, env=environment,
+                          capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_kernel_is_launched(rows):

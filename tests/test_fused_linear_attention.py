@@ -328,6 +328,23 @@ def test_float16_of_sums_that_it_cannot_hold(triton):
     check(directly(triton, inputs, upstream, 'elu1'), wanted, 1e-2)
 
 
+def test_gpu_with_too_little_memory(triton, monkeypatch):
+    """A kernel gets less and less, and what does not fit at all is computed by PyTorch."""
+    from triton.runtime.errors import OutOfResources
+    tried = []
+
+    class Function:
+        def run(self, *args, grid, warmup, **options):
+            tried.append((options['BN'], options['num_stages']))
+            raise OutOfResources(10 ** 6, 10 ** 5, 'shared memory')
+    inputs, upstream = qkv('elu1', 1, 2, 70, 65, 40, device=triton.device)
+    wanted = exact(inputs, upstream, 'elu1')
+    monkeypatch.setattr(triton.module, '_kernel', lambda function, *kind: vars(
+        kernel := triton.module._Kernel(function, *kind)).update(function=Function()) or kernel)
+    check(directly(triton, inputs, upstream, 'elu1'), wanted, 1e-5)
+    assert tried[0][0] == 64 and tried[-1] == (16, 1)
+
+
 @pytest.mark.parametrize(('name', 'dtype'), [*itertools.product(MAPS, [torch.float32]), ('elu1', torch.bfloat16),
                                             ('softplus', torch.float16)], ids=str)
 def test_nan_stays(name, dtype, engine):

@@ -52,8 +52,8 @@ def _weights(features: Tensor, total: Tensor, eps: float) -> Tensor:
     return torch.bmm(total.unsqueeze(1), features.transpose(1, 2)).add_(eps).transpose(1, 2)
 
 
-def _without_autocast() -> AbstractContextManager:
-    return torch.autocast('cpu', enabled=False) if torch.is_autocast_enabled('cpu') else nullcontext()
+def _without_autocast(device: str) -> AbstractContextManager:  # a GPU's too, where it has no room for the kernels
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _chunks(length: int) -> Iterator[slice]:
@@ -78,7 +78,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
     b, h, n, d = q.shape
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     state, total = q.new_zeros(b, h, d, d, dtype=dtype), q.new_zeros(b, h, d, dtype=dtype)
-    with _without_autocast():
+    with _without_autocast(q.device.type):
         for i in range(b):
             for part in _chunks(k.shape[2]):
                 features, _ = phi(k[i, :, part])  # (H, c, D)
@@ -97,7 +97,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total
     dtype, phi_grad = _wide(q.dtype), PHI[feature_map][1]
     phi = _features(q, k, PHI[feature_map][0], dtype)
     grad_q, grad_k, grad_v = grads
-    with _without_autocast():
+    with _without_autocast(q.device.type):
         for i in range(len(q)):
             grad_state, grad_total = torch.zeros_like(state[i]), torch.zeros_like(total[i])
             for part in _chunks(q.shape[2]):

@@ -41,7 +41,7 @@ def supports(q: Tensor, feature_map: str, k: Tensor | None = None, v: Tensor | N
     if feature_map not in MAPS or exporting() or transformed():
         return False
     if q.device.type == 'cuda':
-        return HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128
+        return HAS_TRITON and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] <= 128
     return q.device.type == 'cpu'
 
 
