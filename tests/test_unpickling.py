@@ -377,7 +377,8 @@ def test_what_torch_writes_comes_back(zipped, tmp_path):
 
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'old'])
 @pytest.mark.parametrize('place', ['cpu', torch.device('cpu'), None, {'cuda:0': 'cpu'}, lambda bytes_, place: bytes_,
-                                   lambda bytes_, place: None, 'meta'], ids=str)
+                                   lambda bytes_, place: None, 'meta'],
+                         ids=['name', 'device', 'none', 'dict', 'function', 'function of nothing', 'meta'])
 def test_places_are_those_of_torch(place, zipped, tmp_path):
     torch.save({'a': torch.ones(3)}, tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
     ours, theirs = (read(tmp_path / 'a.pth', place)['a'] for read in (read_torch_file, torch.load))
