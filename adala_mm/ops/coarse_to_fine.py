@@ -45,12 +45,14 @@ def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], tile: i
 
 def _forward(*args) -> tuple[Tensor, ...]:
     from adala_mm.ops import triton_coarse_to_fine
-    return triton_coarse_to_fine.forward(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current one
+        return triton_coarse_to_fine.forward(*args)
 
 
 def _backward(*args) -> tuple[Tensor, ...]:
     from adala_mm.ops import triton_coarse_to_fine
-    return triton_coarse_to_fine.backward(*args)
+    with torch.cuda.device_of(args[0]):
+        return triton_coarse_to_fine.backward(*args)
 
 
 @torch.library.custom_op('adala_mm::coarse_to_fine', mutates_args=())

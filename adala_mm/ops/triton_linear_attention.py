@@ -566,7 +566,7 @@ def _grad_q_kernel(q_ptr, go_ptr, gq_ptr, state_ptr, total_ptr, gstate_ptr, gtot
 def _grad_kv_kernel(k_ptr, v_ptr, gk_ptr, gv_ptr, gstate_ptr, gtotal_ptr, mean_ptr, kb, kh, kn, vb, vh, vn, xb, xh,
                     xn, yb, yh, yn, H, N, CHUNK, SPLITS, D: tl.constexpr, W1: tl.constexpr, C1: tl.constexpr,
                     C2: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                    PRECISION: tl.constexpr):
     """``d v = phi(k) d S``, ``d phi(k) = v d S^T + d total`` for a chunk of tokens; gtotal is d total + m d S^T."""
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     rows = tl.arange(0, BN)
@@ -607,7 +607,6 @@ def _grad_kv_kernel(k_ptr, v_ptr, gk_ptr, gv_ptr, gstate_ptr, gtotal_ptr, mean_p
         v_ptr += BN * vn
         gk_ptr += BN * xn
         gv_ptr += BN * yn
-
 
 
 INTERPRETED = not isinstance(_state_kernel, triton.runtime.JITFunction)
@@ -733,7 +732,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
         out, ``sum_j phi(k_j)^T v_j`` (B, H, D, D) and ``sum_j phi(k_j)`` (B, H, D), both float32.
     """
     try:
-        return _forward(q, k, v, feature_map, eps)
+        with torch.cuda.device_of(q):  # Triton launches on the current one
+            return _forward(q, k, v, feature_map, eps)
     except OutOfResources:
         return cpu_linear_attention.forward(q, k, v, feature_map, eps)
 
@@ -768,7 +768,8 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total
              grads: tuple[Tensor, Tensor, Tensor], feature_map: str, eps: float) -> None:
     """Writes the gradients of q, k and v into ``grads``, tensors of their shapes, by two launches."""
     try:
-        _backward(grad, q, k, v, state, total, grads, feature_map, eps)
+        with torch.cuda.device_of(q):
+            _backward(grad, q, k, v, state, total, grads, feature_map, eps)
     except OutOfResources:
         cpu_linear_attention.backward(grad, q, k, v, state, total, grads, feature_map, eps)
 
