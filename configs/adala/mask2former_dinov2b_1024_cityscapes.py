@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.dinov2b import *
     from .._base_.datasets.cityscapes_1024 import *
-    from .._base_.default_runtime import *
     from .._base_.models.mask2former import *
     from .._base_.schedules.stage3_mask2former import *
 

@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.dinov2l import *
     from .._base_.datasets.coco_images import *
-    from .._base_.default_runtime import *
     from .._base_.schedules.stage1 import *
 
 model = dict(

@@ -3,8 +3,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.datasets.in1k_heldout import *
     from .stage2_dinov2l_in22k import *
+    from .._base_.datasets.in1k_heldout import *
 
 custom_hooks = [early_stopping]
 default_hooks['checkpoint'].update(save_best='align/rel_error', rule='less')

@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.in1kl import *
     from .._base_.datasets.in22k_images import *
-    from .._base_.default_runtime import *
     from .._base_.schedules.stage2 import *
 
 model = dict(

@@ -2,10 +2,10 @@
 from mmengine.config import read_base
 
 with read_base():
+    from ..adala.stage2_dinov2l_in22k import *
     from .._base_.coarse import *
     from .._base_.datasets.coco_images import *
     from .._base_.schedules.calibrate import *
-    from ..adala.stage2_dinov2l_in22k import *
 
 model['backbone'].update(attention=coarse_attention)
 model['backbone'].update(

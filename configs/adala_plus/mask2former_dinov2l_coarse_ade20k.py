@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.coarse import *
     from ..adala.mask2former_dinov2l_ade20k import *
+    from .._base_.coarse import *
 
 model['backbone'].update(attention=coarse_attention)
 model['backbone'].update(

@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.plus import *
     from ..adala.mask2former_dinov2l_ade20k import *
+    from .._base_.plus import *
 
 model['backbone'].update(attention=plus_attention)
 model['backbone'].update(

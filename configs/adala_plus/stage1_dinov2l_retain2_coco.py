@@ -2,7 +2,7 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.retained.dinov2l import *
     from ..adala.stage1_dinov2l_coco import *
+    from .._base_.retained.dinov2l import *
 
 model['backbone'].update(attention=retained_softmax)

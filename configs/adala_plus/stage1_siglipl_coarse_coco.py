@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.coarse import *
     from ..adala.stage1_siglipl_coco import *
+    from .._base_.coarse import *
 
 model['backbone'].update(attention=coarse_attention)
 optim_wrapper['optimizer'].update(lr=3e-3)

@@ -3,8 +3,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.schedules.stage2 import *
     from ..adala.linear_dinov2l_in1k import *
+    from .._base_.schedules.stage2 import *
 
 model.update(
     type='adala_mm.TaskModelAlignment',

@@ -3,8 +3,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.schedules.stage2 import *
     from ..adala.mask2former_dinov2l_ade20k import *
+    from .._base_.schedules.stage2 import *
 
 model.update(
     type='adala_mm.TaskModelAlignment',

@@ -3,8 +3,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.attentions import *
     from ..adala.linear_dinov2l_in1k import *
+    from .._base_.attentions import *
 
 model['backbone'].update(
     attention=lolcats, trainable=r'\.lora\.',

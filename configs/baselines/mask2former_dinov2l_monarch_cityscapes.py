@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.attentions import *
     from ..adala.mask2former_dinov2l_cityscapes import *
+    from .._base_.attentions import *
 
 model['backbone'].update(
     attention=monarch,

@@ -2,7 +2,7 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.attentions import *
     from ..adala.mask2former_dinov2l_ade20k import *
+    from .._base_.attentions import *
 
 model['backbone'].update(attention=performer, init_cfg=pretrained)

@@ -2,7 +2,7 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.attentions import *
     from ..adala.stage1_dinov2l_coco import *
+    from .._base_.attentions import *
 
 model['backbone'].update(attention=cosformer)

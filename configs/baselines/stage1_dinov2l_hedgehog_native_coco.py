@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.attentions import *
     from ..adala.stage1_dinov2l_coco import *
+    from .._base_.attentions import *
 
 model.update(target='weights')
 model['backbone'].update(attention=hedgehog, trainable='feature_map')

@@ -4,8 +4,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.attentions import *
     from ..adala.stage1_dinov2l_coco import *
+    from .._base_.attentions import *
 
 model.update(target='heads')
 model['backbone'].update(attention=lolcats, trainable='feature_map')

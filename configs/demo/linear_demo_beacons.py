@@ -3,6 +3,7 @@ from mmengine.config import read_base
 
 with read_base():
     from .teacher_demo_beacons import *
+    from .._base_.schedules.demo import custom_hooks
 
 stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_50.pth')
 teacher_init = dict(type='Pretrained', checkpoint='work_dirs/demo/teacher/iter_500.pth')

@@ -2,11 +2,11 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.demo import *
     from .._base_.datasets.beacons import *
-    from .._base_.default_runtime import *
-    from .._base_.models.mask2former_small import *
     from .._base_.schedules.demo import *
+    from .._base_.models.mask2former_small import *
 
 stage2_init = dict(type='Pretrained', checkpoint='work_dirs/demo/stage2/iter_50.pth')
 model.update(backbone=dict(backbone, attention=linear, out_indices=[-1] * 4, init_cfg=stage2_init))

@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.demo import *
     from .._base_.datasets.beacons_images import *
-    from .._base_.default_runtime import *
     from .._base_.schedules.demo import *
 
 teacher_init = dict(type='Pretrained', checkpoint='work_dirs/demo/teacher/iter_500.pth')

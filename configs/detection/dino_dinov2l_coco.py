@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.detection_runtime import *
     from .._base_.backbones.dinov2l import *
     from .._base_.datasets.coco_detection import *
-    from .._base_.detection_runtime import *
     from .._base_.models.dino import *
     from .._base_.schedules.dino_12e import *
 

@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.detection_runtime import *
     from .._base_.backbones.dinov2l import *
     from .._base_.datasets.coco_instances_1024 import *
-    from .._base_.detection_runtime import *
     from .._base_.models.mask_rcnn import *
     from .._base_.schedules.vitdet_100e import *
 

@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.l2vitt import *
     from .._base_.datasets.in1k_224 import *
-    from .._base_.default_runtime import *
     from .._base_.models.linear_classifier_mixup import *
     from .._base_.schedules.l2vit_300e import *
 

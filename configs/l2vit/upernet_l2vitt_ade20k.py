@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.l2vitt import *
     from .._base_.datasets.ade20k import *
-    from .._base_.default_runtime import *
     from .._base_.models.upernet import *
     from .._base_.schedules.upernet_160k import *
 

@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.schedules.calibrate import *
     from .stage2_deitt_plus_caltech import *
+    from .._base_.schedules.calibrate import *
 
 train_cfg.update(max_iters=12, val_interval=12)
 default_hooks['checkpoint'].update(max_keep_ckpts=2)

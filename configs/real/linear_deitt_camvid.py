@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.deitt import *
     from .._base_.datasets.camvid import *
-    from .._base_.default_runtime import *
     from .._base_.schedules.demo import *
 
 stage2_init = dict(type='Pretrained', checkpoint='work_dirs/stage2_deitt_caltech/iter_1200.pth')

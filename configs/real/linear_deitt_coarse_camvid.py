@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.coarse_small import *
     from .linear_deitt_camvid import *
+    from .._base_.coarse_small import *
 
 model['backbone'].update(attention=coarse_attention)
 model['backbone'].update(

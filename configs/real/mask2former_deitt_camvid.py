@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.deitt import *
     from .._base_.datasets.camvid import *
-    from .._base_.default_runtime import *
     from .._base_.models.mask2former_small import *
     from .._base_.schedules.demo import *
 

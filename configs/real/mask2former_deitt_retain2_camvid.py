@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.retained.deitt import *
     from .mask2former_deitt_camvid import *
+    from .._base_.retained.deitt import *
 
 model['backbone'].update(attention=retained_softmax)
 model['backbone'].update(

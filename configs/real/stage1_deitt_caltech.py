@@ -2,9 +2,9 @@
 from mmengine.config import read_base
 
 with read_base():
+    from .._base_.default_runtime import *
     from .._base_.backbones.deitt import *
     from .._base_.datasets.caltech101 import *
-    from .._base_.default_runtime import *
 
 model = dict(
     type='adala_mm.AttentionAlignment',

@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.coarse_small import *
     from .stage1_deitt_caltech import *
+    from .._base_.coarse_small import *
 
 model['backbone'].update(attention=coarse_attention)
 optim_wrapper['optimizer'].update(lr=1e-3)

@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.plus import *
     from .stage1_deitt_caltech import *
+    from .._base_.plus import *
 
 model['backbone'].update(attention=plus_attention)
 optim_wrapper['optimizer'].update(lr=6e-3)

@@ -2,7 +2,7 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.retained.deitt_plus import *
     from .stage1_deitt_plus_caltech import *
+    from .._base_.retained.deitt_plus import *
 
 model['backbone'].update(attention=retained_softmax)

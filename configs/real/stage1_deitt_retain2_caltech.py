@@ -2,7 +2,7 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.retained.deitt import *
     from .stage1_deitt_caltech import *
+    from .._base_.retained.deitt import *
 
 model['backbone'].update(attention=retained_softmax)

@@ -2,8 +2,8 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.retained.deitt_plus import *
     from .stage2_deitt_plus_caltech import *
+    from .._base_.retained.deitt_plus import *
 
 model['backbone'].update(attention=retained_softmax)
 model['backbone'].update(
