@@ -18,10 +18,11 @@ from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.records import curve, machine, read_scalars
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
-RECORDS = [ROOT / 'docs/results' / name for name in ('demo.json', 'real.json', 'study.json', 'frontier.json')]
+RECORDS = [ROOT / 'docs/results' / name for name in (
+    'demo.json', 'real.json', 'study.json', 'frontier.json', 'faults.json', 'compiled_kernels.json')]
 RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json', 'model.json', 'training.json')]
 PAGES = [ROOT / name for name in ('README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md',
-                                  'docs/frontier.md', 'docs/approximations.md')]
+                                  'docs/frontier.md', 'docs/approximations.md', 'docs/reproducibility.md')]
 
 sys.path.insert(0, str(ROOT / 'tools'))  # where tools find each other
 
@@ -248,6 +249,10 @@ def tables(tmp_path, monkeypatch):
             dirty=True))})))
     (root / 'docs/frontier.md').write_text(marked('frontier'))
     (root / 'docs/approximations.md').write_text(marked('approximations'))
+    faults = [['disk full', 'an error', 'an error'],
+              ['a x b', 'equal', 'equal after SIGKILL in one, SIGTERM in another']]
+    (root / 'docs/results/faults.json').write_text(json.dumps(dict(rows=faults, machine=MACHINE)))
+    (root / 'docs/reproducibility.md').write_text(marked('faults'))
     write_benchmarks(root / 'benchmarks/results/cpu')
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     module = tool('make_tables')
@@ -568,6 +573,12 @@ def test_pages_ask_for_tables_that_exist():
         assert page.read_text().count('<!-- end -->') == len(found), page
         asked |= set(found)
     assert asked == set(module.TABLES)
+
+
+def test_table_of_faults(tables, monkeypatch):
+    make_tables(tables, monkeypatch)
+    lines = (tables.ROOT / 'docs/reproducibility.md').read_text().splitlines()
+    assert '| disk full | an error | an error |' in lines and '| a | 2 |' in lines
 
 
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):

@@ -48,16 +48,16 @@ def faults() -> str:
     data = json.loads((ROOT / 'docs/results/faults.json').read_text())
     pairs = {tuple(fault.split(' x ')): seen for fault, _, seen in data['rows'] if len(fault.split(' x ')) == 2
              and seen.startswith('equal after ')}
-    names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    square = [[one, *(str(pairs[key].count(' in ')) if (key := (one, two)) in pairs else '' for two in names)]
-              for one in names]
+    ones, twos = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    square = [[one, *(str(pairs[key].count(' in ')) if (key := (one, two)) in pairs else '' for two in twos)]
+              for one in ones]
     others = [row for row in data['rows'] if tuple(row[0].split(' x ')) not in pairs]
     m = data['machine']
     return '\n\n'.join([
         markdown_table(['fault', 'expected', 'seen'], others),
-        'SIGKILL and SIGTERM, each in training, in validation and while a checkpoint is written: how many of the six a '
-        'run with both features was resumed from bitwise.',
-        markdown_table(['', *names], square), f'{m["cores"]} cores ({m["cpu"]}), torch {m["torch"]}, '
+        'SIGKILL in training, in validation and while a checkpoint is written, SIGTERM in these and at the last step '
+        'of an epoch: from how many of the seven a run with both features was resumed bitwise.',
+        markdown_table(['', *twos], square), f'{m["cores"]} cores ({m["cpu"]}), torch {m["torch"]}, '
         f'commit {m["commit"]}.'])
 
 
