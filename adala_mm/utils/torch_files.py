@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import default_restore_location
 
-from adala_mm.utils.unpickling import Machine, Refused, check
+from adala_mm.utils.unpickling import OTHER_ORDER, Machine, Refused, check
 
 Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
@@ -57,8 +57,7 @@ def _read_archive(file: BinaryIO, size: int, place: Place, without_content: bool
               'you know that size for the right one, unzip it, and zip it again with -0')
         root = next(name for name in entries if name.endswith('data.pkl')).removesuffix('data.pkl')
         order = f'{root}byteorder'
-        check(order not in entries or archive.read(order).decode() == sys.byteorder, 'it has the byte order of another '
-              'machine')
+        check(order not in entries or archive.read(order).decode() == sys.byteorder, OTHER_ORDER)
         storages: dict[str, torch.UntypedStorage] = {}
 
         def take(key: str, count: int, location: str) -> torch.UntypedStorage:
@@ -78,7 +77,7 @@ def _read_stream(file: BinaryIO, size: int, place: Place) -> Any:
     magic, protocol, system = (Machine(file, size).load() for _ in range(3))
     check((magic, protocol) == (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION),
           'it is of another version')
-    check(system['little_endian'] == (sys.byteorder == 'little'), 'it has the byte order of another machine')
+    check(system['little_endian'] == (sys.byteorder == 'little'), OTHER_ORDER)
     storages: dict[str, torch.UntypedStorage] = {}
     left = size
 

@@ -36,6 +36,7 @@ OPCODES = {opcode.code.encode('latin-1'): opcode for opcode in pickletools.opcod
     'PROTO STOP MARK GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE '
     'BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 '
     'EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET').split()}
+OTHER_ORDER = 'it is of a machine with another byte order'
 KEYS = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, torch.device)
 
 
@@ -184,7 +185,8 @@ class Machine:
     def spend(self, count: int) -> None:
         """Takes ``count`` bytes, or objects, from what the file may become."""
         self.left -= count
-        check(self.left >= 0, 'its contents are far larger than the file')
+        check(self.left >= 0, 'it is of contents far larger than the file, such as one value that is repeated: save '
+              'clones of expanded tensors')
 
     def spend_on(self, *items: Any) -> None:
         self.spend(sum(len(item) for item in items if isinstance(item, (str, bytes, tuple, list, dict))))
@@ -328,7 +330,7 @@ def check_dtype(made: np.dtype, state: tuple) -> None:
     if state[2:5] != (None, None, None):
         raise Refused('a numpy.dtype with fields')
     check(state[1] in ('|', '=', '<' if sys.byteorder == 'little' else '>'),
-          'its arrays have the byte order of another machine')
+          OTHER_ORDER)
 
 
 def content_of(text: bytes | str) -> bytes:
