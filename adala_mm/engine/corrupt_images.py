@@ -37,7 +37,7 @@ class CorruptImagesHook(GatheringHook):
         self.max_corrupt, self.interval = max_corrupt, interval
         self.drawn = self.replaced = 0  # samples, in all processes
         self.new: list[dict[str, str]] = []  # a note per sample drawn by this process since the last look
-        self.before_validation: dict[str, int] | None = None  # what is saved while it lasts: it is done again
+        self.before_validation: dict[str, int] | None = None  # what is saved until training goes on: it is done again
         self.listed: dict[str, str] = {}
 
     def before_run(self, runner: Runner) -> None:
@@ -56,6 +56,9 @@ class CorruptImagesHook(GatheringHook):
     def counts(self) -> dict[str, int]:
         return dict(drawn=self.drawn, replaced=self.replaced)
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        self.before_validation = None
+
     def before_val_epoch(self, runner: Runner) -> None:
         super().before_val_epoch(runner)
         self.before_validation = self.counts()
@@ -71,7 +74,6 @@ class CorruptImagesHook(GatheringHook):
             self.gather(runner)
 
     def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
-        self.before_validation = None
         self.gather(runner)
         if self.replaced:
             runner.logger.warning(self.summary())
