@@ -23,7 +23,8 @@ from adala_mm.ops.exporting import exporting, transformed, unwatched
 from adala_mm.ops.plain_linear_attention import linear_attention_reference
 
 MAPS = tuple(cpu_linear_attention.PHI)
-HAS_TRITON = importlib.util.find_spec('triton') is not None
+# On AMD's GPUs, where Triton fails on some of the kernels, there is the plain formula.
+HAS_TRITON = importlib.util.find_spec('triton') is not None and torch.version.hip is None
 
 
 def _engine(x: Tensor) -> ModuleType:
