@@ -5,9 +5,12 @@ import gc
 import multiprocessing
 import os
 import runpy
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.data._utils
@@ -18,6 +21,7 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
+IMAGES = 10  # of `scenes`, to train on
 
 
 def pytest_configure():
@@ -124,12 +128,60 @@ def wait_for(*processes: multiprocessing.Process) -> list[int]:
             process.kill()
 
 
+def exit_codes(target: Callable[..., None], *args: object) -> list[int]:
+    """Of two processes forked off this one, where all imports are done: each calls ``target(rank, *args)``."""
+    processes = [multiprocessing.get_context('fork').Process(target=target, args=(rank, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    return wait_for(*processes)
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
     """Folder with small real weights and photographs; tests that need it are skipped without it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f'no real weights and photographs at {SHARED_DATA}')
     return SHARED_DATA
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory) -> Path:
+    """Images and labels of the demo's kind, 32 x 32 pixels."""
+    from PIL import Image
+
+    from adala_mm.datasets.beacons import draw_scene
+    root = tmp_path_factory.mktemp('scenes')
+    for split, count in (('train', IMAGES), ('val', 3)):
+        for kind in ('images', 'labels'):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, label = draw_scene(np.random.default_rng([count, i]), 32)
+            Image.fromarray(image).save(root / f'images/{split}/{i:04d}.png')
+            Image.fromarray(label).save(root / f'labels/{split}/{i:04d}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def corrupt_scenes(scenes) -> Path:
+    """The same scenes, two of them empty files; beside the others, under the name that `corrupt_skipped` knows."""
+    root = scenes.with_name(f'{scenes.name}_corrupt')
+    shutil.copytree(scenes, root)
+    for name in ('0003.png', '0008.png'):
+        (root / 'images/train' / name).write_bytes(b'')
+    return root
+
+
+@pytest.fixture
+def poisoned():
+    """``torch.empty`` and its like give NaN."""
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(3)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    settings.fill_uninitialized_memory = before[1]
 
 
 def tiny_vit(**changes) -> dict:

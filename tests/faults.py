@@ -34,10 +34,8 @@ from test_resume import (
     assert_same_end,
     assert_same_run,
     config,
-    corrupt_scenes,  # noqa: F401  a fixture, as scenes is
     diary,
     last,
-    scenes,  # noqa: F401
     strike_and_resume,
     with_features,
 )
@@ -144,7 +142,7 @@ POINTS = [('batch', 0), ('half', 3), ('written', 3), ('optimizer', 4), ('renamed
 
 
 @pytest.mark.parametrize(('name', 'by_epoch', 'workers'), [('stage2', True, 1), ('mask2former', False, 0)])
-def test_ten_sigkills(scenes, sharp_pretrained, tmp_path, whole, table, name, by_epoch, workers):  # noqa: F811
+def test_ten_sigkills(scenes, sharp_pretrained, tmp_path, whole, table, name, by_epoch, workers):
     cfg = often(config(name, scenes, sharp_pretrained, by_epoch, workers))
     wanted = whole(name, cfg)
     work_dir, killed, progress = tmp_path / name / 'run', 0, []
@@ -162,7 +160,7 @@ def test_ten_sigkills(scenes, sharp_pretrained, tmp_path, whole, table, name, by
           'optimizer states equal')
 
 
-def test_torn_checkpoint(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+def test_torn_checkpoint(scenes, sharp_pretrained, tmp_path, whole, table):
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     wanted, work_dir = whole('epochs on 1', cfg), tmp_path / 'run'
     train(cfg, work_dir, harm=dict(what='kill', when='step', at=11))
@@ -187,7 +185,7 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
         subprocess.run(['umount', '-l', str(path)], check=True)
 
 
-def test_full_disk(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+def test_full_disk(scenes, sharp_pretrained, tmp_path, whole, table):
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.default_hooks.checkpoint.max_keep_ckpts = -1
     wanted = whole('epochs on 1', cfg)
@@ -207,7 +205,7 @@ def test_full_disk(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F
 
 
 @pytest.mark.parametrize('gpus', [1, 2])
-def test_sigterm(scenes, sharp_pretrained, tmp_path, whole, table, gpus):  # noqa: F811
+def test_sigterm(scenes, sharp_pretrained, tmp_path, whole, table, gpus):
     """To the command itself, as a cluster sends it; torchrun hands it on."""
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.train_dataloader.batch_size //= gpus
@@ -223,7 +221,7 @@ def test_sigterm(scenes, sharp_pretrained, tmp_path, whole, table, gpus):  # noq
           f'exit code {code}; bitwise equal, {STEPS} steps in all')
 
 
-def test_worker_killed(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+def test_worker_killed(scenes, sharp_pretrained, tmp_path, whole, table):
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True, workers=2)
     wanted, work_dir = whole('workers', cfg), tmp_path / 'run'
     begin = time.monotonic()
@@ -236,7 +234,7 @@ def test_worker_killed(scenes, sharp_pretrained, tmp_path, whole, table):  # noq
     table('data worker killed', 'error within a minute, resumable', f'ended after {waited:.0f} s in all; bitwise equal')
 
 
-def test_rank_killed(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+def test_rank_killed(scenes, sharp_pretrained, tmp_path, whole, table):
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.train_dataloader.batch_size //= 2
     cfg.default_hooks.preemption.interval = 1  # as in the test before, for the sake of one uninterrupted run
@@ -253,7 +251,7 @@ def test_rank_killed(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa:
 
 
 @pytest.mark.parametrize('what', ['nan', 'inf'])
-def test_not_finite(scenes, sharp_pretrained, tmp_path, table, what):  # noqa: F811
+def test_not_finite(scenes, sharp_pretrained, tmp_path, table, what):
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     work_dir = tmp_path / 'run'
     code, printed = train(cfg, work_dir, harm=dict(what=what, when='batch' if what == 'nan' else 'optimizer', at=7))
@@ -269,7 +267,7 @@ def test_not_finite(scenes, sharp_pretrained, tmp_path, table, what):  # noqa: F
           'checkpoint intact', error[:110] + ' ...')
 
 
-def test_wrong_labels(scenes, sharp_pretrained, tmp_path, table):  # noqa: F811
+def test_wrong_labels(scenes, sharp_pretrained, tmp_path, table):
     shutil.copytree(scenes, tmp_path / 'scenes')
     bad = tmp_path / 'scenes/labels/train/0003.png'
     label = cv2.imread(str(bad), cv2.IMREAD_UNCHANGED)
@@ -281,7 +279,7 @@ def test_wrong_labels(scenes, sharp_pretrained, tmp_path, table):  # noqa: F811
     table('labels beyond the classes', 'names image, value and fix', error[:110] + ' ...')
 
 
-def test_truncated_images(scenes, sharp_pretrained, tmp_path, table):  # noqa: F811
+def test_truncated_images(scenes, sharp_pretrained, tmp_path, table):
     shutil.copytree(scenes, tmp_path / 'scenes')
     rng = np.random.default_rng(0)
     for path in sorted((tmp_path / 'scenes/images/train').iterdir())[:2]:
@@ -306,7 +304,7 @@ def assert_close(one: Path, two: Path) -> None:
     assert all(torch.allclose(value, states[1][key], rtol=1e-3, atol=1e-5) for key, value in states[0].items())
 
 
-def test_resumed_on_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+def test_resumed_on_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):
     """In the middle of an epoch and of an accumulation; the two have the batch of the one."""
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.model.backbone.drop_path_rate = 0.0  # drawn by each process
@@ -330,7 +328,7 @@ def test_resumed_on_two_processes(scenes, sharp_pretrained, tmp_path, whole, tab
           f'{done} steps on one, {STEPS - done} on two: the same images in each; weights equal up to rounding')
 
 
-def test_sums_of_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):  # noqa: F811
+def test_sums_of_two_processes(scenes, sharp_pretrained, tmp_path, whole, table):
     """Each has a sum of gradients of its own when the epoch ends, and only one writes."""
     cfg = config('stage2', scenes, sharp_pretrained, by_epoch=True)
     cfg.train_dataloader.batch_size //= 2
@@ -346,7 +344,7 @@ def test_sums_of_two_processes(scenes, sharp_pretrained, tmp_path, whole, table)
 
 
 @pytest.mark.parametrize('pair', itertools.combinations(FEATURES, 2), ids='-'.join)
-def test_pair(scenes, corrupt_scenes, sharp_pretrained, tmp_path, table, pair):  # noqa: F811
+def test_pair(scenes, corrupt_scenes, sharp_pretrained, tmp_path, table, pair):
     cfg = with_features(pair, scenes, sharp_pretrained)
     run(cfg, tmp_path / 'whole')
     for cell, harm in CELLS.items():

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_baseline_attentions import build, error, with_grads
-from test_fused_linear_attention import fenced, handle_bfloat16, poisoned  # noqa: F401  a fixture
+from test_fused_linear_attention import fenced, handle_bfloat16
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

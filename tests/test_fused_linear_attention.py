@@ -114,19 +114,6 @@ def handle_bfloat16(monkeypatch):
                         lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
 
 
-@pytest.fixture
-def poisoned():
-    """``torch.empty`` and its like give NaN."""
-    settings = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(3)).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    settings.fill_uninitialized_memory = before[1]
-
-
 def naive(q, k, v, name, eps):
     """The formula with its N x N weights."""
     weights = torch.einsum('bhid,bhjd->bhij', PHI[name](q), PHI[name](k))

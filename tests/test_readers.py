@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-import multiprocessing
 import os
 import pkgutil
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exit_codes
 from mmengine import fileio
 
 from adala_mm.datasets import ImageFiles, image_index
@@ -385,17 +385,7 @@ def one_of_two(rank: int, place: Path, index_dir: str | None) -> None:
 @pytest.mark.parametrize('index_dir', [None, 'index'])
 def test_processes_that_see_other_images(index_dir, tmp_path):
     write(tmp_path, '0/images/0.jpg', '1/images/0.jpg', '1/images/1.jpg')
-    processes = [multiprocessing.get_context('fork').Process(target=one_of_two, args=(rank, tmp_path, index_dir))
-                 for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(600)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    assert exit_codes(one_of_two, tmp_path, index_dir) == [0, 0]
 
 
 def test_names_are_told_as_they_can_be_printed(tmp_path, warned):

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,19 +15,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR, ROOT, put_back, tiny_vit
+from conftest import IMAGES, LINEAR, ROOT, exit_codes, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
-from PIL import Image
 from saboteur import Killed
 from torch.utils.data import BatchSampler
 
 from adala_mm.datasets import LoadImageFromFile
-from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import PreemptionHook
 from adala_mm.engine.exact_resume import newest_checkpoint, standing_of
 from adala_mm.utils import torch_files
@@ -37,7 +34,7 @@ from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.randomness import seed_all
 from adala_mm.utils.records import curve
 
-IMAGES, BATCH, STEPS = 10, 2, 15  # three epochs of five batches; a checkpoint after each
+BATCH, STEPS = 2, 15  # three epochs of five batches; a checkpoint after each
 
 
 @contextlib.contextmanager
@@ -83,19 +80,6 @@ def assert_same_run(whole: Path, pieces: Path, final: str, unwritten: Iterable[i
     for mine, other in zip(one['optimizer']['state'].values(), two['optimizer']['state'].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(other[key])) for key in mine)
     assert one['param_schedulers'] == two['param_schedulers']
-
-
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp('scenes')
-    for split, count in (('train', IMAGES), ('val', 3)):
-        for kind in ('images', 'labels'):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(count):
-            image, label = draw_scene(np.random.default_rng([count, i]), 32)
-            Image.fromarray(image).save(root / f'images/{split}/{i:04d}.png')
-            Image.fromarray(label).save(root / f'labels/{split}/{i:04d}.png')
-    return root
 
 
 def config(name: str, scenes: Path, init_cfg: dict, by_epoch: bool, workers: int = 0) -> Config:
@@ -204,17 +188,7 @@ def one_in_validation(rank: int, place: Path) -> None:
 
 
 def test_processes_leave_a_validation_together(tmp_path):
-    processes = [multiprocessing.get_context('fork').Process(target=one_in_validation, args=(rank, tmp_path))
-                 for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(600)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    assert exit_codes(one_in_validation, tmp_path) == [0, 0]
     left = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
     assert left == [[128 + signal.SIGTERM, 7, [5]]] * 2
 
@@ -384,16 +358,6 @@ CELLS = {  # of a run of epochs, which saves after 5, 10, 15 iterations and vali
     ('SIGTERM', 'the last step of an epoch'): dict(what='terminate', when='batch', at=4),
     ('SIGTERM', 'validation'): dict(what='terminate', when='validation', at=5),
     ('SIGTERM', 'saving'): dict(what='terminate', when='written', at=6)}
-
-
-@pytest.fixture(scope='module')
-def corrupt_scenes(scenes) -> Path:
-    """The same scenes, two of them empty files; beside the others, under the name that `corrupt_skipped` knows."""
-    root = scenes.with_name(f'{scenes.name}_corrupt')
-    shutil.copytree(scenes, root)
-    for name in ('0003.png', '0008.png'):
-        (root / 'images/train' / name).write_bytes(b'')
-    return root
 
 
 def strike_and_resume(cfg: Config, work_dir: Path, harm: dict) -> None:

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import itertools
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LINEAR, ROOT, put_back, tiny_vit
+from conftest import LINEAR, ROOT, exit_codes, put_back, tiny_vit
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank
 from mmengine.hooks import Hook
@@ -404,17 +403,7 @@ def work(rank: int, place: Path, init_cfg: dict) -> None:
 @pytest.fixture(scope='module')
 def together(sharp_pretrained, tmp_path_factory) -> tuple[Path, list[dict]]:
     place = tmp_path_factory.mktemp('together')
-    start = multiprocessing.get_context('fork').Process  # all imports are done
-    processes = [start(target=work, args=(rank, place, sharp_pretrained)) for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout=600)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    assert exit_codes(work, place, sharp_pretrained) == [0, 0]
     return place, [json.loads((place / f'{rank}.json').read_text()) for rank in range(2)]
 
 

@@ -5,7 +5,6 @@ supported here. First derivatives only.
 """
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from adala_mm.ops import kernels
 from adala_mm.ops.exporting import exporting, transformed, unwatched
 
 PADDED = 64  # what there is one number of for each cell fills rows of so many, which are read in one piece
-HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def supports(q: Tensor) -> bool:
     """Whether `coarse_to_fine` takes these queries, with keys and values like them."""
-    return (q.device.type == 'cuda' and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 128
-            and not exporting() and not transformed())
+    return kernels.takes(q) and not exporting() and not transformed()
 
 
 def coarse_to_fine(q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], tile: int, num_open: int,

@@ -10,7 +10,6 @@ get from the beginning.
 """
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import torch
@@ -18,13 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from adala_mm.ops import cpu_linear_attention
+from adala_mm.ops import cpu_linear_attention, kernels
 from adala_mm.ops.exporting import exporting, transformed, unwatched
 from adala_mm.ops.plain_linear_attention import linear_attention_reference
 
 MAPS = tuple(cpu_linear_attention.PHI)
-# On AMD's GPUs, where Triton fails on some of the kernels, there is the plain formula.
-HAS_TRITON = importlib.util.find_spec('triton') is not None and torch.version.hip is None
 
 
 def _engine(x: Tensor) -> ModuleType:
@@ -41,9 +38,8 @@ def supports(q: Tensor, feature_map: str, k: Tensor | None = None, v: Tensor | N
         return False
     if feature_map not in MAPS or exporting() or transformed():
         return False
-    if q.device.type == 'cuda':
-        return HAS_TRITON and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] <= 128
-    return q.device.type == 'cpu'
+    # On AMD's GPUs Triton fails on some of the kernels.
+    return q.device.type == 'cpu' or kernels.takes(q) and torch.version.hip is None
 
 
 def attend(feature_map: str, eps: float, *tensors: Tensor) -> Tensor:

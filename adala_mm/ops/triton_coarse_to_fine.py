@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adala_mm.ops.coarse_to_fine import PADDED
+from adala_mm.ops.kernels import dense, strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # A kernel is not compiled again for other ones.
@@ -330,15 +331,6 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Strides over image, head and token of (B, H, N, D); channels are next to each other."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 class _Shape:
     """Sizes of a call, and what kernels are compiled for."""
 
@@ -395,13 +387,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
         out; open tiles (2, B, H, L, K), int32, their numbers and first patches; log-sum-exp (B, H, h w), to the base 2;
         keys and values of cells, (2, B, H, T + P, D); binary logarithms of their numbers of tokens, (C,).
     """
-    q, k, v = _dense(q, k, v)
+    q, k, v = dense(q, k, v)
     (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, num_open, block)
     cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.padded, dtype=torch.float32)
-    _cells_kernel[s.programs['cells']](k, v, *cells, sizes, *_strides(k, v), *s.sizes, s.columns, BN=32, **s.tile,
+    _cells_kernel[s.programs['cells']](k, v, *cells, sizes, *strides(k, v), *s.sizes, s.columns, BN=32, **s.tile,
                                        **s.width)
     share = q.new_empty(batch, heads, s.blocks, s.chunks, s.tiles, dtype=torch.float32)
-    _share_kernel[s.programs['queries']](q, cells[0], sizes, share, *_strides(q), *s.sizes, s.blocks, s.block_columns,
+    _share_kernel[s.programs['queries']](q, cells[0], sizes, share, *strides(q), *s.sizes, s.blocks, s.block_columns,
                                          s.scale, **s.queries)
     share = share[:, :, :, 0] if s.chunks == 1 else share.amax(3)
     chosen = share.topk(s.num_open, sorted=False).indices
@@ -410,7 +402,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
     out = q.new_empty(batch, n, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     _forward_kernel[s.programs['queries']](
-        q, k, v, *cells, opened[1], bias, out, lse, *_strides(q, k, v, out), *s.sizes, s.blocks,
+        q, k, v, *cells, opened[1], bias, out, lse, *strides(q, k, v, out), *s.sizes, s.blocks,
         s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries)
     return out, opened, lse, cells, sizes
 
@@ -418,23 +410,23 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, opened: Tensor, lse: Tensor, cells: Tensor,
              sizes: Tensor, grid: list[int], tile: int, num_open: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, stored as (B, N, H, D)."""
-    q, k, v, grad = _dense(q, k, v, grad)
+    q, k, v, grad = dense(q, k, v, grad)
     s = _Shape(q, k, grid, tile, num_open, block)
     grads = gq, gk, gv = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
                           for x in (q, k, v)]
     bias, delta = s.bias(opened[0], sizes, opened, corners=False), torch.empty_like(lse)
     grad_cells = torch.empty_like(cells, dtype=torch.float32)
     _grad_q_kernel[s.programs['queries']](
-        q, k, v, *cells, opened[1], bias, out, grad, lse, delta, gq, *_strides(q, k, v, out, grad, gq), *s.sizes,
+        q, k, v, *cells, opened[1], bias, out, grad, lse, delta, gq, *strides(q, k, v, out, grad, gq), *s.sizes,
         s.blocks, s.num_open, s.block_columns, s.scale, **s.tile, **s.even, **s.queries | dict(num_stages=2))
     _grad_cells_kernel[s.programs['cells_met']](
-        q, *cells, bias, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, grad, gk, gv), *s.sizes, s.blocks,
+        q, *cells, bias, grad, lse, delta, *grad_cells, gk, gv, *strides(q, grad, gk, gv), *s.sizes, s.blocks,
         s.block_columns, s.scale, **s.met)
     # Tile after tile, the places of the list of open tiles where it is, block after block; and where those of it end.
     tiles, order = opened[0].flatten(2).sort(dim=-1, stable=True)
     numbers = torch.arange(1, s.tiles + 1, dtype=torch.int32, device=q.device).expand(*tiles.shape[:2], -1)
     ends = torch.searchsorted(tiles, numbers.contiguous(), out_int32=True)
     _grad_tokens_kernel[s.programs['tokens']](
-        q, k, v, order, ends, grad, lse, delta, *grad_cells, gk, gv, *_strides(q, k, v, grad, gk, gv), *s.sizes,
+        q, k, v, order, ends, grad, lse, delta, *grad_cells, gk, gv, *strides(q, k, v, grad, gk, gv), *s.sizes,
         s.blocks, s.num_open, s.columns, s.block_columns, s.scale, **s.tokens)
     return tuple(grads)

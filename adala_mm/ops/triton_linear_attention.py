@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from adala_mm.ops import cpu_linear_attention
+from adala_mm.ops.kernels import dense, strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)  # a largest number is never less: it divides
@@ -662,7 +663,7 @@ class _Kernel:
             try:
                 compiled = self.function.run(*args, grid=grid, warmup=warmup, **self.options[0])
                 if warmup:
-                    compiled.run  # noqa: B018  loads it, which is when it turns out what does not fit
+                    _ = compiled.run  # loads it, which is when it turns out what does not fit
                 return compiled
             except OutOfResources:
                 if len(self.options) == 1:
@@ -715,11 +716,6 @@ def _chunk(tiles: int, heads: int, slots: int, start: float, each: float) -> int
     return triton.cdiv(tiles, min(range(1, min(tiles, 256) + 1), key=time)) if tiles else 1
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Strides over image, head and token of (B, H, N, D); channels are next to each other."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, N, D), stored as (B, N, H, D) because that is what the output projection reads, and the state.
 
@@ -739,12 +735,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tu
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = dense(q, k, v)
     b, h, nq, d = q.shape
     nk, heads, kind = k.shape[2], b * h, (q.device.index, q.dtype, d, feature_map)
     out = q.new_empty(b, nq, h, d).transpose(1, 2)
     state, total = _empty_state(q, b, h)
-    of_q, of_kv = _strides(q, out), _strides(k, v)
+    of_q, of_kv = strides(q, out), strides(k, v)
     kernel = _kernel(_state_kernel, *kind)
     chunk, splits = kernel.chunks(heads, nk, 1, d / 128, k, v, state, total, *of_kv, h, nk, nk)
     if splits == 1:
@@ -776,15 +772,15 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, total: Tensor,
               grads: tuple[Tensor, Tensor, Tensor], feature_map: str, eps: float) -> None:
-    q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
+    q, k, v, grad = dense(q, k, v, grad)
     b, h, nq, d = q.shape
     nk, heads, kind = k.shape[2], b * h, (q.device.index, q.dtype, d, feature_map)
     gq, gk, gv = grads
-    kernel, of_q = _kernel(_grad_q_kernel, *kind), (*_strides(q, grad, gq), h, nq)
+    kernel, of_q = _kernel(_grad_q_kernel, *kind), (*strides(q, grad, gq), h, nq)
     chunk, splits = kernel.chunks(heads, nq, 1 + d / 128, d / 128, q, grad, gq, state, total, state, total, total,
                                   *of_q, nq, eps)
     (states, totals), mean = _empty_state(q, splits, b, h), torch.empty_like(total)
     kernel.launch((heads, splits), q, grad, gq, state, total, states, totals, mean, *of_q, chunk, eps)
-    kernel, args = _kernel(_grad_kv_kernel, *kind), (k, v, gk, gv, states, totals, mean, *_strides(k, v, gk, gv), h, nk)
+    kernel, args = _kernel(_grad_kv_kernel, *kind), (k, v, gk, gv, states, totals, mean, *strides(k, v, gk, gv), h, nk)
     chunk, chunks = kernel.chunks(heads, nk, 1 + splits * d / 128, 0, *args, nk, splits)
     kernel.launch((heads, chunks), *args, chunk, splits)

@@ -46,6 +46,9 @@ from triton.backends.driver import DriverBase
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
+from adala_mm.utils.records import cores
+from adala_mm.utils.tables import markdown_table
+
 TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 COPY = 0.9  # of the memory's bandwidth is what a copy reaches
@@ -294,21 +297,20 @@ def _apply(function: Callable, arguments: tuple):
 
 def table(rows: list[dict]) -> str:
     """Markdown, a line for each row."""
-    lines = ['| target | dtype | D | map | case | kernel | launches | warps | registers | stack, B | shared, KiB '
-             '| limit, KiB | issue slots | loop | products | async copies | min/max without NaN |', '|' + '---|' * 17]
-    for row in rows:
-        head = [row['target'], row['dtype'], row['dim'], row['map'], row['case']]
-        if 'error' in row:
-            lines.append('| ' + ' | '.join(map(str, [*head, row['error'].splitlines()[0][:120], *[''] * 11])) + ' |')
-            continue
-        share = row.get('issue_share')
-        lines.append('| ' + ' | '.join(map(str, [
-            *head, row['kernel'].strip('_').removesuffix('_kernel'), row['launches'], row['warps'], row['registers'],
-            row['stack'], f'{row["shared"] / 1024:.0f}', row['limit'] // 1024,
-            '' if share is None else f'{share:.0%}', '+'.join(map(str, row.get('instructions', []))),
-            ', '.join(row['products']) or 'none', '+'.join(map(str, row.get('async_copies', []))),
-            row.get('extrema_without_nan', '')])) + ' |')
-    return '\n'.join(lines)
+    header = ['target', 'dtype', 'D', 'map', 'case', 'kernel', 'launches', 'warps', 'registers', 'stack, B',
+              'shared, KiB', 'limit, KiB', 'issue slots', 'loop', 'products', 'async copies', 'min/max without NaN']
+    return markdown_table(header, [list(map(str, cells(row))) for row in rows])
+
+
+def cells(row: dict) -> list:
+    head = [row['target'], row['dtype'], row['dim'], row['map'], row['case']]
+    if 'error' in row:
+        return [*head, row['error'].splitlines()[0][:120], *[''] * 11]
+    share = row.get('issue_share')
+    return [*head, row['kernel'].strip('_').removesuffix('_kernel'), row['launches'], row['warps'], row['registers'],
+            row['stack'], f'{row["shared"] / 1024:.0f}', row['limit'] // 1024, '' if share is None else f'{share:.0%}',
+            '+'.join(map(str, row.get('instructions', []))), ', '.join(row['products']) or 'none',
+            '+'.join(map(str, row.get('async_copies', []))), row.get('extrema_without_nan', '')]
 
 
 def main() -> None:
@@ -318,7 +320,7 @@ def main() -> None:
     parser.add_argument('--dims', nargs='+', type=int, default=[64, 80, 128], help='channels of a head')
     parser.add_argument('--maps', nargs='+', default=['elu1'])
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
-    parser.add_argument('--jobs', type=int, default=len(os.sched_getaffinity(0)), help='processes')
+    parser.add_argument('--jobs', type=int, default=cores(), help='processes')
     parser.add_argument('--out', type=Path, help='JSON-lines file that gets the rows as they are found')
     args = parser.parse_args()
     jobs = [(target, case, dtype, dim, name) for target in args.targets for dtype in args.dtypes for dim in args.dims
