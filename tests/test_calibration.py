@@ -15,7 +15,6 @@ from saboteur import Killed
 from test_align_runs import Interrupted, equal, shuffled
 from test_linearize import batches, build, every_family, run, timm_vit
 from test_resume import config, fresh_process
-from test_resume import scenes as scenes_fixture
 from torch import nn
 
 from adala_mm import align, calibrate, linearize
@@ -28,7 +27,6 @@ from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.records import read_scalars
 
-scenes = scenes_fixture
 HIDDEN = ('mlp.fc2', 'mlp.weights_out', 'ffn.layers.1')
 
 
