@@ -193,7 +193,7 @@ def build(base: Mapping[str, Any]) -> nn.Module:
             if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None):
                 raise ValueError(f'the file asks for {name}, which is no model of transformers')
             if fetched := fetched_backbone(args):
-                raise ValueError(f'the config of {kind} names a backbone to be fetched, {fetched}')
+                raise ValueError(f'the file asks for {kind} with a backbone from elsewhere, {fetched}')
             return cls(cls.config_class.from_dict(without_private(args)))
         softmax = {'attention': {'type': 'adala_mm.SoftmaxAttention'}} if library == MARK else {}
         return cls(**args, **softmax)
