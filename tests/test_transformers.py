@@ -62,7 +62,7 @@ def test_models_around_a_vit(kind, tmp_path):
     """In place: with softmax in the adapters the answer is the model's own; the ViT alone learns; files come back."""
     make, answer = AROUND[kind]
     teacher = awaken(make())
-    images = torch.randn(2, 3, *[getattr(teacher.config, 'image_size', None) or 64] * 2)
+    images = torch.randn(2, 3, *[getattr(teacher.config, 'image_size', None) or 32] * 2)
 
     @torch.no_grad()
     def answer_of(model: nn.Module) -> torch.Tensor:
