@@ -115,7 +115,7 @@ def test_torch_export(kind, strict):
     assert not [node for node in program.graph.nodes if 'adala_mm' in str(node.target)]
 
 
-@pytest.mark.parametrize('family', [name for name in HF if name not in ('hf_deit', 'hf_backbone')])
+@pytest.mark.parametrize('family', [name for name in HF if name not in ('hf_deit', 'hf_dpt', 'hf_backbone')])
 @torch.no_grad()
 def test_graphs_of_transformers(family):
     """transformers 5 gives its attentions a mask in every graph, whether the caller has one or not."""

@@ -84,8 +84,8 @@ class TimmRotary(Rotary, Timm):
 class Transformers(Adapter):
     """Attentions of transformers: three projections, and a second result where attention weights would be: None.
 
-    Those of ViT, DeiT and DINOv2 of transformers 4, and of DPT, have their projections in one submodule, that of outputs
-    with a dropout in another, and no second result. Their second argument is a mask of heads.
+    Those of ViT, DeiT and DINOv2 of transformers 4, and of DPT, have their projections in one submodule, that of
+    outputs with a dropout in another, and no second result. Their second argument is a mask of heads.
     """
 
     @staticmethod
@@ -172,6 +172,7 @@ class Family:
         features: final normalised tokens (B, N, C) of images (B, 3, H, W).
         depth: how many of the blocks, from the first one on, are those of a plain ViT; None if all.
         augments: names of parts that move positions at random in training.
+        one_size: whether the model takes images of no other size than it was built for.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Family:
     features: Callable[[nn.Module, Tensor], Tensor]
     depth: Callable[[nn.Module], int | None] = lambda vit: None
     augments: tuple[str, ...] = ()
+    one_size: Callable[[nn.Module], bool] = lambda vit: False
 
     def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
         """The attention of each block."""
@@ -231,8 +233,12 @@ def _mmpretrain_features(vit: nn.Module, images: Tensor) -> Tensor:
 
 def _resizing_features(vit: nn.Module, images: Tensor) -> Tensor:
     """Of models that resize their positions if told so, which they can if they were built for square images."""
+    return vit(pixel_values=images, interpolate_pos_encoding=not _is_oblong(vit))[0]
+
+
+def _is_oblong(vit: nn.Module) -> bool:
     rows, columns = _config_grid(vit)
-    return vit(pixel_values=images, interpolate_pos_encoding=rows == columns)[0]
+    return rows != columns
 
 
 def _backbone_features(vit: nn.Module, images: Tensor) -> Tensor:
@@ -258,7 +264,8 @@ def _without_queries(vit: nn.Module) -> int:
 def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapter: type[Adapter]) -> Family:
     return Family(name, models, attentions, adapter, ('blocks',), 'attn', 'patch_embed.proj',
                   grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
-                  features=lambda vit, images: vit.forward_features(images))
+                  features=lambda vit, images: vit.forward_features(images),
+                  one_size=lambda vit: not getattr(vit, 'dynamic_img_size', True))
 
 
 def _hf(module: str, *classes: str) -> tuple[str, ...]:
@@ -280,7 +287,8 @@ FAMILIES = (
     _transformers(
         'ViTModel, DeiTModel', _hf('vit', 'ViTModel') + _hf('deit', 'DeiTModel'),
         _hf('vit', 'ViTAttention') + _hf('deit', 'DeiTAttention'), ('encoder.layer', 'layers'),
-        num_prefix=lambda vit: 1 + hasattr(vit.embeddings, 'distillation_token'), features=_resizing_features),
+        num_prefix=lambda vit: 1 + hasattr(vit.embeddings, 'distillation_token'), features=_resizing_features,
+        one_size=_is_oblong),
     _transformers(
         'Dinov2Model, Dinov2WithRegistersModel and their Backbones',
         _hf('dinov2', 'Dinov2Model', 'Dinov2Backbone')
@@ -307,7 +315,7 @@ FAMILIES = (
     _transformers(
         'EomtForUniversalSegmentation (blocks without queries)', _hf('eomt', 'EomtForUniversalSegmentation'),
         _hf('eomt', 'EomtAttention'), ('layers',), num_prefix=lambda vit: 1 + vit.config.num_register_tokens,
-        features=_eomt_features, depth=_without_queries),
+        features=_eomt_features, depth=_without_queries, one_size=lambda vit: True),
     Family('mmpretrain VisionTransformer', ('mmpretrain.models.backbones.vision_transformer.VisionTransformer',),
            ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
            'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
