@@ -314,9 +314,8 @@ def test_classifiers_of_transformers_resize_their_positions(tmp_path):
     compared(target, export.export_torch(target, tmp_path / 'model.pt2'))
     with pytest.raises(ValueError, match='EomtForUniversalSegm.* takes images of 32 x 32 only: say --fixed-size$'):
         export.of_linearized(linearize(eomt()))
-    for size in (None, (32, 32)):
-        target = export.of_linearized(linearize(eomt()), size=size, fixed=True)
-    compared(target, export.export_torch(target, tmp_path / 'tokens.pt2', dynamic=False), dynamic=False)
+    target = export.of_linearized(linearize(eomt()), fixed=True)
+    assert target.module(torch.randn(1, 3, *target.size))[0].shape == (1, 3 + 16, 32)  # tokens without queries
     with pytest.raises(ValueError, match='takes images of 32 x 32 only: leave the size out$'):
         export.of_linearized(linearize(eomt()), size=(40, 40), fixed=True)
 
