@@ -24,14 +24,14 @@ def backbone(kind: str = 'Dinov2', **changes) -> transformers.PretrainedConfig:
     return getattr(transformers, f'{kind}Config')(**SMALL, out_indices=[1, 2, 3, 4], **changes)
 
 
-def model_of(kind: str, *args, **options) -> nn.Module:
+def model_of(kind: str, **options) -> nn.Module:
     cls = getattr(transformers, kind)
-    return cls(cls.config_class(*args, **options))
+    return cls(cls.config_class(**options))
 
 
 def depth_anything(**changes) -> nn.Module:
-    return model_of('DepthAnythingForDepthEstimation', backbone(reshape_hidden_states=False), patch_size=8,
-                    reassemble_hidden_size=32, head_hidden_size=8, **NECK, **changes)
+    return model_of('DepthAnythingForDepthEstimation', backbone_config=backbone(reshape_hidden_states=False),
+                    patch_size=8, reassemble_hidden_size=32, head_hidden_size=8, **NECK, **changes)
 
 
 def eomt(**changes) -> nn.Module:
@@ -49,10 +49,10 @@ AROUND = {  # how it is made, and what it answers with
                              backbone_out_indices=[0, 1, 2, 3]), 'predicted_depth'),
     'DPT on DINOv2': (lambda: model_of('DPTForDepthEstimation', **NECK, backbone_config=backbone(
         reshape_hidden_states=False)), 'predicted_depth'),
-    'Mask2Former': (lambda: model_of('Mask2FormerForUniversalSegmentation', backbone(), feature_size=32,
+    'Mask2Former': (lambda: model_of('Mask2FormerForUniversalSegmentation', backbone_config=backbone(), feature_size=32,
                                      mask_feature_size=32, **DECODER), 'masks_queries_logits'),
-    'UPerNet': (lambda: model_of('UperNetForSemanticSegmentation', backbone('Dinov2WithRegisters'), hidden_size=16,
-                                 use_auxiliary_head=False, num_labels=3), 'logits'),
+    'UPerNet': (lambda: model_of('UperNetForSemanticSegmentation', backbone_config=backbone('Dinov2WithRegisters'),
+                                 hidden_size=16, use_auxiliary_head=False, num_labels=3), 'logits'),
     'EoMT': (eomt, 'masks_queries_logits'),
 }
 
