@@ -24,7 +24,6 @@ from adala_mm.utils.stack import import_quietly, require_stack
 from adala_mm.utils.weight_files import UnreadableCheckpoint
 
 
-
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Parser with the options that both tools know."""
     parser = argparse.ArgumentParser(description=description)
