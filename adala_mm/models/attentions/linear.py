@@ -17,6 +17,9 @@ class LinearAttention(Attention):
     neighbours from the rest, it adds where it is cheapest. It starts at zero, so that the layer is the plain one at
     first. Class and register tokens get nothing from it.
 
+    phi acts on channels one by one, so that of rotary positions it keeps more than the difference of two places:
+    ``phi(R_i q)·phi(R_j k)`` depends on both (see `adala_mm.ops.RotaryPositions`).
+
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
         feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax``, ``exp`` (A.3).
