@@ -29,9 +29,9 @@ from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adala_mm.export.mask2former import symbolic_sizes
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
-from adala_mm.preflight.memory import Features
 from adala_mm.registry import ATTENTIONS, MODELS
 from adala_mm.utils.cli import find_config, one_message
 from adala_mm.utils.cost import by_part, flop_counter, multiply_adds
@@ -181,11 +181,11 @@ def best_batches(models: dict[str, Model], image: Tensor, seconds: dict[str, flo
     return best
 
 
-def segmentor(path: str, size: int, **backbone: object) -> nn.Module:
-    """The network of a config for square images, with random weights; ``backbone`` replaces the config's own."""
+def segmentor(path: str, size: int) -> nn.Module:
+    """The network of a config for square images, with random weights."""
     cfg = Config.fromfile(path)
     import_modules_from_strings(f'{cfg.default_scope}.models')
-    cfg.model.backbone = backbone or cfg.model.backbone | dict(img_size=size, init_cfg=None)
+    cfg.model.backbone.update(img_size=size, init_cfg=None)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return MODELS.build(cfg.model).eval().requires_grad_(False)
 
@@ -200,17 +200,13 @@ def run_parts(model: nn.Module, image: Tensor, clock: Callable[[], float]) -> di
 
 
 def count_parts(path: str, size: int) -> dict:
-    """Blocks and multiply-adds of a segmentor. The backbone runs on fake tensors; heads look at values."""
-    outputs = []
+    """Blocks and multiply-adds of a segmentor, from shapes alone."""
     with FakeTensorMode():
-        backbone = segmentor(path, size).backbone
-        count = multiply_adds(lambda: outputs.extend(backbone(torch.empty(1, 3, size, size))))
-    model = segmentor(path, size, type=Features)
-    model.backbone.outputs = tuple(torch.zeros(output.shape) for output in outputs)
-    with flop_counter() as counter:
-        parts = run_parts(model, torch.empty(1, 3, size, size), counter.get_total_flops)
-    gmac = {name: flops / 2e9 for name, flops in parts.items()} | dict(backbone=count / 1e9)
-    return dict(config=Path(path).stem, size=size, **backbone.block_counts, gmac=gmac)
+        model = segmentor(path, size)
+        with symbolic_sizes(model), flop_counter() as counter:
+            parts = run_parts(model, torch.empty(1, 3, size, size), counter.get_total_flops)
+    return dict(config=Path(path).stem, size=size, **model.backbone.block_counts,
+                gmac={name: flops / 2e9 for name, flops in parts.items()})
 
 
 @torch.no_grad()
