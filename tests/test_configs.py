@@ -94,7 +94,8 @@ def tuned(name: str) -> str:
     if facts['stage'] == 'stage1':
         return r'blocks\.\d+\.attn\.' + (
             r'feature_map\.[qk]' if lolcats or '_native' in facts['changes'] else r'(?!proj\.).+')
-    if facts['stage'] == 'linear' and facts['dataset'] != 'in1k' and FOLDERS[name] != 'demo':  # frozen, but for what a linear head could do
+    # Probes are frozen, but for what a linear head could do.
+    if facts['stage'] == 'linear' and facts['dataset'] != 'in1k' and FOLDERS[name] != 'demo':
         return r'norm\..+'
     return r'blocks\.\d+\.attn\.lora\..+' if lolcats else '.+'
 

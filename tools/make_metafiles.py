@@ -94,7 +94,8 @@ def architecture(cfg: Config) -> dict:
     """
     parts = cfg.to_dict()['model']
     if cfg.default_scope == 'mmdet':
-        parts = dict(backbone=parts['backbone'], detector=parts | dict(backbone=dict(type='adala_mm.AdaLAViT', depth=1)))
+        stand_in = dict(type='adala_mm.AdaLAViT', depth=1)
+        parts = dict(backbone=parts['backbone'], detector=parts | dict(backbone=stand_in))
     return {key: {option: value for option, value in parts[key].items() if option != 'init_cfg'}
             for key in ('backbone', 'neck', 'decode_head', 'head', 'detector') if 'type' in parts.get(key, ())}
 
