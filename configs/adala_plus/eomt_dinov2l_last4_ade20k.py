@@ -1,19 +1,11 @@
-# Beyond the paper, stage 3: an encoder-only mask head on ADE20K at 512 x 512, DINOv2-L with softmax in the last four
-# blocks, where the queries are, and linear attention in the others. The schedule is Mask2Former's, to compare with.
+# Beyond the paper, stage 3: an encoder-only mask head on ADE20K at 512 x 512, softmax attention in the four blocks
+# that its queries join, linear attention in the others.
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.default_runtime import *
-    from .._base_.backbones.dinov2l import *
-    from .._base_.datasets.ade20k import *
-    from .._base_.models.encoder_mask import *
+    from .eomt_dinov2l_ade20k import *
     from .._base_.retained.dinov2l_last4 import *
-    from .._base_.schedules.stage3_mask2former import *
 
-backbone.update(queries, attention=last4)
-backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_last4_in22k/epoch_30.pth'))
-model.update(backbone=backbone)
-del backbone  # from here on it is model['backbone']
-model['data_preprocessor'].update(size=crop_size, **preprocessor)
-model['decode_head'].update(num_classes=num_classes)
-model['decode_head']['loss_cls'].update(class_weight=[1.0] * num_classes + [0.1])
+model['backbone'].update(attention=last4)
+model['backbone'].update(
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_last4_in22k/epoch_30.pth'))

@@ -2,6 +2,6 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .eomt_dinov2l_last4_1024_cityscapes import *
+    from .eomt_dinov2l_1024_cityscapes import *
 
 model['backbone'].update(attention=softmax, init_cfg=pretrained)

@@ -2,6 +2,6 @@
 from mmengine.config import read_base
 
 with read_base():
-    from .eomt_dinov2l_last4_ade20k import *
+    from .eomt_dinov2l_ade20k import *
 
 model['backbone'].update(attention=softmax, init_cfg=pretrained)

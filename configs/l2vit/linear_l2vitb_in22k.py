@@ -1,5 +1,5 @@
 # ImageNet-22K from scratch at 224 x 224 with L2ViT-B, which linear_l2vitb_384_in1k starts from. Drop path 0.2 is the
-# paper's; augmentations are those of ImageNet-1K, which its command leaves on.
+# authors'; augmentations are those of ImageNet-1K, which their command leaves on.
 from mmengine.config import read_base
 
 with read_base():

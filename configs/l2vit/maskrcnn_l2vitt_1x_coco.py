@@ -1,4 +1,5 @@
-# Mask R-CNN on COCO, 12 epochs, with the L2ViT-T of linear_l2vitt_in1k. The paper's drop path: 0.1 for T and S, 0.2 for B.
+# Mask R-CNN on COCO, 12 epochs, with the L2ViT-T of linear_l2vitt_in1k. Drop path is the authors': 0.1 for T and S, 0.2
+# for B.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,5 +1,5 @@
-# A linear layer on each frozen token of the last block, brought to the size of the image. DINOv2's probe has a BatchNorm
-# in between; here the scale and shift of the ViT's last LayerNorm learn instead, which the head could take over too.
+# A linear layer on each frozen token of the last block, brought to the size of the image. DINOv2's probe has a
+# BatchNorm in between; here the scale and shift of the ViT's last LayerNorm learn, which the head could take over too.
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(

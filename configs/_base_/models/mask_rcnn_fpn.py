@@ -1,5 +1,5 @@
 # Mask R-CNN (He et al. 2017) with an FPN on a hierarchical backbone: mmdet's own mask-rcnn_r50_fpn but for the backbone.
-# BatchNorm, of the backbone too, is synchronised where several processes train: 2 images each are too few for it.
+# BatchNorm, of the backbone too, is synchronised where several processes train: 2 images each are few for it.
 from mmengine.config import read_base
 
 with read_base():
