@@ -175,8 +175,8 @@ def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def is_extra(key: str) -> bool:
-    """Whether a parameter or module is one that a variant adds to the plain attention."""
-    return re.match(r'blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
+    """Whether a parameter or module is one that a variant adds to the plain ViT: to its attention, or queries."""
+    return re.match(r'query_embed|blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
 def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
