@@ -47,8 +47,8 @@ BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=
 GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|eomt|linear|teacher|scratch)'
                      r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS | OURS)}))?'
-                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|task|last4|'
-                     rf'{"|".join(BEYOND)}))*)'
+                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|qkv|task|'
+                     rf'last4|{"|".join(BEYOND)}))*)'
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
 TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
@@ -94,6 +94,8 @@ def tuned(name: str) -> str:
     if facts['stage'] == 'stage1':
         return r'blocks\.\d+\.attn\.' + (
             r'feature_map\.[qk]' if lolcats or '_native' in facts['changes'] else r'(?!proj\.).+')
+    if facts['stage'] == 'stage2' and '_qkv' in facts['changes']:
+        return r'blocks\.\d+\.attn\.qkv\..+'
     # Probes are frozen, but for what a linear head could do.
     if facts['stage'] == 'linear' and facts['dataset'] != 'in1k' and FOLDERS[name] != 'demo':
         return r'norm\..+'
@@ -383,7 +385,7 @@ def test_numbers_of_the_baselines():
 
 
 # What sets a run apart from the one on the same schedule with the paper's linear attention and stages.
-APART = re.compile(f'_({"|".join(ATTENTIONS)}|native|scratch)(?=_)')
+APART = re.compile(f'_({"|".join(ATTENTIONS)}|native|scratch|swap|nostage1|stage[12]only|qkv)(?=_)')
 TWINS = [name for name in NAMES if APART.search(name) and not re.match('stage1_.*_native_', name)]
 
 
@@ -516,6 +518,15 @@ PREVIOUS = {
     'calibrate_dinov2l_plus_coco': {'stage1_dinov2l_plus_coco'},
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
     'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
+    'stage2_dinov2l_nostage1_in22k': set(),
+    'stage2_dinov2l_qkv_in22k': {'stage1_dinov2l_coco'},
+    'mask2former_dinov2l_swap_ade20k': set(),
+    'mask2former_dinov2l_stage1only_ade20k': {'stage1_dinov2l_coco'},
+    'mask2former_dinov2l_stage2only_ade20k': {'stage2_dinov2l_nostage1_in22k'},
+    'mask2former_dinov2l_stage2only_cityscapes': {'stage2_dinov2l_nostage1_in22k'},
+    'linear_dinov2l_stage2only_in1k': {'stage2_dinov2l_nostage1_in22k'},
+    'mask2former_dinov2l_qkv_ade20k': {'stage2_dinov2l_qkv_in22k'},
+    'linear_dinov2l_qkv_in1k': {'stage2_dinov2l_qkv_in22k'},
 }
 for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True, coarse=True)).items():
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
@@ -586,7 +597,7 @@ def test_stage_2_has_the_teacher_of_stage_1(name):
     teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
     assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
     stage1 = config(re.sub(r'^(?:calibrate|stage2)_(\w+?)'
-                           r'(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?_(in22k|coco|caltech|beacons)$',
+                           r'(_nostage1|_qkv|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?_(in22k|coco|caltech|beacons)$',
                            lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
     assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
     for key in ('attention', 'init_cfg', 'trainable', 'with_cp'):  # what the student has of its own
