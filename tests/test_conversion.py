@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import sys
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,10 @@ from conftest import ROOT
 from mmengine.config import Config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm import create_model
 from timm.layers import get_act_layer, resample_abs_pos_embed, resample_patch_embed
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from torch.nn import functional as F
@@ -35,7 +37,7 @@ WIDTH, DEPTH, HEADS, GRID = 192, 2, 3, 4
 BY_NAME = {source.name: source for source in SOURCES}
 PAIRS = [(source.name, family) for source in SOURCES for family in source.families]
 every_pair = pytest.mark.parametrize(('source', 'family'), PAIRS, ids=lambda value: value.replace(' ', '').lower())
-OFFICIAL = ('official DINOv2', 'OpenAI / OpenCLIP')  # no packages: the oracle is timm, by its own conversion
+OFFICIAL = ('official DINOv2', 'official DINOv3', 'OpenAI / OpenCLIP')  # no packages: the oracle is timm, by its own conversion
 
 
 def patch_of(family: str) -> int:
@@ -53,6 +55,9 @@ def randomise(model: nn.Module) -> nn.Module:
         elif re.search(r'(ls|layer_scale|gamma)\d$', name):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, mean=1, std=0.2)
+    for name, parameter in model.named_parameters():
+        if re.search(r'gamma_\d$', name):
+            nn.init.normal_(parameter, mean=1, std=0.2)
     model.eval()  # that of mmpretrain returns nothing
     return model
 
@@ -75,6 +80,45 @@ def official_dinov2(family: str) -> dict[str, torch.Tensor]:
         state['register_tokens'] = state.pop('reg_token')
         state['pos_embed'] = torch.cat([torch.randn(1, 1, WIDTH), state['pos_embed']], dim=1)
     return state | {'mask_token': torch.randn(1, WIDTH)}
+
+
+def eva(gated: bool = False, biased: bool = True) -> Eva:
+    """timm's DINOv3, narrow."""
+    return randomise(create_model('vit_small_patch16_dinov3', embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
+                                  swiglu_mlp=gated, swiglu_align_to=8 * gated, qkv_bias=biased))
+
+
+def official_dinov3(model: Eva) -> dict[str, torch.Tensor]:
+    """The weights of timm's model under the names of facebookresearch/dinov3, which has a bias of keys and masks it."""
+    state = {'mask_token': torch.randn(1, WIDTH), 'storage_tokens': model.reg_token.detach(),
+             'rope_embed.periods': (100 ** torch.arange(0, 1, 4 * HEADS / WIDTH)).bfloat16()}
+    ours = {'gamma_1': 'ls1.gamma', 'gamma_2': 'ls2.gamma', 'attn.q_bias': 'attn.qkv.bias'}
+    if hasattr(model.blocks[0].mlp, 'fc1_g'):
+        ours |= {'mlp.fc1_g': 'mlp.w1', 'mlp.fc1_x': 'mlp.w2', 'mlp.fc2': 'mlp.w3'}
+    for key, value in model.state_dict().items():
+        name = reduce(lambda key, pair: key.replace(*pair), ours.items(), key)
+        if key.endswith('q_bias'):
+            state[name] = torch.cat([value, torch.randn(WIDTH), model.get_parameter(key.replace('q_', 'v_')).detach()])
+            state[f'{name}_mask'] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(WIDTH)
+        elif not key.endswith(('v_bias', 'reg_token')):
+            state[name] = value
+    return state
+
+
+def transformers_dinov3(gated: bool = False):
+    transformers = pytest.importorskip('transformers')
+    return randomise(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
+        use_gated_mlp=gated, hidden_act='silu' if gated else 'gelu', num_register_tokens=4)))
+
+
+def dinov3(source: str):
+    """State dict, and final tokens."""
+    if source.startswith('transformers'):
+        model = transformers_dinov3('SwiGLU' in source)
+        return model.state_dict(), lambda image: model(pixel_values=image).last_hidden_state
+    model = eva()
+    return model.state_dict() if source.startswith('timm') else official_dinov3(model), model.forward_features
 
 
 def openai_clip() -> dict[str, torch.Tensor]:
@@ -138,6 +182,8 @@ def mmpretrain_model(family: str, grid=(GRID, GRID)):
 def original(source: str, family: str):
     """(state dict of a small random model of the source library, its final tokens as a function of the image)."""
     torch.manual_seed(0)
+    if 'dinov3' in family:
+        return dinov3(source)
     if source in OFFICIAL:
         state = official_dinov2(family) if source == 'official DINOv2' else openai_clip()
         model = timm_model(family)
@@ -349,7 +395,8 @@ def test_every_key_is_accounted_for(source, family):
 @pytest.mark.parametrize(('source', 'family'), [
     ('timm', 'deit'), ('timm', 'dinov2_reg'), ('official DINOv2', 'dinov2_reg'), ('OpenAI / OpenCLIP', 'clip_openai'),
     ('transformers, DINOv2', 'dinov2'), ('transformers, CLIP and SigLIP', 'siglip_tanh'), ('mmpretrain', 'dinov2'),
-    ('transformers, ViT, DeiT and MAE', 'deit')])
+    ('transformers, ViT, DeiT and MAE', 'deit'), ('official DINOv3', 'dinov3'),
+    ('transformers, DINOv3 with SwiGLU', 'dinov3')])
 def test_each_missing_or_misshapen_key_is_named(source, family):
     state, row = original(source, family)[0], BY_NAME[source]
     prefix = convert(state, family).prefix
@@ -376,14 +423,15 @@ def test_each_missing_or_misshapen_key_is_named(source, family):
     ('timm', 'siglip', ''), ('official DINOv2', 'dinov2', ''), ('OpenAI / OpenCLIP', 'openclip', ''),
     ('transformers, ViT, DeiT and MAE', 'deit', 'deit.'), ('transformers, ViT, DeiT and MAE', 'mae', 'vit.'),
     ('transformers, DINOv2', 'dinov2', 'dinov2.'), ('transformers, CLIP and SigLIP', 'openclip', 'vision_model.'),
-    ('mmpretrain', 'deit', 'backbone.'), ('mmpretrain', 'openclip', 'visual.')])
+    ('mmpretrain', 'deit', 'backbone.'), ('mmpretrain', 'openclip', 'visual.'), ('official DINOv3', 'dinov3', ''),
+    ('timm, DINOv3', 'dinov3', ''), ('transformers, DINOv3', 'dinov3_sat', 'dinov3_vit.')])
 def test_every_rule_drops_and_is_reported(source, family, whole):
     state, row = original(source, family)[0], BY_NAME[source]
     state = {whole + key.removeprefix(whole): value for key, value in state.items()}
     prefix = convert(state, family).prefix
     for rules, start in ((row.drop, prefix), (row.outside, '')):
         for template, reason in rules.items():
-            key = start + template.replace('**', 'x.bias').replace('*', 'weight')
+            key = start + template.replace('**', 'x.bias').replace('*', 'weight').replace('#', '0')
             converted = convert(state | {key: torch.ones(3)}, family)
             assert any(step == 'dropped' and text.startswith(f'{reason}: ') for step, _, text in converted.report), key
             assert accounted(converted) == len(state | {key: 0})
@@ -406,7 +454,8 @@ def test_an_ambiguous_family_is_asked_for(source, family, choices):
 
 @pytest.mark.parametrize(('source', 'family'), [
     (source, family) for source, family in PAIRS
-    if 'dinov2' in family or family == 'deit_distilled' or (source.startswith('transformers') and family == 'siglip_tanh')])
+    if 'dinov2' in family or family in ('dinov3', 'deit_distilled') or (
+        source.startswith('transformers') and family == 'siglip_tanh')])
 def test_a_plain_family_is_not(source, family):
     assert convert(original(source, family)[0]).family_name == family
 
@@ -444,6 +493,73 @@ def test_a_name_of_timm_that_runs_weights_with_another_activation():
     assert facts('no_such_model') is None and facts('resnet18') is None
 
 
+# --- DINOv3: what its files have beside ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('biased', [False, True])
+@pytest.mark.parametrize('gated', [False, True])
+def test_dinov3_official_and_in_timm(gated, biased):
+    model = eva(gated, biased)
+    states = {'timm, DINOv3': model.state_dict(), 'official DINOv3': official_dinov3(model)}
+    for (source, state), image in zip(states.items(), (torch.randn(1, 3, 64, 64), torch.randn(1, 3, 48, 80)),
+                                      strict=True):
+        converted = convert(state)
+        assert (converted.source.name, converted.family_name) == (source, 'dinov3')
+        config = dict(img_size=256, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, norm_eps=1e-5,
+                      layer_scale=1e-5, num_registers=4, qkv_bias=biased, rotary={}) | ({'swiglu': True} if gated else {})
+        assert converted.config == config
+        with torch.no_grad():
+            assert difference(ours(converted).forward_features(image), model.forward_features(image)) < 1e-5
+
+
+def test_biases_of_zeros_are_left_out():
+    model = eva()
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.q_bias)
+        nn.init.zeros_(block.attn.v_bias)
+    for state in (model.state_dict(), official_dinov3(model)):
+        converted = convert(state)
+        assert not converted.config['qkv_bias'] and 'blocks.0.attn.qkv.bias' not in converted.state
+        assert ('left out', DEPTH, 'biases of queries, keys and values, which are zero') in converted.report
+        assert compare(converted, state, torch.randn(1, 3, 64, 64))[1] < 1e-5
+
+
+def test_the_check_of_dinov3_without_transformers(monkeypatch):
+    state = transformers_dinov3(gated=True).state_dict()
+    converted = convert(state)
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    note, greatest, _ = compare(converted, state, torch.randn(1, 3, 64, 64))
+    assert 'transformers is not installed' in note and greatest < 1e-4
+
+
+@pytest.mark.parametrize(('name', 'family', 'heads', 'licence'), [
+    ('vit_base_patch16_dinov3.lvd1689m', 'dinov3', 12, 'dinov3-license'),
+    ('vit_huge_plus_patch16_dinov3.lvd1689m', 'dinov3', 20, 'dinov3-license'),
+    ('vit_large_patch16_dinov3.lvd1689m', 'dinov3', 16, 'dinov3-license'),
+    ('vit_large_patch16_dinov3_qkvb.sat493m', 'dinov3_sat', 16, 'dinov3-license'),
+    ('vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m', 'dinov3', 3, 'fair-noncommercial-research-license')])
+def test_a_name_of_timm_settles_which_dinov3(name, family, heads, licence):
+    known = facts(name)
+    state = dict(convert(original('timm, DINOv3', 'dinov3')[0]).state)
+    state['patch_embed.proj.weight'] = torch.empty(1024 if 'large' in name else 768, 3, 16, 16, device='meta')
+    assert choose_family(state, (16, 16), BY_NAME['timm, DINOv3'], None, known) == family
+    assert (known['num_heads'], known['licence']) == (heads, licence)
+
+
+def test_a_large_dinov3_may_be_of_satellite_images():
+    state = dict(convert(original('timm, DINOv3', 'dinov3')[0]).state)
+    state['patch_embed.proj.weight'] = torch.empty(1024, 3, 16, 16, device='meta')
+    with pytest.raises(ValueError, match='(?s)choose with --family.*dinov3: .*dinov3_sat: .*109.65'):
+        choose_family(state, (16, 16), BY_NAME['official DINOv3'], None, None)
+
+
+def test_other_wave_lengths_are_refused():
+    state = official_dinov3(eva())
+    with pytest.raises(ValueError, match=r'rope_embed\.periods has 16 wave lengths.*--num-heads'):
+        convert(state, num_heads=6)
+    with pytest.raises(ValueError, match=r'rope_embed\.periods has 16 wave lengths.* to 5623.*1 to 74\.99'):
+        convert(state | {'rope_embed.periods': 10000 ** torch.arange(0, 1, 1 / 16)})
+
+
 def without(state: dict, *words: str) -> dict:
     return {key: value for key, value in state.items() if not any(word in key for word in words)}
 
@@ -461,7 +577,7 @@ REFUSED = {
     'SwiGLU, transformers': (lambda: original('transformers, DINOv2', 'dinov2')[0]
                              | {'encoder.layer.0.mlp.weights_in.weight': ONE}, 'SwiGLU'),
     'SwiGLU, mmpretrain': (lambda: original('mmpretrain', 'dinov2')[0] | {'layers.0.ffn.w12.bias': ONE}, 'SwiGLU'),
-    'DINOv3': (lambda: plain() | {'rope_embed.periods': ONE}, 'rotary'),
+    'EVA': (lambda: plain() | {'rope.freqs': ONE}, 'rotary'),
     'BEiT': (lambda: original('mmpretrain', 'deit')[0] | {'layers.0.attn.relative_position_bias_table': ONE},
              'relative positions'),
     'norms of q and k': (lambda: plain() | {'blocks.0.attn.q_norm.weight': ONE}, 'queries and keys are normalised'),

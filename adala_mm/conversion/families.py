@@ -6,6 +6,7 @@ from dataclasses import dataclass
 HALF = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CLIP = ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305))
+SATELLITE = ((109.65, 104.805, 75.48), (54.315, 39.78, 36.465))
 OF_THE_WEIGHTS = 'of the weights (LAION, DataComp: MIT; MetaCLIP: CC-BY-NC-4.0; DFN: Apple)'
 
 
@@ -21,7 +22,9 @@ class Family:
         norm_eps: epsilon of every LayerNorm.
         act: activation of the MLP, as `AdaLAViT` names it.
         layer_scale: initial LayerScale, or None for none; the value itself comes with the weights.
-        class_token, registers, no_embed_class, pre_norm: as in `AdaLAViT`; ``registers`` says whether there are any.
+        class_token, registers, no_embed_class, pre_norm, rotary: as in `AdaLAViT`; ``registers`` and ``rotary`` say
+            whether there are any.
+        widths: of the published weights, where another family has the same structure in more of them.
         configs: files of ``configs/_base_/backbones`` that state the same facts.
     """
 
@@ -36,6 +39,8 @@ class Family:
     registers: bool = False
     no_embed_class: bool = False
     pre_norm: bool = False
+    rotary: bool = False
+    widths: tuple[int, ...] = ()
     configs: tuple[str, ...] = ()
 
     @property
@@ -43,7 +48,7 @@ class Family:
         """What the keys and shapes of a file show of a family."""
         return {'class token': self.class_token, 'registers': self.registers,
                 'LayerScale': self.layer_scale is not None, 'norm before the first block': self.pre_norm,
-                'positions for patches only': self.no_embed_class}
+                'positions for patches only': self.no_embed_class, 'rotary positions': self.rotary}
 
     def __str__(self) -> str:
         mean, std = ('/'.join(f'{value:g}' for value in values) for values in self.normalise)
@@ -60,6 +65,10 @@ FAMILIES = {
     'dinov2': Family('DINOv2', IMAGENET, 'Apache-2.0', '14', layer_scale=1e-5, configs=('dinov2b', 'dinov2l')),
     'dinov2_reg': Family('DINOv2 with registers', IMAGENET, 'Apache-2.0', '14', layer_scale=1e-5, registers=True,
                          no_embed_class=True),
+    'dinov3': Family('DINOv3, pretrained on LVD-1689M', IMAGENET, 'DINOv3 License', '16', 1e-5, layer_scale=1e-5,
+                     registers=True, rotary=True),
+    'dinov3_sat': Family('DINOv3 ViT-L and 7B, pretrained on satellite images (SAT-493M)', SATELLITE, 'DINOv3 License',
+                         '16', 1e-5, layer_scale=1e-5, registers=True, rotary=True, widths=(1024, 4096)),
     'clip_openai': Family("OpenAI's CLIP", CLIP, 'MIT', '14, 16, 32', 1e-5, 'quick_gelu', pre_norm=True,
                           configs=('clipl',)),
     'openclip': Family('OpenCLIP', CLIP, OF_THE_WEIGHTS, '14, 16, 32', 1e-5, pre_norm=True),

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from timm.layers import get_act_layer
+from timm.layers import SwiGLU, get_act_layer
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -18,21 +19,26 @@ from adala_mm.conversion.source import Source
 if TYPE_CHECKING:
     from adala_mm.conversion.convert import Converted
 
+PLAIN = tuple(name for name, row in FAMILIES.items() if not row.rotary)  # those of VisionTransformer
 ACTIVATIONS = {'GELU': 'gelu', 'GELUTanh': 'gelu_tanh', 'QuickGELU': 'quick_gelu'}
 
 
 def facts(name: str) -> dict[str, Any] | None:
-    """What timm itself says of its model ``name``; None if it knows none, or another architecture."""
+    """What timm itself says of its model ``name``; None if it knows none, or another architecture.
+
+    Of a gated MLP the activation is that of `AdaLAViT`, which has no other there.
+    """
     try:
         with torch.device('meta'):
             model = timm.create_model(name)
     except (RuntimeError, ValueError):
         return None
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, (VisionTransformer, Eva)):
         return None
     cfg, block = model.pretrained_cfg, model.blocks[0]
     act = type(block.mlp.act).__name__
-    return {'name': name, 'act': ACTIVATIONS.get(act, act), 'norm_eps': block.norm1.eps,
+    return {'name': name, 'act': 'gelu' if isinstance(block.mlp, SwiGLU) else ACTIVATIONS.get(act, act),
+            'norm_eps': block.norm1.eps,
             'num_heads': block.attn.num_heads, 'licence': cfg.get('license'),
             'notes': ' '.join(cfg.get('notes') or ()).lower(),
             'normalise': tuple(tuple(255 * value for value in cfg[part]) for part in ('mean', 'std'))}
@@ -79,13 +85,13 @@ TIMM = Source(
     name='timm',
     prefixes=('',),
     mark=lambda keys: ({'patch_embed.proj.weight', 'blocks.0.norm1.weight'} <= keys
-                       and not keys & {'mask_token', 'register_tokens'}),
+                       and not keys & {'mask_token', 'register_tokens', 'storage_tokens', 'blocks.0.gamma_1'}),
     rename={key: key for key in (
         'cls_token', 'reg_token', 'dist_token', 'pos_embed', 'patch_embed.proj.*', 'norm_pre.*', 'norm.*',
         'blocks.#.norm1.*', 'blocks.#.norm2.*', 'blocks.#.attn.qkv.*', 'blocks.#.attn.proj.*', 'blocks.#.mlp.fc1.*',
         'blocks.#.mlp.fc2.*', 'blocks.#.ls1.gamma', 'blocks.#.ls2.gamma')},
     drop={**dict.fromkeys(('head.*', 'head_dist.*', 'pre_logits.**'), 'classifier or projection'),
           'fc_norm.*': 'norm of pooled features', 'attn_pool.**': 'attention pooling'},
-    families=tuple(FAMILIES),
-    any_size=tuple(FAMILIES),
+    families=PLAIN,
+    any_size=PLAIN,
     reference=reference)
