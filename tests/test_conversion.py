@@ -37,7 +37,8 @@ WIDTH, DEPTH, HEADS, GRID = 192, 2, 3, 4
 BY_NAME = {source.name: source for source in SOURCES}
 PAIRS = [(source.name, family) for source in SOURCES for family in source.families]
 every_pair = pytest.mark.parametrize(('source', 'family'), PAIRS, ids=lambda value: value.replace(' ', '').lower())
-OFFICIAL = ('official DINOv2', 'official DINOv3', 'OpenAI / OpenCLIP')  # no packages: the oracle is timm, by its own conversion
+# no packages: the oracle is timm, by its own conversion
+OFFICIAL = ('official DINOv2', 'official DINOv3', 'OpenAI / OpenCLIP')
 
 
 def patch_of(family: str) -> int:
@@ -432,7 +433,7 @@ def test_every_rule_drops_and_is_reported(source, family, whole):
     for rules, start in ((row.drop, prefix), (row.outside, '')):
         for template, reason in rules.items():
             key = start + template.replace('**', 'x.bias').replace('*', 'weight').replace('#', '0')
-            converted = convert(state | {key: torch.ones(3)}, family)
+            converted = convert({key: torch.ones(3)} | state, family)
             assert any(step == 'dropped' and text.startswith(f'{reason}: ') for step, _, text in converted.report), key
             assert accounted(converted) == len(state | {key: 0})
 
@@ -505,7 +506,8 @@ def test_dinov3_official_and_in_timm(gated, biased):
         converted = convert(state)
         assert (converted.source.name, converted.family_name) == (source, 'dinov3')
         config = dict(img_size=256, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, norm_eps=1e-5,
-                      layer_scale=1e-5, num_registers=4, qkv_bias=biased, rotary={}) | ({'swiglu': True} if gated else {})
+                      layer_scale=1e-5, num_registers=4, qkv_bias=biased, rotary={})
+        config |= {'swiglu': True} if gated else {}
         assert converted.config == config
         with torch.no_grad():
             assert difference(ours(converted).forward_features(image), model.forward_features(image)) < 1e-5

@@ -97,7 +97,7 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
             ours['cls_token'], ours['pos_embed'] = ours['cls_token'] + position[:, :1], position[:, 1:]
             report.append(('added', 1, "the class token's position is part of cls_token now"))
     if chosen.rotary:
-        config |= {'qkv_bias': 'blocks.0.attn.qkv.bias' in ours, 'rotary': {}}
+        config |= {'qkv_bias': any(key.endswith('.attn.qkv.bias') for key in ours), 'rotary': {}}
         from_dinov3.check_periods(state, width // heads)
     check_exactly(ours, config, source)
     licence = f'{known["licence"]} (timm)' if known and known['licence'] else chosen.licence
@@ -137,7 +137,7 @@ def arrange(ours: dict[str, Tensor], source: Source) -> list[tuple[str, int, str
 def read_structure(ours: dict[str, Tensor], source: Source, img_size: tuple[int, int] | None,
                    grid: tuple[int, int] | None = None) -> tuple[dict[str, Any], tuple[int, int]]:
     """Size of the ViT as arguments of `AdaLAViT`, and the grid of its position embeddings."""
-    rotary, gated = FAMILIES[source.families[0]].rotary, 'blocks.0.mlp.fc1_g.weight' in ours
+    rotary, gated = FAMILIES[source.families[0]].rotary, any('.mlp.fc1_' in key for key in ours)
     require(ours, ('patch_embed.proj.weight', *(() if rotary else ('pos_embed',)), 'blocks.0.mlp.fc2.weight'), source)
     kernel, hidden = ours['patch_embed.proj.weight'], ours['blocks.0.mlp.fc2.weight'].shape[-1]
     width = kernel.shape[0]
@@ -193,9 +193,9 @@ def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source
     structure = {'class token': class_token, 'registers': registers,
                  'LayerScale': any(key.endswith('ls1.gamma') for key in ours),
                  'norm before the first block': any(key.startswith('norm_pre.') for key in ours),
+                 'rotary positions': rotary,
                  # see `convert` for registers
-                 'positions for patches only': class_token and not rotary and (registers or bare),
-                 'rotary positions': rotary}
+                 'positions for patches only': class_token and not rotary and (registers or bare)}
     fitting = {name: row for name, row in FAMILIES.items() if row.structure == structure}
     seen = ', '.join(f'{"" if present else "no "}{part}' for part, present in structure.items())
     if family is not None:

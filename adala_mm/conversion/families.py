@@ -48,7 +48,7 @@ class Family:
         """What the keys and shapes of a file show of a family."""
         return {'class token': self.class_token, 'registers': self.registers,
                 'LayerScale': self.layer_scale is not None, 'norm before the first block': self.pre_norm,
-                'positions for patches only': self.no_embed_class, 'rotary positions': self.rotary}
+                'rotary positions': self.rotary, 'positions for patches only': self.no_embed_class}
 
     def __str__(self) -> str:
         mean, std = ('/'.join(f'{value:g}' for value in values) for values in self.normalise)

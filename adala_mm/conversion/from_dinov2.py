@@ -29,7 +29,7 @@ def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
 DINOV2 = Source(
     name='official DINOv2',
     prefixes=('',),
-    mark=lambda keys: ('patch_embed.proj.weight' in keys and 'storage_tokens' not in keys
+    mark=lambda keys: ('patch_embed.proj.weight' in keys and not keys & {'storage_tokens', 'rope_embed.periods'}
                        and bool(keys & {'mask_token', 'register_tokens', 'blocks.0.0.norm1.weight'})),
     rename={'register_tokens': 'reg_token', **OWN,
             **{key.replace('blocks.#', 'blocks.@.#'): ours for key, ours in OWN.items() if key.startswith('blocks')}},

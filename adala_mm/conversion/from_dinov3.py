@@ -112,7 +112,7 @@ TIMM_DINOV3 = Source(
 DINOV3 = Source(
     name='official DINOv3',
     prefixes=('',),
-    mark=lambda keys: {'patch_embed.proj.weight', 'storage_tokens'} <= keys,
+    mark=lambda keys: 'patch_embed.proj.weight' in keys and bool(keys & {'storage_tokens', 'rope_embed.periods'}),
     rename={**OWN, 'storage_tokens': 'reg_token',
             **{f'blocks.#.{key}': f'blocks.#.{ours}' for key, ours in MLP.items()}},
     drop={'mask_token': 'mask token, for pretraining only', 'local_cls_norm.*': 'norm for pretraining only',
@@ -136,7 +136,7 @@ def _transformers(name: str, gated: bool) -> Source:
         name=name,
         prefixes=('', 'dinov3_vit.'),
         mark=lambda keys: ({'embeddings.register_tokens', 'embeddings.patch_embeddings.weight'} <= keys and gated
-                           == any(key.endswith('layer.0.mlp.gate_proj.weight') for key in keys)),
+                           == any('.mlp.gate_proj.' in key for key in keys)),
         rename={'embeddings.cls_token': 'cls_token', 'embeddings.register_tokens': 'reg_token',
                 'embeddings.patch_embeddings.*': 'patch_embed.proj.*', 'norm.*': 'norm.*',
                 **{f'{start}layer.#.{theirs}': f'blocks.#.{ours}' for start in ('', 'model.')  # transformers 5: model

@@ -33,7 +33,7 @@ REFUSED = {re.compile(pattern): reason for pattern, reason in {
     r'embeds\.': NAFLEX,
     r'.*\.mlp\.(w12|weights_in)\.|.*\.ffn\.w12\.': SWIGLU,
     r'(.*\.)?(rope\.|rel_pos|relative_position)':
-        'rotary positions other than those of DINOv3, or relative ones (EVA, BEiT), which AdaLAViT has not',
+        'relative positions (BEiT), or rotary positions other than those of DINOv3 (EVA), which AdaLAViT has not',
     r'.*\.(q_norm|k_norm)\.': 'queries and keys are normalised, which AdaLAViT does not do',
 }.items()}
 

@@ -147,14 +147,14 @@ def describe(target: Target, source: Source, names: tuple[str, ...], family: str
         raise ValueError(f'{type(vit).__name__} is no plain ViT: timm and transformers have no such model')
     block, patch = vit.blocks[0], vit.patch_size
     if vit.rotary is not None or isinstance(block.mlp, SwiGLU):
-        raise ValueError('rotary positions and gated MLPs (DINOv3) are not written for timm and transformers: .onnx and '
-                         '.pt2 hold any ViT, and AdaLAViT reads the file as it is')
+        raise ValueError('rotary positions and gated MLPs (DINOv3) are not written for timm and transformers: .onnx '
+                         'and .pt2 hold any ViT, and AdaLAViT reads the file as it is')
     act = type(block.mlp.act).__name__
     facts = {'act': ACTIVATIONS.get(act, act), 'norm_eps': vit.norm.eps}
     structure = {'class token': vit.class_token, 'registers': vit.reg_token is not None,
                  'LayerScale': isinstance(block.ls1, LayerScale),
                  'norm before the first block': isinstance(vit.norm_pre, nn.LayerNorm),
-                 'positions for patches only': vit.no_embed_class, 'rotary positions': False}
+                 'rotary positions': False, 'positions for patches only': vit.no_embed_class}
     fitting = [name for name in names if FAMILIES[name].structure == structure
                and (FAMILIES[name].act, FAMILIES[name].norm_eps) == tuple(facts.values())]
     if not fitting or family not in (None, *fitting):
