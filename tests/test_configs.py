@@ -22,6 +22,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 from mmseg.structures import SegDataSample
 
 from adala_mm.datasets import BeaconsDataset
+from adala_mm.models.backbones.weights import plain_names
 from adala_mm.utils.inert_lines import refuse_inert_lines
 
 # configs/l2vit trains another kind of network, by other rules; task models have tests/test_task_alignment.py, detectors
@@ -45,7 +46,7 @@ OURS = dict(plus='HedgehogAttention', coarse='CoarseToFineAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
 GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|eomt|linear|teacher|scratch)'
-                     r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
+                     r'_(?P<vfm>dinov[23][sbl]|clipl|siglipl|siglip2[bl]|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS | OURS)}))?'
                      r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|qkv|task|'
                      rf'last4|{"|".join(BEYOND)}))*)'
@@ -56,6 +57,11 @@ TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, 
 TABLE5_STAGE2 = {'dinov2l': dict(epochs=30, scale=5), 'dinov2b': dict(epochs=30, scale=5),
                  'siglipl': dict(epochs=10, scale=1), 'clipl': dict(epochs=15, scale=4000),
                  'in1kl': dict(epochs=20, scale=1)}
+# Models that the paper has not, with the numbers of the nearest that it has; of small ones there are three configs.
+NEAREST = dict(dinov3l='dinov2l', dinov3b='dinov2b', siglip2l='siglipl')
+SMALL = dict(dinov2s='dinov2b', dinov3s='dinov2b', siglip2b='siglipl')
+STAGE2 = TABLE5_STAGE2 | {vfm: TABLE5_STAGE2[other] for vfm, other in (NEAREST | SMALL).items()}
+VFMS = [vfm for vfm in STAGE2 if vfm not in SMALL]
 # The one alignment that keeps to its own paper's schedule.
 LOLCATS_TRANSFER = 'stage1_dinov2l_lolcats_native_coco'
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -144,9 +150,9 @@ def test_the_list_is_complete():
     assert 'mask2former_dinov2l_ade20k' in FULL_SIZE
     for stage, dataset in [('stage1', 'coco'), ('stage2', 'in22k'), ('linear', 'in1k'), ('mask2former', 'ade20k'),
                            ('mask2former', 'cityscapes'), ('mask2former', '1024_cityscapes')]:
-        for vfm in TABLE5_STAGE2:
+        for vfm in VFMS + list(SMALL) * (dataset in ('coco', 'in22k', 'ade20k')):
             assert f'{stage}_{vfm}_{dataset}' in FULL_SIZE
-            assert stage.startswith('stage') or f'{stage}_{vfm}_softmax_{dataset}' in FULL_SIZE
+            assert stage.startswith('stage') or vfm in SMALL or f'{stage}_{vfm}_softmax_{dataset}' in FULL_SIZE
         for attention in ATTENTIONS:
             if attention != 'softmax' and '1024' not in dataset:
                 assert f'{stage}_dinov2l_{attention}_{dataset}' in FULL_SIZE
@@ -250,7 +256,7 @@ def test_features_fit_the_head(name, monkeypatch):
     images = torch.empty(1, 3, side, side, device='meta')
     if facts['stage'] in ('stage1', 'calibrate', 'stage2'):
         vit = cfg.model.backbone
-        tokens = vit.get('class_token', True) + (side // vit.patch_size) ** 2
+        tokens = vit.get('class_token', True) + vit.get('num_registers', 0) + (side // vit.patch_size) ** 2
         assert model(images, mode='tensor').shape == (1, tokens, vit.embed_dim)
     elif facts['dataset'] == 'in1k':
         assert model(images, mode='tensor').shape == (1, 1000)
@@ -330,7 +336,7 @@ def test_table_5(name):
     cfg = config(name)
     facts = parts(name)
     stage, vfm = facts['stage'], facts['vfm']
-    row = dict(decay=0.05) | TABLE5[stage] | (TABLE5_STAGE2[vfm] if stage == 'stage2' else {})
+    row = dict(decay=0.05) | TABLE5[stage] | (STAGE2[vfm] if stage == 'stage2' else {})
     if name == LOLCATS_TRANSFER:
         row.update(epochs=2, decay=0.0)
     assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=row['epochs'])
@@ -409,7 +415,7 @@ def test_twin_differs_only_in_attention_and_weights(name):
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize('vfm', TABLE5_STAGE2)
+@pytest.mark.parametrize('vfm', VFMS)
 @pytest.mark.parametrize(('stage', 'dataset'), [
     ('stage1', 'coco'), ('stage2', 'in22k'), ('mask2former', 'ade20k'), ('linear', 'in1k')])
 def test_coarse_is_the_papers_run_but_for_what_it_states(stage, dataset, vfm):
@@ -432,7 +438,7 @@ def test_coarse_is_the_papers_run_but_for_what_it_states(stage, dataset, vfm):
     assert ours == paper
 
 
-@pytest.mark.parametrize('vfm', TABLE5_STAGE2)
+@pytest.mark.parametrize('vfm', VFMS)
 def test_calibration_of_coarse_has_the_student_of_its_stages(vfm):
     calibration = config(f'calibrate_{vfm}_coarse_coco')
     assert calibration.train_cfg == dict(type='adala_mm.CalibrationLoop', images=512,
@@ -536,7 +542,7 @@ for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=Tru
             PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
 for _head in ('mask2former', 'linear'):
     PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
-for _vfm in TABLE5_STAGE2:  # calibrated between stages 1 and 2
+for _vfm in VFMS:  # calibrated between stages 1 and 2
     PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
     PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}
 
@@ -650,7 +656,7 @@ def test_backbone_is_the_pretrained_model(name):
         ours = MODELS.build(dict(cfg.model.backbone, type='adala_mm.AdaLAViT'))
         theirs = timm.create_model('deit_tiny_patch16_224' if checkpoint == DEIT else
                                    checkpoint.removeprefix('timm://'))
-    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    ours_state, theirs_state = ours.state_dict(), plain_names(theirs.state_dict())
     heads = re.compile(r'(head|fc_norm|attn_pool)\.')
     assert set(ours_state) == {key for key in theirs_state if not heads.match(key)}
     resized = {'pos_embed', 'patch_embed.proj.weight'}
@@ -658,6 +664,7 @@ def test_backbone_is_the_pretrained_model(name):
     block, twin = ours.blocks[0], theirs.blocks[0]
     assert block.attn.num_heads == twin.attn.num_heads
     x = torch.linspace(-4, 4, 50)
-    torch.testing.assert_close(block.mlp.act(x), twin.mlp.act(x))
+    if 'siglip2b' not in name:  # which timm runs with exact GELU, and the base file as it was trained
+        torch.testing.assert_close(block.mlp.act(x), twin.mlp.act(x))
     assert block.norm1.eps == twin.norm1.eps == ours.norm.eps
     assert ours.num_prefix == theirs.num_prefix_tokens

@@ -28,6 +28,7 @@ LINES = 24  # of a table of keys
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
+    r'dist_token$': 'distilled DeiT',
     r'storage_tokens$': 'official DINOv3',
     r'register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
     r'(\w+\.)?embeddings\.': 'transformers',
