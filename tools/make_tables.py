@@ -31,6 +31,7 @@ from adala_mm.utils.timing import (
     attention_speed_table,
     check_table,
     depth_table,
+    head_share_table,
     model_speed_table,
     training_speed_table,
 )
@@ -306,6 +307,11 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
+def head_counts() -> str:
+    """What heads take of the flagship's multiply-adds: nothing that depends on a machine."""
+    return head_share_table(recorded('heads'))
+
+
 # Parts of benchmarks/run_gpu.sh that have a table: their title, and what makes it.
 GPU_PARTS = dict(check=('Values and gradients', check_table), spot=('Values and gradients, spot checks', check_table),
                  core=('The attention core', attention_speed_table), model=('Whole ViTs', model_speed_table),
@@ -362,6 +368,7 @@ TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, comp
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
+              head_counts=head_counts, head_times=lambda: benchmark('heads', head_share_table),
               speed_gpu=gpu, memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
 
 
