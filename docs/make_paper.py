@@ -36,8 +36,8 @@ HEADER = '''\
 Each row of the tables of ViT-AdaLA and each of its figures, with the paper's number and the commands that ask for ours.
 **None of them has been run at the paper's scale**; where a recorded run asks the same question at a small one, it is
 named, and its figure is not to be compared with the paper's. What we found out about the paper's own figures is in
-[errata](errata.md); what it leaves open, and our choice, in
-[configs/adala](../configs/adala/README.md#what-the-paper-leaves-open-and-what-we-chose) and
+[errata](errata.md), sentences that can be read in two ways are in [readings](readings.md), what it leaves open, and our
+choice, in [configs/adala](../configs/adala/README.md#what-the-paper-leaves-open-and-what-we-chose) and
 [configs/baselines](../configs/baselines/README.md#what-the-paper-leaves-open-and-what-we-chose).
 
 - Commands are for the paper's 8 GPUs and stand in their order; each starts from the checkpoint of the one before it. A
