@@ -775,6 +775,7 @@ def test_a_detector_is_checked_and_trained(name, tmp_path, no_estimate):
     cfg = cut(name, metainfo=dict(classes=CLASSES))
     cfg.model.neck.in_channels = list(SMALL['embed_dims'])
     heads = cfg.model.roi_head
+    heads.bbox_head.fc_out_channels = 64
     heads.bbox_head.num_classes = heads.mask_head.num_classes = len(CLASSES)
     cfg.train_dataloader.dataset.filter_cfg.min_size = 4
     cfg.train_dataloader.dataset.pipeline[3] = dict(type='RandomResize', scale=(96, 96), ratio_range=(0.8, 1))
