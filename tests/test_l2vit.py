@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
+from test_baseline_attentions import without_code
 from test_check import check, red
 from test_detection import CLASSES, draw_split, mmdets
 from test_pipeline import Recorder, photo
@@ -72,7 +73,10 @@ def one_head(layer, x, head):
 
 
 def naive_global(layer, x, floor):
-    """Before the projection: all pairs of tokens. Also says what it divided by, before the floor."""
+    """Zheng 2025 (arXiv 2501.16182), as its code has it (MIT): all pairs of tokens, before the projection.
+
+    Also says what it divided by, before the floor.
+    """
     images, weights = [], []
     for image in x:
         heads = []
@@ -115,7 +119,7 @@ def naive_local(lcm, x, hw, num_prefix=0):
 
 
 def naive_window(layer, x, hw, num_prefix=0):
-    """Before the projection: every token looks up whom it sees."""
+    """Zheng 2025 (arXiv 2501.16182), section on local window attention: every token looks up whom it sees."""
     (h, w), s = hw, layer.window_size
     images = []
     for image in x:
@@ -157,7 +161,7 @@ def test_global_attention(hw, num_prefix, regime):
     around = middle[gap:gap + 2].mean()
     layer.denom_floor = {'below': 2 * positive[-1], 'around': around, 'above': positive[0] / 2}[regime]
     assert ((weights - layer.denom_floor).abs() > 1e-6 * layer.denom_floor).all()
-    wanted, _ = naive_global(layer, x, layer.denom_floor)
+    wanted, _ = naive_global(without_code(layer), x, layer.denom_floor)
     assert_same(layer(x, hw, num_prefix), project(layer, wanted), layer, x)
     clamped = (weights < layer.denom_floor).double().mean()
     assert {'below': clamped == 1, 'around': 0.2 < clamped < 0.8, 'above': clamped < 0.2}[regime]
@@ -202,7 +206,8 @@ def test_local_concentration_in_training():
 def test_window_attention(hw, num_prefix, mask_padding):
     layer = randomise(WindowAttention(DIM, HEADS, window_size=WINDOW, mask_padding=mask_padding))
     x = tokens(hw, num_prefix)
-    assert_same(layer(x, hw, num_prefix), project(layer, naive_window(layer, x, hw, num_prefix)), layer, x)
+    wanted = naive_window(without_code(layer), x, hw, num_prefix)
+    assert_same(layer(x, hw, num_prefix), project(layer, wanted), layer, x)
 
 
 def test_window_attention_without_bias_pads_with_zeros():

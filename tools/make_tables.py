@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.
 ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
+# Of configs beside the recipes: the softmax baseline, and ablations of the stages (docs/paper.md).
+TWIN = re.compile('_(softmax|swap|nostage1|stage[12]only|qkv)_')
 PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
          'docs/approximations.md', 'docs/reproducibility.md']
 
@@ -137,7 +139,7 @@ def footnote(run: dict) -> str:
 def configs() -> str:
     def names(pattern: str) -> str:
         return '<br>'.join(f'[`{p.stem}`](configs/{p.parent.name}/{p.name})'
-                           for p in sorted((ROOT / 'configs/adala').glob(pattern)) if '_softmax_' not in p.stem)
+                           for p in sorted((ROOT / 'configs/adala').glob(pattern)) if not TWIN.search(p.stem))
     return markdown_table(['what', 'configs'], [
         ['stage 1, COCO', names('stage1_*.py')], ['stage 2, ImageNet-22K', names('stage2_*.py')],
         ['stage 3, ADE20K', names('mask2former_*_ade20k.py')],
