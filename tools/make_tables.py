@@ -318,8 +318,8 @@ def head_times() -> str:
     last = max((row for row in data['rows'] if not row['softmax_blocks']), key=lambda row: row['size'])
     ours, theirs = (last['seconds'][part] / last['gmac'][part] for part in ('backbone', 'pixel decoder'))
     return benchmark('heads', head_share_table) + (
-        f' At {last["size"]:,} pixels a multiply-add of the pixel decoder took {theirs / ours:.1f} times as long as one '
-        'of the linear backbone.')
+        f' At {last["size"]:,} pixels a multiply-add of the pixel decoder took {theirs / ours:.1f} times as long as '
+        'one of the linear backbone.')
 
 
 # Parts of benchmarks/run_gpu.sh that have a table: their title, and what makes it.
