@@ -212,6 +212,12 @@ def test_models(bench, tool, monkeypatch):
     assert timing.model_speed_table(data) in text and 'ViT-S, bf16, Linear: ' in text
 
 
+def test_counts_are_of_segmentors(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench('model', '--count-only')
+    assert '--count-only is about the segmentors of --configs' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('options', [[], ['--count-only']], ids=['times', 'counts'])
 def test_parts_of_segmentors(bench, options):
     data, text = bench('model', '--configs', 'mask2former_deitt_camvid', 'linear_deitt_softmax_camvid', '--sizes', '32',

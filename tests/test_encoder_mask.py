@@ -108,9 +108,10 @@ def test_values_are_those_of_transformers():
     torch.testing.assert_close(masks, wanted.masks_queries_logits, rtol=1e-10, atol=1e-10)
 
 
-def test_queries_join_the_last_blocks_and_the_others_do_not_see_them(pretrained):
-    plain = MODELS.build(tiny_vit(depth=4, attention=MIXED, out_indices=[1]))
-    model = query_vit()
+@pytest.mark.parametrize('rotary', [None, {}], ids=['table', 'rotary'])
+def test_queries_join_the_last_blocks_and_the_others_do_not_see_them(rotary):
+    plain = MODELS.build(tiny_vit(depth=4, attention=MIXED, out_indices=[1], rotary=rotary))
+    model = query_vit(rotary=rotary)
     model.load_state_dict(plain.state_dict(), strict=False)
     seen = []
     for block in model.blocks:
@@ -124,7 +125,7 @@ def test_queries_join_the_last_blocks_and_the_others_do_not_see_them(pretrained)
     torch.testing.assert_close(pairs[0], plain(image)[0])
     torch.testing.assert_close(pairs[1], model.norm(model.query_embed.weight).expand(2, -1, -1))
     torch.testing.assert_close(model.eval()(image), pairs[-2:])
-    again = query_vit(with_cp=True).train()
+    again = query_vit(rotary=rotary, with_cp=True).train()
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(image), pairs)
 

@@ -778,8 +778,13 @@ def test_a_detector_is_checked_and_trained(name, tmp_path, no_estimate):
     draw_split(tmp_path / 'coco', 'train2017', count=4, seed=0)
     draw_split(tmp_path / 'coco', 'val2017', count=1, seed=1)
     cfg = cut(name, metainfo=dict(classes=CLASSES))
-    cfg.model.neck.in_channels = list(SMALL['embed_dims'])
-    heads = cfg.model.roi_head
+    heads, narrow = cfg.model.roi_head, 32
+    cfg.model.neck.update(in_channels=list(SMALL['embed_dims']), out_channels=narrow)
+    cfg.model.rpn_head.update(in_channels=narrow, feat_channels=narrow)
+    heads.bbox_head.update(in_channels=narrow, fc_out_channels=narrow)
+    heads.mask_head.update(in_channels=narrow, conv_out_channels=narrow)
+    for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
+        part.out_channels = narrow
     heads.bbox_head.num_classes = heads.mask_head.num_classes = len(CLASSES)
     cfg.train_dataloader.dataset.filter_cfg.min_size = 4
     cfg.train_dataloader.dataset.pipeline[3] = dict(type='RandomResize', scale=(96, 96), ratio_range=(0.8, 1))

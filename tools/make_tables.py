@@ -312,6 +312,16 @@ def head_counts() -> str:
     return head_share_table(recorded('heads'))
 
 
+def head_times() -> str:
+    """What heads take of the time of a small segmentor, and what a multiply-add of its pixel decoder takes."""
+    data = json.loads((ROOT / 'benchmarks/results/cpu/heads.json').read_text())
+    last = max((row for row in data['rows'] if not row['softmax_blocks']), key=lambda row: row['size'])
+    ours, theirs = (last['seconds'][part] / last['gmac'][part] for part in ('backbone', 'pixel decoder'))
+    return benchmark('heads', head_share_table) + (
+        f' At {last["size"]:,} pixels a multiply-add of the pixel decoder took {theirs / ours:.1f} times as long as '
+        'one of the linear backbone.')
+
+
 # Parts of benchmarks/run_gpu.sh that have a table: their title, and what makes it.
 GPU_PARTS = dict(check=('Values and gradients', check_table), spot=('Values and gradients, spot checks', check_table),
                  core=('The attention core', attention_speed_table), model=('Whole ViTs', model_speed_table),
@@ -368,7 +378,7 @@ TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, comp
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
-              head_counts=head_counts, head_times=lambda: benchmark('heads', head_share_table),
+              head_counts=head_counts, head_times=head_times,
               speed_gpu=gpu, memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
 
 

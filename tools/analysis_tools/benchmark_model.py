@@ -273,6 +273,8 @@ def main() -> None:
     # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))
     device = default_device()
+    if args.count_only and not args.configs:
+        parser.error('--count-only is about the segmentors of --configs')
     if args.configs:
         logging.disable(logging.INFO)
         return compare_parts(args, device)

@@ -1,4 +1,4 @@
-# Mask R-CNN (He et al. 2017) with an FPN on a hierarchical backbone: mmdet's own mask-rcnn_r50_fpn but for the backbone.
+# Mask R-CNN (He et al. 2017) with an FPN on a hierarchical backbone: mmdet's mask-rcnn_r50_fpn but for the backbone.
 # BatchNorm, of the backbone too, is synchronised where several processes train: 2 images each are few for it.
 from mmengine.config import read_base
 
