@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm import create_model
 from timm.layers import get_act_layer, resample_abs_pos_embed, resample_patch_embed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
@@ -64,9 +65,11 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def timm_model(family: str, grid=(GRID, GRID), **options) -> VisionTransformer:
     row, p = FAMILIES[family], patch_of(family)
+    size = dict(img_size=(grid[0] * p, grid[1] * p), patch_size=p, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS)
+    if family == 'deit_distilled':
+        return VisionTransformerDistilled(**size, num_classes=5, dynamic_img_size=True)
     return VisionTransformer(
-        img_size=(grid[0] * p, grid[1] * p), patch_size=p, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
-        class_token=row.class_token, reg_tokens=4 if row.registers else 0, no_embed_class=row.no_embed_class,
+        **size, class_token=row.class_token, reg_tokens=4 if row.registers else 0, no_embed_class=row.no_embed_class,
         pre_norm=row.pre_norm, init_values=row.layer_scale, act_layer=get_act_layer(row.act), dynamic_img_size=True,
         norm_layer=partial(nn.LayerNorm, eps=row.norm_eps), **({'num_classes': 0, 'global_pool': ''} | options)).eval()
 
@@ -141,17 +144,23 @@ def openai_clip() -> dict[str, torch.Tensor]:
     return state
 
 
-def transformers_model(family: str):
+KINDS = {'augreg': 'ViT', 'deit': 'ViT', 'deit_distilled': 'DeiT', 'mae': 'ViTMAE', 'dinov2': 'Dinov2',
+         'dinov2_reg': 'Dinov2WithRegisters', 'siglip_tanh': 'SiglipVision'}
+
+
+def transformers_model(family: str, kind: str | None = None, **options):
+    """With the library's own epsilon and activation, except for CLIP, whose published ones differ."""
     transformers = pytest.importorskip('transformers')
-    row = FAMILIES[family]
-    kind = {'dinov2': 'Dinov2', 'dinov2_reg': 'Dinov2WithRegisters', 'siglip_tanh': 'SiglipVision'}.get(
-        family, 'CLIPVision')
-    act = {'gelu_tanh': 'gelu_pytorch_tanh'}.get(row.act, row.act)
-    options = dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=patch_of(family),
-                   image_size=GRID * patch_of(family), hidden_act=act, layer_norm_eps=row.norm_eps)
+    kind = kind or KINDS.get(family, 'CLIPVision')
+    options |= dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=patch_of(family),
+                    image_size=GRID * patch_of(family))
+    if kind == 'CLIPVision':
+        options |= dict(hidden_act=FAMILIES[family].act, layer_norm_eps=FAMILIES[family].norm_eps)
     if 'dinov2' not in family:
         options['intermediate_size'] = 4 * WIDTH
-    return randomise(getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**options)))
+    head = kind if 'For' in kind else f'{kind}Model'
+    config = getattr(transformers, f'{kind.partition("For")[0]}Config')(**options)
+    return randomise(getattr(transformers, head)(config))
 
 
 def vision_tower(model):
@@ -188,6 +197,16 @@ def original(source: str, family: str):
     if source == 'mmpretrain':
         model = mmpretrain_model(family)
         return model.state_dict(), lambda image: model(image)[0]
+    if family == 'mae':  # without masks, and sorted back
+        model = transformers_model(family, mask_ratio=0.0)
+
+        def tokens(image):
+            out = model(pixel_values=image)
+            patches = out.last_hidden_state[:, 1:]
+            order = out.ids_restore[..., None].expand_as(patches)
+            return torch.cat([out.last_hidden_state[:, :1], patches.gather(1, order)], dim=1)
+
+        return model.state_dict(), tokens
     model = transformers_model(family)
     norm = vision_tower(model).post_layernorm if 'clip' in family else None
     return model.state_dict(), lambda image: (norm or nn.Identity())(model(pixel_values=image).last_hidden_state)
@@ -262,15 +281,16 @@ def test_mmpretrain_native_and_not_square():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(('family', 'wrapper'), [('dinov2', 'dinov2.'), ('dinov2_reg', 'dinov2_with_registers.'),
-                                                 ('clip_openai', 'vision_model.'), ('siglip_tanh', 'vision_model.')])
+@pytest.mark.parametrize(('family', 'wrapper'), [
+    ('augreg', 'vit.'), ('deit_distilled', 'deit.'), ('mae', 'vit.'), ('dinov2', 'dinov2.'),
+    ('dinov2_reg', 'dinov2_with_registers.'), ('clip_openai', 'vision_model.'), ('siglip_tanh', 'vision_model.')])
 def test_files_of_transformers(family, wrapper, tmp_path):
     # In files attention has other names than in memory, and larger models put a prefix before them.
     model = transformers_model(family)
     model.save_pretrained(tmp_path)
     state = {key.removeprefix('vision_model.'): value
              for key, value in load_file(tmp_path / 'model.safetensors').items()}
-    assert 'dinov2' not in family or 'encoder.layer.0.attention.attention.query.weight' in state
+    assert 'lip' in family or 'encoder.layer.0.attention.attention.query.weight' in state
     wanted = convert(model.state_dict(), family)
     for prefix in ('', wrapper):
         found = convert({prefix + key: value for key, value in state.items()}, family)
@@ -278,6 +298,43 @@ def test_files_of_transformers(family, wrapper, tmp_path):
         assert all(torch.equal(found.state[key], value) for key, value in wanted.state.items())
         image = torch.randn(1, 3, *[GRID * patch_of(family)] * 2)
         assert compare(found, {prefix + key: value for key, value in state.items()}, image)[1] < 1e-4
+
+
+@pytest.mark.parametrize(('kind', 'family', 'dropped'), [
+    ('ViTForImageClassification', 'augreg', {'classifier or projection': 2}),
+    ('ViT', 'deit', {'pooler of the class token': 2}),
+    ('DeiTForImageClassificationWithTeacher', 'deit_distilled', {'classifier or projection': 4}),
+    ('ViTMAEForPreTraining', 'mae', {'decoder, for pretraining only': 24})])
+def test_what_transformers_has_around_a_vit(kind, family, dropped):
+    model = transformers_model(family, kind, **(dict(
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=1,
+        decoder_intermediate_size=64) if family == 'mae' else {}))
+    converted = convert(model.state_dict(), family)
+    assert {text.split(':')[0]: count for step, count, text in converted.report if step == 'dropped'} == dropped
+    assert converted.config['norm_eps'] == converted.family.norm_eps == model.config.layer_norm_eps == 1e-12
+    assert compare(converted, model.state_dict(), torch.randn(1, 3, 64, 64))[1] < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('grid', [(GRID, GRID), (6, 6)])
+def test_naflex_is_a_convolution_at_its_own_grid(grid):
+    model = transformers_model('siglip_tanh', 'Siglip2Vision', num_patches=GRID * GRID)
+    state = model.state_dict()
+    converted = convert(state)
+    assert converted.family_name == 'siglip_tanh' and converted.config['img_size'] == 64
+    assert ('reshaped', 1, 'patch kernel of flattened patches to one of 16 x 16 pixels') in converted.report
+    image = torch.randn(2, 3, 16 * grid[0], 16 * grid[1])
+    rows = image.reshape(2, 3, grid[0], 16, grid[1], 16).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, row, column, channel)
+    theirs = model(pixel_values=rows.reshape(2, grid[0] * grid[1], -1), spatial_shapes=torch.tensor([grid] * 2),
+                   pixel_attention_mask=torch.ones(2, grid[0] * grid[1], dtype=torch.long)).last_hidden_state
+    greatest = difference(ours(converted).forward_features(image), theirs)
+    if grid == (GRID, GRID):
+        assert greatest < 1e-4 and compare(converted, state, image)[1] < 1e-4
+    else:  # bilinear positions there, bicubic ones here, as docs/weights.md says
+        assert greatest > 1e-3
+    key = next(key for key in state if key.endswith('patch_embedding.weight'))
+    with pytest.raises(ValueError, match=r'patch_embedding.weight has the shape \(192, 700\): not flattened square'):
+        convert(state | {key: state[key][:, :700]})
 
 
 def test_clip_inside_the_whole_model_of_transformers():
@@ -339,7 +396,8 @@ def test_every_key_is_accounted_for(source, family):
 @pytest.mark.parametrize(('source', 'family'), [
     ('timm', 'deit'), ('timm', 'dinov2_reg'), ('official DINOv2', 'dinov2_reg'), ('OpenAI / OpenCLIP', 'clip_openai'),
     ('transformers, DINOv2', 'dinov2'), ('transformers, CLIP and SigLIP', 'siglip_tanh'), ('mmpretrain', 'dinov2'),
-    ('official DINOv3', 'dinov3'), ('transformers, DINOv3 with SwiGLU', 'dinov3')])
+    ('transformers, ViT, DeiT and MAE', 'deit'), ('official DINOv3', 'dinov3'),
+    ('transformers, DINOv3 with SwiGLU', 'dinov3')])
 def test_each_missing_or_misshapen_key_is_named(source, family):
     state, row = original(source, family)[0], BY_NAME[source]
     prefix = convert(state, family).prefix
@@ -364,6 +422,7 @@ def test_each_missing_or_misshapen_key_is_named(source, family):
 
 @pytest.mark.parametrize(('source', 'family', 'whole'), [
     ('timm', 'siglip', ''), ('official DINOv2', 'dinov2', ''), ('OpenAI / OpenCLIP', 'openclip', ''),
+    ('transformers, ViT, DeiT and MAE', 'deit', 'deit.'), ('transformers, ViT, DeiT and MAE', 'mae', 'vit.'),
     ('transformers, DINOv2', 'dinov2', 'dinov2.'), ('transformers, CLIP and SigLIP', 'openclip', 'vision_model.'),
     ('mmpretrain', 'deit', 'backbone.'), ('mmpretrain', 'openclip', 'visual.'), ('official DINOv3', 'dinov3', ''),
     ('timm, DINOv3', 'dinov3', ''), ('transformers, DINOv3', 'dinov3_sat', 'dinov3_vit.')])
@@ -382,7 +441,8 @@ def test_every_rule_drops_and_is_reported(source, family, whole):
 # --- families ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('source', 'family', 'choices'), [
-    ('timm', 'augreg', 'augreg deit'), ('timm', 'clip_openai', 'clip_openai openclip openclip_quickgelu openclip_half'),
+    ('timm', 'augreg', 'augreg deit mae'), ('transformers, ViT, DeiT and MAE', 'mae', 'augreg deit mae'),
+    ('timm', 'clip_openai', 'clip_openai openclip openclip_quickgelu openclip_half'),
     ('timm', 'siglip', 'siglip siglip_tanh'), ('mmpretrain', 'deit', 'augreg deit'),
     ('mmpretrain', 'openclip', 'clip_openai openclip openclip_quickgelu openclip_half'),
     ('OpenAI / OpenCLIP', 'openclip', 'clip_openai openclip openclip_quickgelu openclip_half'),
@@ -395,7 +455,8 @@ def test_an_ambiguous_family_is_asked_for(source, family, choices):
 
 @pytest.mark.parametrize(('source', 'family'), [
     (source, family) for source, family in PAIRS
-    if 'dinov2' in family or family == 'dinov3' or (source.startswith('transformers') and family == 'siglip_tanh')])
+    if 'dinov2' in family or family in ('dinov3', 'deit_distilled') or (
+        source.startswith('transformers') and family == 'siglip_tanh')])
 def test_a_plain_family_is_not(source, family):
     assert convert(original(source, family)[0]).family_name == family
 
@@ -412,10 +473,12 @@ def test_a_wrong_family_is_an_error(source, family, wrong, message):
 
 @pytest.mark.parametrize(('name', 'family'), [
     ('vit_large_patch16_224.augreg_in21k_ft_in1k', 'augreg'), ('deit_small_patch16_224.fb_in1k', 'deit'),
+    ('deit_small_distilled_patch16_224.fb_in1k', 'deit_distilled'), ('vit_base_patch16_224.mae', 'mae'),
     ('vit_base_patch14_dinov2.lvd142m', 'dinov2'), ('vit_small_patch14_reg4_dinov2.lvd142m', 'dinov2_reg'),
     ('vit_large_patch14_clip_quickgelu_224.openai', 'clip_openai'), ('vit_base_patch16_clip_224.laion2b', 'openclip'),
     ('vit_base_patch16_clip_quickgelu_224.metaclip_400m', 'openclip_quickgelu'),
     ('vit_large_patch14_clip_224.laion2b', 'openclip_half'), ('vit_large_patch16_siglip_256.webli', 'siglip'),
+    ('vit_base_patch16_siglip_512.v2_webli', 'siglip'), ('vit_large_patch16_siglip_384.v2_webli', 'siglip'),
     ('vit_large_patch16_siglip_512.v2_webli', 'siglip_tanh')])
 def test_a_name_of_timm_settles_the_family(name, family):
     known = facts(name)
@@ -509,14 +572,13 @@ def plain(**options):
 
 ONE = torch.ones(1)
 REFUSED = {
-    'NaFlex': (lambda: original('transformers, CLIP and SigLIP', 'siglip_tanh')[0]
-               | {'embeddings.patch_embedding.weight': torch.ones(WIDTH, 768)}, 'NaFlex.*fixed-resolution'),
+    'NaFlex of timm': (lambda: timm.create_model('naflexvit_base_patch16_siglip', depth=1, embed_dim=64,
+                                                 num_heads=1).state_dict(), 'embeds.*NaFlexVit.*transformers has them'),
     'SwiGLU, packed': (lambda: plain() | {'blocks.0.mlp.fc2.weight': torch.ones(WIDTH, 2 * WIDTH)}, 'SwiGLU'),
     'SwiGLU, official': (lambda: official_dinov2('dinov2') | {'blocks.0.mlp.w12.weight': ONE}, 'SwiGLU'),
     'SwiGLU, transformers': (lambda: original('transformers, DINOv2', 'dinov2')[0]
                              | {'encoder.layer.0.mlp.weights_in.weight': ONE}, 'SwiGLU'),
     'SwiGLU, mmpretrain': (lambda: original('mmpretrain', 'dinov2')[0] | {'layers.0.ffn.w12.bias': ONE}, 'SwiGLU'),
-    'distilled': (lambda: plain() | {'dist_token': ONE}, 'distillation token'),
     'EVA': (lambda: plain() | {'rope.freqs': ONE}, 'rotary'),
     'BEiT': (lambda: original('mmpretrain', 'deit')[0] | {'layers.0.attn.relative_position_bias_table': ONE},
              'relative positions'),
@@ -543,14 +605,6 @@ def test_refused_with_a_reason(case):
     make, message = REFUSED[case]
     with pytest.raises(ValueError, match=f'(?s){message}'):
         convert(make(), 'deit' if case in ('grey-scale', 'gap') else None)
-
-
-def test_naflex_as_transformers_makes_it():
-    transformers = pytest.importorskip('transformers')
-    config = transformers.Siglip2VisionConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
-                                              intermediate_size=64, num_patches=16, patch_size=16)
-    with pytest.raises(ValueError, match='NaFlex'):
-        convert(transformers.Siglip2VisionModel(config).state_dict())
 
 
 def test_unusual_width_asks_for_heads():

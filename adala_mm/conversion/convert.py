@@ -51,7 +51,8 @@ class Converted:
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.family_name]
+        row = FAMILIES[self.family_name]
+        return replace(row, norm_eps=self.config.get('norm_eps', row.norm_eps))
 
 
 def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int | None = None,
@@ -74,6 +75,7 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     refuse(state)
     source, prefix = recognise(state)
     ours, report = rename(state, source, prefix)
+    report += arrange(ours, source)
     known = facts(name) if name and source in (TIMM, TIMM_DINOV3) else None
     config, grid = read_structure(ours, source, img_size, grid or recorded_grid(state, prefix))
     family_name = choose_family(ours, grid, source, family, known)
@@ -84,7 +86,7 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     if heads is None:
         raise ValueError(f'a ViT of width {width} with an MLP of {hidden} is none of the published ones, and no weight '
                          'shows how many heads it has: say it with --num-heads')
-    config |= {'num_heads': heads, 'norm_eps': chosen.norm_eps}
+    config |= {'num_heads': heads, 'norm_eps': source.norm_eps or chosen.norm_eps}
     for key in ('class_token', 'no_embed_class', 'pre_norm', 'layer_scale', 'act'):
         if getattr(chosen, key) != getattr(Family, key):
             config[key] = getattr(chosen, key)
@@ -100,6 +102,36 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     check_exactly(ours, config, source)
     licence = f'{known["licence"]} (timm)' if known and known['licence'] else chosen.licence
     return Converted(ours, source, prefix, family_name, licence, config, grid, tuple(report))
+
+
+def arrange(ours: dict[str, Tensor], source: Source) -> list[tuple[str, int, str]]:
+    """Gives what some sources have in another form that of `AdaLAViT`, in place; returns the lines of the report.
+
+    The tokens are the same: a kernel over flattened patches (row, column, channel; SigLIP 2 NaFlex) is one of a
+    convolution, and a distillation token, which stands behind the class token and has a position as that has, is a
+    register, once the positions of both are added to them.
+
+    Raises:
+        ValueError: for flattened patches that are not square and of RGB.
+    """
+    report = []
+    kernel = ours.get('patch_embed.proj.weight')
+    if kernel is not None and kernel.ndim == 2:
+        patch = math.isqrt(kernel.shape[1] // 3)
+        if kernel.shape[1] != 3 * patch * patch:
+            raise ValueError(f'{source.own_key("patch_embed.proj.weight")} has the shape {tuple(kernel.shape)}: not '
+                             'flattened square patches of RGB images')
+        ours['patch_embed.proj.weight'] = kernel.reshape(-1, patch, patch, 3).permute(0, 3, 1, 2)
+        report.append(('reshaped', 1, f'patch kernel of flattened patches to one of {patch} x {patch} pixels'))
+    if 'dist_token' in ours:
+        require(ours, ('cls_token', 'pos_embed'), source)
+        position = ours['pos_embed']
+        ours['cls_token'] = ours['cls_token'] + position[:, :1]
+        ours['reg_token'] = ours.pop('dist_token') + position[:, 1:2]
+        ours['pos_embed'] = position[:, 2:]
+        report.append(('added', 2, 'the positions of class and distillation token are part of them now, and the '
+                                   'latter is a register'))
+    return report
 
 
 def read_structure(ours: dict[str, Tensor], source: Source, img_size: tuple[int, int] | None,
@@ -183,8 +215,9 @@ def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source
             raise ValueError(f'timm runs {known["name"]} with GELU, but notes: {known["notes"]}. Convert that one, or '
                              'choose with --family')
         fitting = {name: row for name, row in fitting.items() if same_facts(row, known)}
-        if len(fitting) > 1:  # OpenAI's CLIP and OpenCLIP with its activation: the licence alone differs
-            fitting = {name: row for name, row in fitting.items() if ('openai' in name) == ('openai' in known['name'])}
+        for word in ('openai', 'mae'):  # not the same as OpenCLIP and DeiT by their licences alone
+            if len(fitting) > 1:
+                fitting = {name: row for name, row in fitting.items() if (word in name) == (word in known['name'])}
     if len(fitting) == 1:
         return next(iter(fitting))
     if not fitting:

@@ -14,7 +14,7 @@ from adala_mm.conversion.source import Source
 if TYPE_CHECKING:
     from adala_mm.conversion.convert import Converted
 
-OWN = {key: ours for key, ours in TIMM.rename.items() if key not in ('reg_token', 'norm_pre.*')}
+OWN = {key: ours for key, ours in TIMM.rename.items() if key not in ('reg_token', 'dist_token', 'norm_pre.*')}
 CHUNKED = re.compile(r'blocks\.\d+\.(?=\d+\.)')  # the second number counts through all chunks
 
 

@@ -14,21 +14,23 @@ from adala_mm.conversion.from_mmpretrain import MMPRETRAIN
 from adala_mm.conversion.from_openai import OPENAI
 from adala_mm.conversion.from_timm import TIMM
 from adala_mm.conversion.from_transformers import TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2
+from adala_mm.conversion.from_transformers_vit import TRANSFORMERS_VIT
 from adala_mm.conversion.source import Source, reason_to_drop
 from adala_mm.models.attentions.marks import MARK
 from adala_mm.utils.checkpoint import recorded_linear
 
-SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN, *DINOV3_SOURCES)
+SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_VIT, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN,
+           *DINOV3_SOURCES)
 SWIGLU = 'the gate and the values of its MLP are one matrix (SwiGLU of DINOv2 ViT-g), and those of AdaLAViT are two'
-NAFLEX = ('the NaFlex form of SigLIP 2 embeds flattened patches of images of any aspect; convert a fixed-resolution '
-          'one, such as siglip2-large-patch16-512')
+NAFLEX = ("timm's NaFlexVit, which embeds flattened patches of images of any aspect; convert the same weights as "
+          'transformers has them, such as google/siglip2-base-patch16-naflex')
 POOLED = 'its last norm comes after pooling, so that the backbone has none'
 # What no plain ViT has, by the beginning of a key.
 REFUSED = {re.compile(pattern): reason for pattern, reason in {
     r'backbone\.(blocks|patch_embed\.proj)\.':
         'these are under our own keys already; name the file as init_cfg.checkpoint',
     r'visual\.trunk\.': 'an OpenCLIP model around a timm ViT; save model.visual.trunk.state_dict() and convert that',
-    r'(.*\.)?(dist_token|head_dist)\b': 'distilled DeiT has a distillation token, which AdaLAViT has not',
+    r'embeds\.': NAFLEX,
     r'.*\.mlp\.(w12|weights_in)\.|.*\.ffn\.w12\.': SWIGLU,
     r'(.*\.)?(rope\.|rel_pos|relative_position)':
         'relative positions (BEiT), or rotary positions other than those of DINOv3 (EVA), which AdaLAViT has not',
@@ -46,9 +48,7 @@ def refuse(state: dict[str, Tensor]) -> None:
                          + (', or give it to adala_mm.load' if marked else ''))
     for key, value in state.items():
         reason = next((reason for pattern, reason in REFUSED.items() if pattern.match(key)), None)
-        if key.endswith('embeddings.patch_embedding.weight') and value.ndim == 2:
-            reason = NAFLEX
-        elif key.endswith('.mlp.fc1.weight'):
+        if key.endswith('.mlp.fc1.weight'):
             back = state.get(key.replace('fc1', 'fc2'))
             reason = SWIGLU if back is not None and len(value) == 2 * back.shape[-1] else reason  # gate and value
         elif key.startswith('fc_norm.') and 'norm.weight' not in state:

@@ -22,7 +22,9 @@ class LinearAttention(Attention):
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
-        feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax``, ``exp`` (A.3).
+        feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax`` over the channels,
+            ``exp`` (A.3); or ``efficient``, softmax over the channels of a query and over the tokens for each channel
+            of the keys: Efficient Attention (Shen et al. 2021, arXiv 1812.01243), whose weights sum to 1 undivided.
         eps: added to the denominator.
         dwconv: side of the kernel, odd; None for no convolution.
         center_keys: whether phi sees the keys less their mean over the image (`centred`).

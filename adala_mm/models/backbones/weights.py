@@ -28,6 +28,7 @@ LINES = 24  # of a table of keys
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
+    r'dist_token$': 'distilled DeiT',
     r'storage_tokens$': 'official DINOv3',
     r'register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
     r'(\w+\.)?embeddings\.': 'transformers',
@@ -175,8 +176,8 @@ def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def is_extra(key: str) -> bool:
-    """Whether a parameter or module is one that a variant adds to the plain attention."""
-    return re.match(r'blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
+    """Whether a parameter or module is one that a variant adds to the plain ViT: to its attention, or queries."""
+    return re.match(r'query_embed|blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
 def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
