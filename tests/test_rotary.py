@@ -318,6 +318,19 @@ def test_what_is_recomputed_is_turned_alike():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_queries_of_an_encoder_only_head_do_not_turn():
+    model = awake(own(type='adala_mm.QueryViT', num_queries=3, query_blocks=1))
+    image = torch.randn(2, 3, 24, 40)
+    x, hw = model.embed(image)
+    rotation = RotaryPositions(8)(hw)
+    x = torch.cat([model.query_embed.weight.expand(2, -1, -1), model.blocks[0](x, hw, 5, rotation)], dim=1)
+    wanted = model.norm(model.blocks[1](x, hw, 8, rotation))
+    patches, queries = model(image)
+    torch.testing.assert_close(queries, wanted[:, :3])
+    torch.testing.assert_close(patches.flatten(2).mT, wanted[:, 8:])
+
+
 def test_blocks_compile_in_one_piece():
     model = awake(own(attention=dict(type='adala_mm.LinearAttention')))
     images = torch.randn(2, 3, 24, 40)
