@@ -36,8 +36,8 @@ HEADER = '''\
 Each row of the tables of ViT-AdaLA and each of its figures, with the paper's number and the commands that ask for ours.
 **None of them has been run at the paper's scale**; where a recorded run asks the same question at a small one, it is
 named, and its figure is not to be compared with the paper's. What we found out about the paper's own figures is in
-[errata](errata.md); what it leaves open, and our choice, in
-[configs/adala](../configs/adala/README.md#what-the-paper-leaves-open-and-what-we-chose) and
+[errata](errata.md), sentences that can be read in two ways are in [readings](readings.md), what it leaves open, and our
+choice, in [configs/adala](../configs/adala/README.md#what-the-paper-leaves-open-and-what-we-chose) and
 [configs/baselines](../configs/baselines/README.md#what-the-paper-leaves-open-and-what-we-chose).
 
 - Commands are for the paper's 8 GPUs and stand in their order; each starts from the checkpoint of the one before it. A
@@ -114,18 +114,22 @@ def chain(name: str) -> tuple[str, ...]:
 
 
 @functools.cache
+def counted() -> dict[str, int]:
+    """Multiply-adds of the models that the configs of files have, for one image."""
+    return {model['Name']: model['Metadata']['FLOPs'] for folder in ('adala', 'baselines')
+            for model in yaml.safe_load((ROOT / f'configs/{folder}/metafile.yml').read_text())['Models']}
+
+
 def forward_pass(name: str) -> float:
     """Multiply-adds of one image through the model of stage 3, or of training from scratch."""
-    listed = {model['Name']: model['Metadata']['FLOPs'] for folder in ('adala', 'baselines')
-              for model in yaml.safe_load((ROOT / f'configs/{folder}/metafile.yml').read_text())['Models']}
-    if name in listed:
-        return listed[name]
+    if name in counted():
+        return counted()[name]
     cfg = read(name)
     kind = cfg.model.backbone.attention.type.removeprefix('adala_mm.')
     size = str(cfg.crop_size[0] if 'crop_size' in cfg else 512)
     total = {row['attention']: row['total'][size] for row in recorded('paper_flops')['rows']}
     recipe = re.sub(r'_(softmax|stage[12]only|qkv|swap|[a-z]+_native)(?=_)', '', name)
-    return listed[recipe] + total[kind] - total['LinearAttention']
+    return counted()[recipe] + total[kind] - total['LinearAttention']
 
 
 @functools.cache
@@ -137,9 +141,9 @@ def hours(name: str) -> tuple[str, float]:
         which = ('stage1', 'stage2').index(stage)
         seconds = times[vfm if vfm in times else 'dinov2l'][which]
         if vfm not in times:
-            counted = {row['config']: row['training_multiply_adds'] for row in recorded('costs')['rows']}
+            steps = {row['config']: row['training_multiply_adds'] for row in recorded('costs')['rows']}
             data = 'in22k' if which else 'coco'
-            seconds *= counted[f'{stage}_{vfm}_{data}'] / counted[f'{stage}_dinov2l_{data}']
+            seconds *= steps[f'{stage}_{vfm}_{data}'] / steps[f'{stage}_dinov2l_{data}']
         exact = vfm in times and name in (f'stage1_{vfm}_coco', f'stage2_{vfm}_in22k')
         return '' if exact else '≈ ', epochs * seconds * GPUS / 3600
     rate = next(row for row in recorded('costs')['rows'] if row['config'] == 'stage2_dinov2l_in22k')
@@ -221,11 +225,10 @@ def times() -> str:
 
 def columns() -> str:
     """Parameters and multiply-adds of DINOv2-L: counted, and the paper's."""
-    counted = {row['config']: row for row in recorded('paper_flops')['rows']}
-    rows = []
+    backbones, rows = {row['config']: row for row in recorded('paper_flops')['rows']}, []
     for method, (parameters, sizes) in facts()['columns'].items():
         words = dict(ours='', softmax='softmax_').get(method, f'{method}_')
-        own = counted[f'mask2former_dinov2l_{words}ade20k']
+        own = backbones[f'mask2former_dinov2l_{words}ade20k']
         cells = [METHODS[method], f'{own["parameters"] / 1e6:.2f} / {parameters:.2f}']
         for size, (flops, _) in sizes.items():
             total = own['total'][str(size)] / 1e9
@@ -278,7 +281,10 @@ def page() -> str:
                  '`python tools/analysis_tools/count_flops.py` counts parameters and multiply-adds of DINOv2-L from '
                  'shapes, in half a minute; [errata](errata.md) explains the differences. Peak memory and throughput: '
                  f'`python tools/analysis_tools/benchmark_model.py --arch L`, on a GPU, not run.\n\n{columns()}\n')
-    parts.append(f'## Figures\n\n{figures()}\n')
+    parts.append(f'## Figures\n\n{figures()}\n\n### Figure 3\n\n'
+                 '![memory and multiply-adds of attention modules over tokens](images/attention_costs.png)\n\n'
+                 '*Every attention of adala_mm alone, forward pass of one sequence. Softmax is there twice: with the '
+                 'N x N matrix, and by the fused kernel that PyTorch takes by itself.*\n')
     return '\n'.join(parts)
 
 

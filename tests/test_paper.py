@@ -1,10 +1,11 @@
-"""docs/paper.md has a run for every row of the paper, all of them build, and composed configs say what their file says."""
+"""docs/paper.md has a run for every row of the paper; all of them build; composed configs say what their file says."""
 from __future__ import annotations
 
 import copy
 import functools
 import re
 import sys
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import yaml
 from conftest import ROOT
 from mmcv.transforms import Compose
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 from test_metafiles import load_tool
@@ -23,9 +24,12 @@ from adala_mm.utils.compose import composable, composed, composed_text
 sys.path.insert(0, str(ROOT / 'docs'))
 import make_paper
 
-RUNS = list(dict.fromkeys(run for number in make_paper.facts()['tables'] for row in make_paper.rows_of(number)
-                          for run in make_paper.chain(row.config)))
-COMPOSED = [name for name in RUNS if name not in make_paper.FILES]
+
+@functools.cache
+def runs() -> list[str]:
+    """Configs of all rows, and those that they start from."""
+    return list(dict.fromkeys(run for number in make_paper.facts()['tables'] for row in make_paper.rows_of(number)
+                              for run in make_paper.chain(row.config)))
 
 
 def test_the_page_is_up_to_date():
@@ -54,7 +58,7 @@ def test_every_row_of_the_paper_is_there():
 def model_of(text: str, scope: str) -> torch.nn.Module:
     """A model whose ViTs have two blocks, on the meta device; its config as YAML."""
     with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
-        return MODELS.build(yaml.safe_load(text))
+        return MODELS.build(ConfigDict(yaml.safe_load(text)))
 
 
 def in_small(cfg: Config) -> str:
@@ -70,9 +74,9 @@ def in_small(cfg: Config) -> str:
 def test_every_run_builds(monkeypatch):
     """Model, optimizer, data, pipelines and metrics, each distinct one once; and who learns, and where it starts."""
     monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
-    assert len(RUNS) > 150 and len(COMPOSED) > 70
+    assert len(runs()) > 150 and len(set(runs()) - set(make_paper.FILES)) > 70
     done = set()
-    for name in RUNS:
+    for name in runs():
         cfg = make_paper.read(name)
         for path in make_paper.checkpoints(cfg.model.to_dict()):
             assert path.startswith('timm://') or Path(path).parts[0] == 'work_dirs', name
@@ -95,7 +99,7 @@ def test_every_run_builds(monkeypatch):
                 if options and (key := repr((cfg.default_scope, options))) not in done:
                     done.add(key)
                     assert Compose(copy.deepcopy(options.to_dict()['pipeline'])).transforms
-                    assert DATASETS.build(dict(options.to_dict(), lazy_init=True))
+                    assert DATASETS.build(dict(options.to_dict(), lazy_init=True)).data_root == options.data_root
             metric = cfg.get('val_evaluator')
             if metric and (key := repr(metric)) not in done:
                 done.add(key)
@@ -120,7 +124,10 @@ def changes(cfg: Config, recipe: Config, vfm: str) -> dict:
     return found | {'/model/backbone/init_cfg/checkpoint': weights}
 
 
-@pytest.mark.parametrize('name', COMPOSED[::7] + ['stage2_clipl_qkv_in22k', 'stage2_siglipl_lolcats_in22k'])
+@pytest.mark.parametrize('name', [
+    'stage1_clipl_lolcats_native_coco', 'stage2_clipl_qkv_in22k', 'stage2_siglipl_lolcats_in22k',
+    'linear_clipl_performer_native_in1k', 'linear_siglipl_stage2only_in1k', 'mask2former_in1kl_hedgehog_native_ade20k',
+    'mask2former_siglipl_lolcats_native_1024_cityscapes', 'mask2former_dinov2l_stage2only_1024_cityscapes'])
 def test_composed_changes_of_its_recipe_what_the_file_changes(name):
     path, vfm = composable()[name]
     words = rf'_({"|".join(make_paper.METHODS)}|native|nostage1|stage[12]only|qkv)(?=_)'
@@ -159,10 +166,10 @@ def test_figures_name_what_there_is():
                 assert find_config(name), (number, name)
 
 
-@pytest.mark.parametrize('name', [name for name in RUNS if name.startswith('stage2_')])
-def test_figure_10_finds_its_checkpoints(name):
+@pytest.mark.parametrize('vfm', make_paper.VFMS)
+def test_figure_10_finds_its_checkpoints(vfm):
     """The loop over epochs of stage 2: each one's checkpoint is written, and none is deleted."""
-    hook = make_paper.read(name).default_hooks.checkpoint
+    hook = make_paper.read(f'stage2_{vfm}_in22k').default_hooks.checkpoint
     assert hook.interval == 1 and hook.max_keep_ckpts == -1
 
 
@@ -189,3 +196,21 @@ def test_the_table_of_flops_is_counted():
     assert list(rows) == tool.CONFIGS
     name = 'mask2former_dinov2l_linformer_ade20k'
     assert tool.count(name, [512, 1024]) == rows[name]
+
+
+def test_costs_of_attentions_alone(tmp_path):
+    """Figure 3: softmax by its formula holds two N x N matrices, by the fused kernel none; both multiply alike."""
+    tool = load_tool('analysis_tools/attention_costs')
+    args = Namespace(tokens=[64, 1024], dim=64, heads=2)
+    rows = {(row['name'], row['tokens']): row for row in tool.measure(args, torch.device('cpu'))}
+    assert all('mib' in row for row in rows.values()) and len(rows) > 2 * 20
+    unfused, fused, linear = (rows[name, 1024] for name in (tool.UNFUSED, tool.SOFTMAX, tool.LINEAR))
+    assert unfused['mixing'] == fused['mixing'] == pytest.approx(2 * 1024 ** 2 * 64 / 1e9)
+    assert linear['mixing'] == pytest.approx(2 * 1024 * 32 * 64 / 1e9, rel=0.05)  # and the denominators
+    assert unfused['mib'] >= 2 * 2 * 1024 ** 2 * 4 / 2 ** 20 > 4 * max(fused['mib'], linear['mib'])
+    data = dict(rows=list(rows.values()), settings=vars(args), machine=dict(device='a CPU'))
+    tool.draw(tmp_path / 'costs.png', data)
+    assert (tmp_path / 'costs.png').read_bytes().startswith(b'\x89PNG')
+    assert tool.table(data).count('\n') == len(rows) // 2 + 1
+    with pytest.raises(ArgumentTypeError, match='50 tokens are no square grid'):
+        tool.square('50')

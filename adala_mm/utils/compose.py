@@ -23,15 +23,16 @@ STATED = 'dinov2l'  # the VFM whose configs are all files
 def composable() -> dict[str, tuple[Path, str]]:
     """Name of each config that is composed -> the file that states it for DINOv2-L, and the VFM."""
     files = {path.stem: path for folder in FOLDERS for path in sorted((CONFIGS / folder).glob('*.py'))}
-    vfms = [name.split('_')[1] for name in files if re.fullmatch(r'stage1_[^_]+_coco', name)]
+    vfms = [name.split('_')[1] for name in files if re.fullmatch(r'stage2_[^_]+_in22k', name)]
     found = {}
     for name, path in files.items():
         for vfm in vfms if f'_{STATED}_' in name else ():
-            other = name.replace(STATED, vfm)
-            found[other] = (path, vfm)
-            if name.endswith('_cityscapes') and '_1024_' not in name:
-                found[other.replace('_cityscapes', '_1024_cityscapes')] = (path, vfm)
-    return {name: source for name, source in found.items() if name not in files}
+            stage, dataset = name.split('_')[0], name.split('_')[-1]
+            for size in ('', '1024_') if dataset == 'cityscapes' and '_1024_' not in name else ('',):
+                other = name.replace(STATED, vfm).replace(f'_{dataset}', f'_{size}{dataset}')
+                if other not in files and f'{stage}_{vfm}_{size}{dataset}' in files:  # the recipe that it changes
+                    found[other] = (path, vfm)
+    return found
 
 
 def composed_text(name: str) -> str:
