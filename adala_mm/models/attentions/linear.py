@@ -17,9 +17,14 @@ class LinearAttention(Attention):
     neighbours from the rest, it adds where it is cheapest. It starts at zero, so that the layer is the plain one at
     first. Class and register tokens get nothing from it.
 
+    phi acts on channels one by one, so that of rotary positions it keeps more than the difference of two places:
+    ``phi(R_i q)·phi(R_j k)`` depends on both (see `adala_mm.ops.RotaryPositions`).
+
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
-        feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax``, ``exp`` (A.3).
+        feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax`` over the channels,
+            ``exp`` (A.3); or ``efficient``, softmax over the channels of a query and over the tokens for each channel
+            of the keys: Efficient Attention (Shen et al. 2021, arXiv 1812.01243), whose weights sum to 1 undivided.
         eps: added to the denominator.
         dwconv: side of the kernel, odd; None for no convolution.
         center_keys: whether phi sees the keys less their mean over the image (`centred`).

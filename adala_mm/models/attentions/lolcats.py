@@ -47,7 +47,7 @@ class LoLCATSAttention(HedgehogAttention):
     Its maps start Kaiming-uniform there, ours as Hedgehog's identity.
 
     Args:
-        dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys: as in `HedgehogAttention`.
+        dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys, shared_map: as in `HedgehogAttention`.
         rank: r; 0 for none.
         alpha: numerator of the scale.
     """
@@ -58,8 +58,9 @@ class LoLCATSAttention(HedgehogAttention):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
                  variant: str = 'softmax', eps: float = 1e-12, rank: int = 8, alpha: float = 16.0,
-                 center_keys: bool = False) -> None:
-        super().__init__(dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys=center_keys)
+                 center_keys: bool = False, shared_map: bool = False) -> None:
+        super().__init__(dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys=center_keys,
+                         shared_map=shared_map)
         if rank < 0 or rank > dim:
             raise ValueError(f'rank={rank} of LoRA does not lie between 0 and the width {dim}')
         self.lora = LoRA(dim, rank, alpha) if rank else None

@@ -82,6 +82,9 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     path, state, own = read_backbone(init_cfg)
     if said is not None and (isinstance(said, str) or len(said) != 2 or not all(isinstance(n, int) for n in said)):
         raise ValueError(f'init_cfg.grid={said!r} must be (height, width) in patches, (16, 64) for instance')
+    if said is not None and model.pos_embed is None:
+        raise ValueError(f'init_cfg.grid={said!r} is that of position embeddings, and this ViT has rotary positions, '
+                         'which fit any grid: leave it out')
     grid = recorded_grid(state) if said is None else tuple(said)
     if library := other_library(state):
         place = '.'.join(filter(None, (init_cfg.get('key'), own and init_cfg.get('prefix', 'backbone.').rstrip('.'))))
@@ -173,8 +176,8 @@ def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def is_extra(key: str) -> bool:
-    """Whether a parameter or module is one that a variant adds to the plain attention."""
-    return re.match(r'blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
+    """Whether a parameter or module is one that a variant adds to the plain ViT: to its attention, or queries."""
+    return re.match(r'query_embed|blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
 def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
@@ -238,8 +241,8 @@ def _fit_positions(model: AdaLAViT, state: dict[str, Tensor], grid: tuple[int, i
 
 def resize_positions(model: AdaLAViT, state: dict[str, Any], key: str, grid: tuple[int, int],
                      notes: list[str]) -> None:
-    """``state[key]``, position embeddings of ``grid``, for the model's grid, in place."""
-    if tuple(grid) == model.pos_grid:
+    """``state[key]``, position embeddings of ``grid``, for the model's grid, in place; nothing if there are none."""
+    if tuple(grid) == model.pos_grid or key not in state:
         return
     state[key] = resample_abs_pos_embed(state[key], list(model.pos_grid), old_size=list(grid),
                                         num_prefix_tokens=0 if model.no_embed_class else model.num_prefix)
