@@ -47,10 +47,12 @@ class RotaryPositions:
     ``2 pi coordinate / base^(f / F)``: first the F angles of the row, then those of the column. There is nothing to
     learn and nothing to resample; any grid, in float32.
 
-    Softmax sees ``R_i q·R_j k = q·R_{j-i} k``, which depends on places by their difference only. A kernel's features do
-    not keep this: ``phi(R_i q)·phi(R_j k)`` changes when both places move alike, because phi acts on single channels
-    and a rotation mixes them. So a linear attention with such positions is told where in the image its tokens are, and
-    not only how far apart. `MLLAAttention` and `RALAAttention` turn the features instead.
+    Softmax sees ``R_i q·R_j k = q·R_{j-i} k``, which depends on the places of two patches by their difference only.
+    (Class and register tokens do not turn: to them each place is another.) A kernel's features do not keep this:
+    ``phi(R_i q)·phi(R_j k)`` changes when both places move alike, because phi acts on single channels and a rotation
+    mixes them. So a linear attention with such positions is told where in the image its tokens are, not only how far
+    apart; docs/method.md has numbers. The rotations of features by which `MLLAAttention` and `RALAAttention` keep
+    differences of places come on top, and do not change that.
 
     In training, coordinates may be disturbed, once for all images and blocks of a call, in this order:
 

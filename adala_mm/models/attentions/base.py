@@ -16,9 +16,9 @@ class Attention(nn.Module):
     implements `mix` (or `attend`, if it looks at the input itself), keeps parameters of its own in submodules, and
     registers itself in ``ATTENTIONS``. For the table of attentions it may say more in its class attributes.
 
-    In a ViT with rotary positions (`adala_mm.ops.RotaryPositions`) `mix` gets queries and keys that are turned already,
-    whatever it does: what it adds for positions of its own (distances, tables, rotations) comes on top, means of keys are
-    means of turned ones, and values and the layer's input are not turned.
+    In a ViT with rotary positions (`adala_mm.ops.RotaryPositions`) `mix` gets queries and keys that are turned already:
+    positions of its own (distances, tables, rotations) come on top, means of keys are means of turned ones. Values and
+    the layer's input are not turned.
 
     Args:
         dim: channels C.

@@ -51,13 +51,13 @@ class QueryViT(AdaLAViT):
         """
         x, hw = self.embed(image)
         before, after = self.blocks[:-self.query_blocks], self.blocks[-self.query_blocks:]
-        grid, num_prefix, *rotation = layout = self.layout(x, hw)
+        _, num_prefix, *rotation = layout = self.layout(x, hw)
         x = before(x, layout, (), self.with_cp)[-1]
         count = self.query_embed.num_embeddings
         x = torch.cat([self.query_embed.weight.expand(len(x), -1, -1), x], dim=1)
         wanted = range(self.query_blocks) if self.training else ()
         outputs = [x] * self.training + [
-            out for out in after(x, (grid, count + num_prefix, *rotation), wanted, self.with_cp) if out is not None]
+            out for out in after(x, (hw, count + num_prefix, *rotation), wanted, self.with_cp) if out is not None]
         pairs = []
         for tokens in map(self.norm, outputs):
             pairs += [self._format(tokens[:, count:], hw), tokens[:, :count]]
