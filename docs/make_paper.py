@@ -257,8 +257,8 @@ def totals() -> str:
     stage2 = math.fsum(hours(run)[1] for run in runs if run.startswith('stage2'))
     return (f'{listed} rows of 12 tables and {len(facts()["figures"])} figures; {len(rows)} of the rows are runs of '
             f'{len({row.config for row in rows})} configs. With all that they start from, {len(runs)} runs, which '
-            f'would take more than {total:,.0f} GPU-hours, {stage2:,.0f} of them in stage 2. `tests/test_paper.py` builds '
-            'all of them.\n')
+            f'would take more than {total:,.0f} GPU-hours, {stage2:,.0f} of them in stage 2. '
+            '`tests/test_paper.py` builds all of them.\n')
 
 
 def page() -> str:
