@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from adala_mm.adapters.base import TESTED, Adapter, Layout, refuse
 from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.attentions.base import split_heads
+from adala_mm.ops import Rotation
 
 
 class Timm(Adapter):
@@ -23,8 +25,8 @@ class Timm(Adapter):
     def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.apply_their('q_norm', q), self.apply_their('k_norm', k), v
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        out = self.apply_their('norm', super().attend(x, hw, num_prefix))
+    def attend(self, x: Tensor, *layout: Any) -> Tensor:
+        out = self.apply_their('norm', super().attend(x, *layout))
         return out * self._modules['gate'](x).sigmoid() if 'gate' in self.theirs else out
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -36,37 +38,29 @@ class Timm(Adapter):
 class TimmRotary(Timm):
     """timm's ``EvaAttention`` and ``AttentionRope``: separate biases, and patches of q and k turned by their place."""
 
-    options = ('num_prefix_tokens', 'rotate_half')
-    rope: Tensor | None = None
+    options = ('rotate_half',)
 
     @staticmethod
     def finishes(theirs: frozenset[str]) -> bool:
-        return True
+        return 'q_bias' in theirs or Timm.finishes(theirs)
 
     def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if 'q_bias' in self.theirs:  # keys have none
             q, v = (x + split_heads(bias[None, None], self.num_heads) for x, bias in
                     ((q, self.q_bias), (v, self.v_bias)))
-        q, k, v = super().finish(q, k, v)
-        return self.rotate(q).type_as(v), self.rotate(k).type_as(v), v
-
-    def rotate(self, x: Tensor) -> Tensor:
-        if self.rope is None:
-            return x
-        from timm.layers import apply_rot_embed_cat
-        prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=2)
-        if patches.shape[2] != self.rope.shape[-2]:
-            raise ValueError(f'{type(self).__name__} projects {patches.shape[2]} patches, and the model has rotary '
-                             f'positions for {self.rope.shape[-2]}: no padding, please')
-        return torch.cat([prefix, apply_rot_embed_cat(patches, self.rope, half=self.rotate_half)], dim=2)
+        return super().finish(q, k, v)
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        self.rope = rope  # of this call, on its way to `finish`
-        try:
-            return super().forward(x, attn_mask, is_causal)
-        finally:
-            self.rope = None
+        refuse('attn_mask', attn_mask)
+        refuse('is_causal', is_causal)
+        return self.apply_their('proj_drop', self.mixed(x) if rope is None else self.mixed(x, self.rotation(rope)))
+
+    def rotation(self, rope: Tensor) -> Rotation:
+        """Of timm's table (..., n, 2 D) of sines and cosines, in which each stands twice."""
+        sin, cos = rope.chunk(2, dim=-1)
+        once = slice(0, sin.shape[-1] // 2) if self.rotate_half else slice(0, None, 2)
+        return Rotation(cos[..., once], sin[..., once], interleaved=not self.rotate_half)
 
 
 class Transformers(Adapter):
@@ -143,6 +137,7 @@ class Family:
         grid: patch grid (h, w) of the images that the model was built for, or None.
         num_prefix: number of class and register tokens.
         features: final normalised tokens (B, N, C) of images (B, 3, H, W).
+        rotary: whether its attentions turn queries and keys by the places of patches.
     """
 
     name: str
@@ -155,6 +150,7 @@ class Family:
     grid: Callable[[nn.Module], tuple[int, int] | None]
     num_prefix: Callable[[nn.Module], int]
     features: Callable[[nn.Module, Tensor], Tensor]
+    rotary: Callable[[nn.Module], bool] = lambda vit: False
 
     def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
         """The attention of each block."""
@@ -197,7 +193,8 @@ def _mmpretrain_features(vit: nn.Module, images: Tensor) -> Tensor:
 def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapter: type[Adapter]) -> Family:
     return Family(name, models, attentions, adapter, 'blocks', 'attn', 'patch_embed.proj',
                   grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
-                  features=lambda vit, images: vit.forward_features(images))
+                  features=lambda vit, images: vit.forward_features(images),
+                  rotary=lambda vit: getattr(vit, 'rope', None) is not None)
 
 
 HF = 'transformers.models.'
@@ -231,7 +228,7 @@ FAMILIES = (
     Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
            ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, 'blocks', 'attn', None,
            grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
-           features=lambda vit, images: vit.forward_features(images)),
+           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary is not None),
 )
 
 

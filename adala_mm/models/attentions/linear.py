@@ -4,7 +4,7 @@ from torch import Tensor
 
 from adala_mm.models.attentions.base import Attention, centred, merge_heads
 from adala_mm.models.attentions.parts import DepthwiseConv
-from adala_mm.ops import check_feature_map, linear_attention, linear_attention_packed
+from adala_mm.ops import Rotation, check_feature_map, linear_attention, linear_attention_packed
 from adala_mm.registry import ATTENTIONS
 
 
@@ -16,6 +16,9 @@ class LinearAttention(Attention):
     values over the patch grid, ``dwconv^2 C`` multiply-adds a patch. What linear attention cannot do, telling a token's
     neighbours from the rest, it adds where it is cheapest. It starts at zero, so that the layer is the plain one at
     first. Class and register tokens get nothing from it.
+
+    phi acts on channels one by one, so that of rotary positions it keeps more than the difference of two places:
+    ``phi(R_i q)·phi(R_j k)`` depends on both (see `adala_mm.ops.RotaryPositions`).
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
@@ -48,9 +51,9 @@ class LinearAttention(Attention):
         out = linear_attention(q, centred(k) if self.center_keys else k, v, self.feature_map, self.eps)
         return out if self.dwconv is None else out + self.dwconv(v, hw, num_prefix)
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        if self.center_keys:
-            return super().attend(x, hw, num_prefix)
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        if self.center_keys or rotation is not None:
+            return super().attend(x, hw, num_prefix, rotation)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
         out = linear_attention_packed(qkv, self.feature_map, self.eps).flatten(2)
         if self.dwconv is None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import split_heads
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
+from adala_mm.ops import Rotation
 from adala_mm.registry import ATTENTIONS
 
 TARGETS = ('q', 'k', 'v', 'o')
@@ -70,8 +71,8 @@ class LoLCATSAttention(HedgehogAttention):
         qkv = F.linear(x, self.qkv.weight + self.lora.delta('qkv'), self.qkv.bias)
         return split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        attended = self.attend(x, hw, num_prefix)
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        attended = self.attend(x, hw, num_prefix, rotation)
         if self.lora is None:
             return self.proj(attended)
         return F.linear(attended, self.proj.weight + self.lora.delta('o'), self.proj.bias)

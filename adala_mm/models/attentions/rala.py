@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adala_mm.models.attentions.base import Attention, merge_heads
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import DepthwiseConv, IdentityGate, grid_angles, rotate
-from adala_mm.ops import elu1, in_float32
+from adala_mm.ops import Rotation, elu1, in_float32
 from adala_mm.registry import ATTENTIONS
 
 
@@ -62,5 +62,5 @@ class RALAAttention(Attention):
             q, k = rotate(q, angles), rotate(k, angles)
         return q @ (k.transpose(-2, -1) @ v) / (weight + self.eps) + local
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        return merge_heads(self.mix(*self.project(x), hw, num_prefix)) * self.gate(x)
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        return super().attend(x, hw, num_prefix, rotation) * self.gate(x)
