@@ -14,7 +14,7 @@ from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_si
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.adapters import Adapter, Family
+from adala_mm.adapters import Adapter, Family, find_vit
 from adala_mm.calibration import calibrate
 from adala_mm.linearization import is_linear
 from adala_mm.pairing import find_pair, first_of, frozen, report, require_whole, restored, steps_in, validated
@@ -220,10 +220,16 @@ def _distance(got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _learning(model: nn.Module, learners: list[nn.Parameter], pairs: list[Pair], stage: int) -> Iterator[None]:
-    """Stage 1 trains attentions alone, without the model's own dropouts in them: the teacher has none."""
+    """Stage 1 trains attentions alone, without the model's own dropouts in them: the teacher has none.
+
+    In neither stage positions move, as DINOv3's do in training: the teacher's do not.
+    """
+    vit, family = find_vit(model)
     with restored(model):
         model.requires_grad_(False)
         model.train(stage == 2)
+        for name in family.augments:
+            vit.get_submodule(name).eval()
         for parameter in learners:
             parameter.requires_grad_(True)
         for new, softmax in pairs if stage == 1 else ():

@@ -28,15 +28,17 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     takes. Without training, the new model knows little of the old one: see `adala_mm.align`.
 
     Args:
-        model: timm ``VisionTransformer`` or ``Eva``, transformers ``Dinov2Model``, ``Dinov2WithRegistersModel``,
-            ``CLIPVisionModel`` or ``SiglipVisionModel``, mmpretrain ``VisionTransformer``, our ``AdaLAViT``; or a model
-            with one of them inside, such as a classifier or ``CLIPModel``.
+        model: timm ``VisionTransformer`` or ``Eva``; transformers ``ViTModel``, ``DeiTModel``, ``Dinov2Model``,
+            ``Dinov2WithRegistersModel``, ``DINOv3ViTModel``, their ``...Backbone``, ``CLIPVisionModel``,
+            ``SiglipVisionModel``, ``DPTModel`` or ``EomtForUniversalSegmentation``; mmpretrain ``VisionTransformer``;
+            our ``AdaLAViT``; or a model with one of them inside, such as a classifier, Depth Anything or ``CLIPModel``.
         attention: class name without "Attention" in any case (``linear``, ``hedgehog``, ``coarse-to-fine``, ...), a
             registered name, ``dict(type=..., <options>)``, or a subclass of `adala_mm.models.attentions.Attention`.
             ``auto`` takes what `advised` says for the image size that the model was built for, ``dict(type='auto',
             grid=(64, 64))`` for another one, in patches.
         keep_softmax: blocks that stay as they are, negative ones counted from the end. So do blocks that have been
-            replaced before: two calls give two kinds of attention.
+            replaced before: two calls give two kinds of attention. In EoMT, the blocks that queries have joined always
+            stay, and do not count.
         inplace: change ``model`` instead of a copy. Hooks on the replaced attentions are lost either way.
 
     Returns:

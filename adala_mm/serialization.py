@@ -23,10 +23,15 @@ from adala_mm.utils.checkpoint import file_notes, load_checkpoint
 
 # What is set on a model and not built into it.
 SWITCHES = ('name_or_path', 'training', 'num_linear_blocks', 'grad_checkpointing', 'gradient_checkpointing', 'with_cp',
-            'compile_mode', 'trainable', 'loaded', 'built_from')
+            'compile_mode', 'trainable', 'loaded', 'built_from', 'rope')
+NO_PART = ('quantization_config', 'auto_map')  # of the architecture that a config of transformers tells
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 MODELS = tuple(name for family in FAMILIES for name in family.models)
-TRANSFORMERS = tuple(dict.fromkeys(name.rpartition('.')[0] for name in MODELS if name.startswith('transformers.')))
+# Modules of transformers with the ViTs, and with what has one of their backbones inside.
+AROUND = ('depth_anything', 'prompt_depth_anything', 'mask2former', 'oneformer', 'upernet')
+TRANSFORMERS = tuple(dict.fromkeys([
+    *(name.rpartition('.')[0] for name in MODELS if name.startswith('transformers.')),
+    *(f'transformers.models.{name}.modeling_{name}' for name in AROUND)]))
 
 
 def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None = None) -> None:
@@ -151,7 +156,8 @@ def describe_base(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any
         base = {'library': cls.__module__.partition('.')[0], 'name': name,
                 'args': ARGUMENTS.get(name, lambda vit: {})(vit) | model_args}
     else:
-        return f'{name} is a class of your own'
+        theirs = name.startswith('transformers.')
+        return f'{name} is {"no class that load builds" if theirs else "a class of your own"}'
     try:
         return json.loads(json.dumps(base))
     except TypeError as error:
@@ -186,6 +192,8 @@ def build(base: Mapping[str, Any]) -> nn.Module:
             from transformers import PreTrainedModel
             if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None):
                 raise ValueError(f'the file asks for {name}, which is no model of transformers')
+            if fetched := fetched_backbone(args):
+                raise ValueError(f'the file asks for {kind} with a backbone from elsewhere, {fetched}')
             return cls(cls.config_class.from_dict(without_private(args)))
         softmax = {'attention': {'type': 'adala_mm.SoftmaxAttention'}} if library == MARK else {}
         return cls(**args, **softmax)
@@ -198,12 +206,18 @@ def names_classes(args: Any) -> bool:
     return isinstance(args, list) and any(map(names_classes, args))
 
 
+def fetched_backbone(config: dict[str, Any]) -> str | None:
+    """The repository from which transformers would take a part of the model while it is built."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next((part['backbone'] for part in parts if part.get('backbone')), None)
+
+
 def without_private(config: Any) -> Any:
     """A config of transformers without what is no part of the architecture, such as kernels from the hub."""
     if not isinstance(config, dict):
         return config
     return {key: without_private(value) for key, value in config.items()
-            if not key.startswith('_') and 'attn_implementation' not in key and key != 'quantization_config'}
+            if not key.startswith('_') and 'attn_implementation' not in key and key not in NO_PART}
 
 
 def difference(model: nn.Module, base: dict[str, Any], state: dict[str, Tensor]) -> str | None:

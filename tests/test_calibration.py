@@ -27,7 +27,7 @@ from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.records import read_scalars
 
-HIDDEN = ('mlp.fc2', 'mlp.weights_out', 'ffn.layers.1')
+HIDDEN = ('mlp.fc2', 'mlp.weights_out', 'mlp.down_proj', 'output.dense', 'ffn.layers.1')
 
 
 class Exact(SoftmaxAttention):

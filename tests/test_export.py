@@ -308,6 +308,18 @@ def test_a_linearized_classifier_of_transformers(tmp_path):
     assert json.loads(target.notes['classes']) == ['cat', 'dog'] and target.outputs == ('logits',)
 
 
+def test_classifiers_of_transformers_resize_their_positions(tmp_path):
+    from test_transformers import AROUND, eomt
+    target = export.of_linearized(linearize(AROUND['classifier'][0]()), 'model', size=(24, 40))
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2'))
+    with pytest.raises(ValueError, match='EomtForUniversalSegm.* takes images of 32 x 32 only: say --fixed-size$'):
+        export.of_linearized(linearize(eomt()))
+    target = export.of_linearized(linearize(eomt()), fixed=True)
+    assert target.module(torch.randn(1, 3, *target.size))[0].shape == (1, 3 + 16, 32)  # tokens without queries
+    with pytest.raises(ValueError, match='takes images of 32 x 32 only: leave the size out$'):
+        export.of_linearized(linearize(eomt()), size=(40, 40), fixed=True)
+
+
 def test_names_of_classes(trained, tmp_path, monkeypatch):
     """They come from the checkpoint, where MMEngine's runner puts them."""
     import onnx

@@ -119,7 +119,7 @@ def naive_local(lcm, x, hw, num_prefix=0):
 
 
 def naive_window(layer, x, hw, num_prefix=0):
-    """Zheng 2025 (arXiv 2501.16182), section on local window attention: every token looks up whom it sees."""
+    """Zheng 2025 (arXiv 2501.16182), as its code has it (MIT): every token looks up whom it sees."""
     (h, w), s = hw, layer.window_size
     images = []
     for image in x:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import io
 import logging
@@ -50,7 +49,18 @@ EVA = {
                   global_pool='avg'),
     'eva': dict(),
 }
-HF = ('hf_dinov2', 'hf_dinov2_with_registers', 'hf_clip', 'hf_siglip')
+MLP = dict(intermediate_size=64)
+HF = {  # class of transformers, and what its config has beside what all have
+    'hf_vit': ('ViTModel', MLP),
+    'hf_deit': ('DeiTModel', MLP),
+    'hf_dinov2': ('Dinov2Model', {}),
+    'hf_dinov2_with_registers': ('Dinov2WithRegistersModel', {}),
+    'hf_backbone': ('Dinov2WithRegistersBackbone', dict(out_features=['stage1', 'stage3'])),
+    'hf_dinov3': ('DINOv3ViTModel', dict(num_register_tokens=4, pos_embed_rescale=None, **MLP)),
+    'hf_clip': ('CLIPVisionModel', MLP),
+    'hf_siglip': ('SiglipVisionModel', MLP),
+    'hf_dpt': ('DPTModel', MLP),
+}
 FAMILIES = (*TIMM, *EVA, *HF, 'mmpretrain', 'mmpretrain_no_class', 'adala')
 every_family = pytest.mark.parametrize('family', FAMILIES)
 
@@ -62,14 +72,11 @@ def timm_vit(name: str = 'augreg', **changes) -> nn.Module:
 
 
 def hf_vit(name: str, **changes) -> nn.Module:
-    name = name.removeprefix('hf_')
-    module = importlib.import_module(f'transformers.models.{name}.modeling_{name}')
-    kind = {'clip': 'CLIPVision', 'siglip': 'SiglipVision', 'dinov2': 'Dinov2',
-            'dinov2_with_registers': 'Dinov2WithRegisters'}[name]
-    config = getattr(module, f'{kind}Config')(**dict(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8) | changes
-        | (dict(intermediate_size=64) if name in ('clip', 'siglip') else {}))
-    return getattr(module, f'{kind}Model')(config)
+    import transformers
+    kind, options = HF[name]
+    cls = getattr(transformers, kind)
+    return cls(cls.config_class(**dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32,
+                                       patch_size=8) | options | changes))
 
 
 def build(family: str) -> nn.Module:
@@ -100,10 +107,13 @@ def awaken(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """All that the model says of its patches."""
     name = type(model).__name__
-    if name in ('CLIPVisionModel', 'SiglipVisionModel'):
+    if name in ('CLIPVisionModel', 'SiglipVisionModel', 'ViTModel', 'DeiTModel'):
         return model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
-    if name.startswith('Dinov2'):
+    if name.endswith('Backbone'):
+        return torch.cat([maps.flatten(2) for maps in model(images).feature_maps], dim=-1)
+    if name in ('Dinov2Model', 'Dinov2WithRegistersModel', 'DINOv3ViTModel', 'DPTModel'):
         return model(images).last_hidden_state
     return model.forward_features(images) if hasattr(model, 'blocks') else model(images)[-1]
 
@@ -193,7 +203,8 @@ def test_every_attention_in_timm_equals_our_vit(kind):
     assert grads['blocks.0.attn.qkv.weight'].abs().max() > 0
 
 
-@pytest.mark.parametrize('family', ['dinov3', 'eva02', 'mixed', 'hf_dinov2_with_registers', 'hf_siglip', 'mmpretrain'])
+@pytest.mark.parametrize('family', ['dinov3', 'eva02', 'mixed', 'hf_dinov2_with_registers', 'hf_dinov3', 'hf_siglip',
+                                    'mmpretrain'])
 @pytest.mark.parametrize('kind', ['rala', 'inline', 'polaformer', 'vicinity', 'vig', 'lolcats', 'linformer'])
 def test_attentions_with_parts_of_their_own_elsewhere(family, kind):
     model = linearize(build(family), kind)
@@ -204,7 +215,7 @@ def test_attentions_with_parts_of_their_own_elsewhere(family, kind):
     assert model.num_linear_blocks == 3
 
 
-@pytest.mark.parametrize('family', ['qk_norm', 'dinov3', 'eva02', 'eva', 'hf_clip', 'mmpretrain'])
+@pytest.mark.parametrize('family', ['qk_norm', 'dinov3', 'eva02', 'eva', 'hf_clip', 'hf_dinov3', 'mmpretrain'])
 @torch.no_grad()
 def test_layers_that_project_in_their_own_way(family):
     """LoRA's updates start at zero: LoLCATS is at first Hedgehog, norms, biases and rotations included."""
@@ -212,10 +223,11 @@ def test_layers_that_project_in_their_own_way(family):
     torch.testing.assert_close(run(linearize(model, 'lolcats'), images), run(linearize(model, 'hedgehog'), images))
 
 
+@pytest.mark.parametrize('family', ['dinov3', 'hf_dinov3'])
 @torch.no_grad()
-def test_windows_that_reach_over_the_edge_with_rotary_positions():
+def test_windows_that_reach_over_the_edge_with_rotary_positions(family):
     """One window around the whole grid is softmax attention, however much of it is padding."""
-    model, images = build('dinov3'), torch.randn(1, 3, 24, 40)
+    model, images = build(family), torch.randn(1, 3, 24, 40)
     torch.testing.assert_close(run(linearize(model, dict(type='window', window_size=7)), images), run(model, images),
                                rtol=1e-4, atol=1e-4)
 
@@ -242,7 +254,7 @@ def test_copy_and_inplace():
     assert not torch.allclose(model(images), before)
 
 
-@pytest.mark.parametrize('family', ['qk_norm', 'dinov3', 'hf_siglip', 'mmpretrain'])
+@pytest.mark.parametrize('family', ['qk_norm', 'dinov3', 'hf_siglip', 'hf_dinov3', 'mmpretrain'])
 @torch.no_grad()
 def test_copies_and_pickles(family):
     model, file = linearize(build(family), 'polaformer'), io.BytesIO()
@@ -342,8 +354,10 @@ def test_transformers_call_signatures():
         model = linearize(build(name), keep_softmax=[0])
         images = torch.randn(1, 3, 32, 32)
         output = model(pixel_values=images, output_hidden_states=True)
-        assert len(output.hidden_states) == 4 and output.pooler_output.shape == (1, 32)
-        assert torch.equal(model(images, return_dict=False)[0], output.last_hidden_state)
+        assert len(output.hidden_states) == 4
+        if name != 'hf_backbone':
+            assert output.pooler_output.shape == (1, 32)
+            assert torch.equal(model(images, return_dict=False)[0], output.last_hidden_state)
         with pytest.raises(ValueError, match='output_attentions needs attention weights'):
             model(pixel_values=images, output_attentions=True)
     model, images = linearize(hf_vit('hf_dinov2', attn_implementation='eager')), torch.randn(1, 3, 32, 32)
@@ -401,7 +415,7 @@ def gradients(model: nn.Module, *sizes: tuple[int, int]) -> torch.Tensor:
 EQUAL = (16, 32), (32, 16), (8, 64), (16, 32)  # as many patches
 
 
-@pytest.mark.parametrize('family', ['augreg', 'dinov3', 'hf_dinov2', 'hf_clip', 'mmpretrain'])
+@pytest.mark.parametrize('family', ['augreg', 'dinov3', 'hf_vit', 'hf_dinov2', 'hf_dinov3', 'hf_clip', 'mmpretrain'])
 def test_checkpointing_with_images_of_several_sizes(family):
     """Blocks are repeated when the patch embedding has seen other images, with their own grids nevertheless."""
     model = linearize(build(family), 'rmt')

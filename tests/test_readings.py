@@ -21,7 +21,7 @@ from adala_mm.utils.cli import base_parser, load_config
 
 PAGE = (ROOT / 'docs/readings.md').read_text(encoding='utf-8')
 LINES = [shlex.split(line)[2:] for line in PAGE.replace('\\\n', '').splitlines()
-         if line.startswith('python tools/train.py')]
+         if line.startswith('python tools/train.py configs/') and '/real/' not in line]
 POOL = 'vit_large_patch16_siglip_256.webli'
 
 

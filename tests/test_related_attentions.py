@@ -102,7 +102,7 @@ def table(weight, hw, mode='bicubic'):
 
 
 def rala(layer, q, k, v, hw, p, rotary=True):
-    """Fan et al. 2025 (arXiv 2411.07635), section on the augmented KV buffer; the rotation as its model has it.
+    """Fan et al. 2025 (arXiv 2411.07635), the definition of RALA, by words: g, alpha, the rotation of numerators alone.
 
     Not from its code, which has no licence. The gate and the convolution are in `reference`.
     """
@@ -155,7 +155,7 @@ def polaformer(layer, q, k, v, hw, p, alpha=4.0):
 
 
 def agent(layer, q, k, v, hw, p, num_agents=49):
-    """Han et al. 2024 (arXiv 2312.08874), section on the agent attention module: two softmaxes, a bias in each."""
+    """Han et al. 2024 (arXiv 2312.08874), the definition of agent attention, by words: two softmaxes, a bias in each."""
     (h, w), side = hw, math.isqrt(num_agents)
     q, k, v = split(q), split(k), split(v)
     patches = q[:, :, p:].unflatten(2, hw)

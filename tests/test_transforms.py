@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_export import attention
-from test_linearize import SIZES, awaken, build, run, timm_vit
+from test_linearize import HF, SIZES, awaken, build, run, timm_vit
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.export import Dim
@@ -74,7 +74,8 @@ def test_jit_trace_holds_for_other_batches_and_sizes(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('family', ['siglip', 'eva02', 'hf_dinov2', 'hf_clip', 'hf_siglip', 'mmpretrain', 'adala'])
+@pytest.mark.parametrize('family', ['siglip', 'eva02', 'hf_vit', 'hf_dinov2', 'hf_clip', 'hf_siglip', 'mmpretrain',
+                                    'adala'])
 def test_jit_trace_in_other_families(family):
     class Tokens(nn.Module):
         def __init__(self):
@@ -114,16 +115,15 @@ def test_torch_export(kind, strict):
     assert not [node for node in program.graph.nodes if 'adala_mm' in str(node.target)]
 
 
-@pytest.mark.parametrize('family', ['hf_dinov2', 'hf_dinov2_with_registers', 'hf_clip', 'hf_siglip'])
+@pytest.mark.parametrize('family', [name for name in HF if name not in ('hf_deit', 'hf_dpt', 'hf_backbone')])
 @torch.no_grad()
 def test_graphs_of_transformers(family):
     """transformers 5 gives its attentions a mask in every graph, whether the caller has one or not."""
     model, other = linearize(build(family).double(), keep_softmax=[0]), images(BATCH, (32, 32))
     program = torch.export.export(model, (images(size=(32, 32)),), dynamic_shapes={'pixel_values': {0: Dim('batch')}})
-    close(program.module()(other).last_hidden_state, model(other).last_hidden_state)
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    close(compiled(other).last_hidden_state, model(other).last_hidden_state)
-    if 'dinov2' in family:
+    for graph in (program.module(), torch.compile(model, backend='eager', fullgraph=True)):
+        close(graph(other)[0], model(other)[0])
+    if family in ('hf_dinov2', 'hf_dinov2_with_registers'):
         with pytest.raises(ValueError, match='(attention|head)_mask needs attention weights'):
             torch.export.export(model, (other, None, torch.ones(BATCH, 17)))
 

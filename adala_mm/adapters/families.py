@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adala_mm.adapters.base import TESTED, Adapter, Layout, refuse
+from adala_mm.adapters.base import TESTED, Adapter, Layout, find_part, refuse
 from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.attentions.base import split_heads
 from adala_mm.ops import Rotation
@@ -66,8 +66,9 @@ class TimmRotary(Timm):
 class Transformers(Adapter):
     """Attentions of transformers: three projections, and a second result where attention weights would be: None.
 
-    DINOv2's of transformers 4 has its projections in one submodule, those of outputs with a dropout in another, and
-    has no second result. Its second argument is a mask of heads.
+    Those of ViT, DeiT and DINOv2 of transformers 4, and of DPT, have their projections in one submodule, that of
+    outputs with a dropout in another, and no second result. Their second argument is a mask of heads. DINOv3's are told
+    cosines and sines (h w, D) of the places of patches, each of which stands twice.
     """
 
     @staticmethod
@@ -75,12 +76,13 @@ class Transformers(Adapter):
         return source._modules.get('attention', source)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
-                **kwargs) -> Tensor | tuple[Tensor, None]:
+                position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs) -> Tensor | tuple[Tensor, None]:
         if not torch.compiler.is_exporting():  # `refuse_weights` has seen what the caller gave
             refuse('attention_mask', attention_mask)
         for name in ASK_FOR_WEIGHTS[1:]:
             refuse(name, kwargs.get(name))
-        out = self.mixed(hidden_states)
+        rotation = [Rotation(*(x.chunk(2, dim=-1)[0] for x in position_embeddings))] if position_embeddings else []
+        out = self.mixed(hidden_states, *rotation)
         return self._modules['output'].dropout(out) if 'output' in self.theirs else (out, None)
 
 
@@ -132,32 +134,40 @@ class Family:
         name: for messages.
         models, attentions: qualified names of classes, subclasses of the models included, of the attentions not.
         adapter: for its attentions.
-        blocks, attention, patches: names of the list of blocks in the model, of the attention in a block, of the
-            convolution that cuts patches, None if the blocks are told the grid.
+        blocks: names of the list of blocks in the model, which differ between versions of a library: one of them is
+            there.
+        attention, patches: names of the attention in a block, and of the convolution that cuts patches, None if the
+            blocks are told the grid.
         grid: patch grid (h, w) of the images that the model was built for, or None.
         num_prefix: number of class and register tokens.
         features: final normalised tokens (B, N, C) of images (B, 3, H, W).
         rotary: whether its attentions turn queries and keys by the places of patches.
+        depth: how many of the blocks, from the first one on, are those of a plain ViT; None if all.
+        augments: names of parts that move positions at random in training.
+        one_size: whether the model takes images of no other size than it was built for.
     """
 
     name: str
     models: tuple[str, ...]
     attentions: tuple[str, ...]
     adapter: type[Adapter] | type[Own]
-    blocks: str
+    blocks: tuple[str, ...]
     attention: str
     patches: str | None
     grid: Callable[[nn.Module], tuple[int, int] | None]
     num_prefix: Callable[[nn.Module], int]
     features: Callable[[nn.Module, Tensor], Tensor]
     rotary: Callable[[nn.Module], bool] = lambda vit: False
+    depth: Callable[[nn.Module], int | None] = lambda vit: None
+    augments: tuple[str, ...] = ()
+    one_size: Callable[[nn.Module], bool] = lambda vit: False
 
     def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
         """The attention of each block."""
         return [getattr(block, self.attention, None) for block in self.blocks_of(vit)]
 
     def blocks_of(self, vit: nn.Module) -> nn.ModuleList:
-        return vit.get_submodule(self.blocks)
+        return find_part(vit, self.blocks)[:self.depth(vit)]
 
     def listen(self, vit: nn.Module, layout: Layout) -> None:
         """Hooks by which the layers know with what the model has been called."""
@@ -170,8 +180,12 @@ class Family:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether this is one of the models; in transformers 4 some are shells around another of them."""
-        names = {f'{cls.__module__}.{cls.__qualname__}' for cls in type(module).__mro__}
-        return not names.isdisjoint(self.models) and getattr(module, self.blocks.split('.')[0], None) is not None
+        return not _classes_of(module).isdisjoint(self.models) and any(
+            getattr(module, blocks.split('.')[0], None) is not None for blocks in self.blocks)
+
+
+def _classes_of(module: nn.Module) -> set[str]:
+    return {f'{cls.__module__}.{cls.__qualname__}' for cls in type(module).__mro__}
 
 
 def _config_grid(vit: nn.Module) -> tuple[int, int]:
@@ -190,46 +204,114 @@ def _mmpretrain_features(vit: nn.Module, images: Tensor) -> Tensor:
     return found[-1]
 
 
+def _resizing_features(vit: nn.Module, images: Tensor) -> Tensor:
+    """Of models that resize their positions if told so, which they can if they were built for square images."""
+    return vit(pixel_values=images, interpolate_pos_encoding=not _is_oblong(vit))[0]
+
+
+def _is_oblong(vit: nn.Module) -> bool:
+    rows, columns = _config_grid(vit)
+    return rows != columns
+
+
+def _backbone_features(vit: nn.Module, images: Tensor) -> Tensor:
+    """Of a model, or of its twin that answers with maps of the stages in ``config.out_features``."""
+    if not hasattr(vit, 'out_features'):
+        return vit(pixel_values=images)[0]
+    found = vit(pixel_values=images, output_hidden_states=True, return_dict=True)
+    return find_part(vit, ('layernorm', 'norm'))(found.hidden_states[-1])
+
+
+def _eomt_features(vit: nn.Module, images: Tensor) -> Tensor:
+    """What the queries join, normalised: the tokens of the image behind the blocks that are without queries."""
+    tokens = vit.embeddings(images)
+    for block in vit.layers[:_without_queries(vit)]:
+        tokens = block(tokens)
+    return vit.layernorm(tokens)
+
+
+def _without_queries(vit: nn.Module) -> int:
+    return vit.config.num_hidden_layers - vit.config.num_blocks
+
+
 def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapter: type[Adapter]) -> Family:
-    return Family(name, models, attentions, adapter, 'blocks', 'attn', 'patch_embed.proj',
+    return Family(name, models, attentions, adapter, ('blocks',), 'attn', 'patch_embed.proj',
                   grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
                   features=lambda vit, images: vit.forward_features(images),
-                  rotary=lambda vit: getattr(vit, 'rope', None) is not None)
+                  rotary=lambda vit: getattr(vit, 'rope', None) is not None,
+                  one_size=lambda vit: not getattr(vit, 'dynamic_img_size', True))
 
 
-HF = 'transformers.models.'
+def _hf(module: str, *classes: str) -> tuple[str, ...]:
+    return tuple(f'transformers.models.{module}.modeling_{module}.{name}' for name in classes)
+
+
+def _transformers(name: str, models: tuple[str, ...], attentions: tuple[str, ...], blocks: tuple[str, ...],
+                  attention: str = 'attention', patches: str = 'embeddings.patch_embeddings.projection',
+                  **options) -> Family:
+    return Family(f'transformers {name}', models, attentions, Transformers, blocks, attention, patches,
+                  grid=_config_grid, **options)
+
+
 FAMILIES = (
     _timm('timm VisionTransformer', ('timm.models.vision_transformer.VisionTransformer',),
           ('timm.layers.attention.Attention',), Timm),
     _timm('timm Eva (DINOv3, EVA-02, PE)', ('timm.models.eva.Eva',),
           ('timm.models.eva.EvaAttention', 'timm.layers.attention.AttentionRope'), TimmRotary),
-    Family('transformers Dinov2Model, Dinov2WithRegistersModel',
-           (f'{HF}dinov2.modeling_dinov2.Dinov2Model',
-            f'{HF}dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel'),
-           (f'{HF}dinov2.modeling_dinov2.Dinov2Attention',
-            f'{HF}dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersAttention'),
-           Transformers, 'encoder.layer', 'attention', 'embeddings.patch_embeddings.projection', grid=_config_grid,
-           num_prefix=lambda vit: 1 + getattr(vit.config, 'num_register_tokens', 0),
-           features=lambda vit, images: vit(pixel_values=images)[0]),
-    Family('transformers CLIPVisionModel',
-           tuple(f'{HF}clip.modeling_clip.CLIPVision{kind}' for kind in ('Model', 'Transformer')),
-           (f'{HF}clip.modeling_clip.CLIPAttention',), Transformers, 'encoder.layers', 'self_attn',
-           'embeddings.patch_embedding', grid=_config_grid, num_prefix=lambda vit: 1,
-           features=lambda vit, images: vit.post_layernorm(vit(pixel_values=images, interpolate_pos_encoding=True)[0])),
-    Family('transformers SiglipVisionModel',
-           tuple(f'{HF}siglip.modeling_siglip.SiglipVision{kind}' for kind in ('Model', 'Transformer')),
-           (f'{HF}siglip.modeling_siglip.SiglipAttention',), Transformers, 'encoder.layers', 'self_attn',
-           'embeddings.patch_embedding', grid=_config_grid, num_prefix=lambda vit: 0,
-           features=lambda vit, images: vit(pixel_values=images, interpolate_pos_encoding=True)[0]),
+    _transformers(
+        'ViTModel, DeiTModel', _hf('vit', 'ViTModel') + _hf('deit', 'DeiTModel'),
+        _hf('vit', 'ViTAttention') + _hf('deit', 'DeiTAttention'), ('encoder.layer', 'layers'),
+        num_prefix=lambda vit: 1 + hasattr(vit.embeddings, 'distillation_token'), features=_resizing_features,
+        one_size=_is_oblong),
+    _transformers(
+        'Dinov2Model, Dinov2WithRegistersModel and their Backbones',
+        _hf('dinov2', 'Dinov2Model', 'Dinov2Backbone')
+        + _hf('dinov2_with_registers', 'Dinov2WithRegistersModel', 'Dinov2WithRegistersBackbone'),
+        _hf('dinov2', 'Dinov2Attention') + _hf('dinov2_with_registers', 'Dinov2WithRegistersAttention'),
+        ('encoder.layer',), num_prefix=lambda vit: 1 + getattr(vit.config, 'num_register_tokens', 0),
+        features=_backbone_features),
+    _transformers(
+        'DINOv3ViTModel, DINOv3ViTBackbone', _hf('dinov3_vit', 'DINOv3ViTModel', 'DINOv3ViTBackbone'),
+        _hf('dinov3_vit', 'DINOv3ViTAttention'), ('layer', 'model.layer'), patches='embeddings.patch_embeddings',
+        num_prefix=lambda vit: 1 + vit.config.num_register_tokens, features=_backbone_features,
+        augments=('rope_embeddings',), rotary=lambda vit: True),
+    _transformers(
+        'CLIPVisionModel', _hf('clip', 'CLIPVisionModel', 'CLIPVisionTransformer'), _hf('clip', 'CLIPAttention'),
+        ('encoder.layers',), attention='self_attn', patches='embeddings.patch_embedding', num_prefix=lambda vit: 1,
+        features=lambda vit, images: vit.post_layernorm(_resizing_features(vit, images))),
+    _transformers(
+        'SiglipVisionModel', _hf('siglip', 'SiglipVisionModel', 'SiglipVisionTransformer'),
+        _hf('siglip', 'SiglipAttention'), ('encoder.layers',), attention='self_attn',
+        patches='embeddings.patch_embedding', num_prefix=lambda vit: 0, features=_resizing_features),
+    _transformers(
+        'DPTModel', _hf('dpt', 'DPTModel'), _hf('dpt', 'DPTViTAttention'), ('encoder.layer',),
+        num_prefix=lambda vit: 1, features=lambda vit, images: vit(pixel_values=images)[0]),
+    _transformers(
+        'EomtForUniversalSegmentation (blocks without queries)', _hf('eomt', 'EomtForUniversalSegmentation'),
+        _hf('eomt', 'EomtAttention'), ('layers',), num_prefix=lambda vit: 1 + vit.config.num_register_tokens,
+        features=_eomt_features, depth=_without_queries, one_size=lambda vit: True),
     Family('mmpretrain VisionTransformer', ('mmpretrain.models.backbones.vision_transformer.VisionTransformer',),
-           ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, 'layers', 'attn',
+           ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
            'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
            num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
     Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
-           ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, 'blocks', 'attn', None,
+           ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
            grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
            features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary is not None),
 )
+
+
+# Why models that look like one of these are none.
+REFUSED = {
+    **dict.fromkeys(_hf('vit_mae', 'ViTMAEModel'), (
+        'ViTMAEModel shuffles the patches of each image and leaves most of them out, so they lie on no grid: load its '
+        "weights into a ViTModel, as in ViTModel.from_pretrained('facebook/vit-mae-base', add_pooling_layer=False)")),
+    **dict.fromkeys(_hf('siglip2', 'Siglip2VisionModel', 'Siglip2VisionTransformer'), (
+        'Siglip2VisionModel (NaFlex) pads images of several shapes to one length and masks the padding, which linear '
+        'attention cannot: checkpoints of SigLIP 2 for one resolution are SiglipVisionModel')),
+    **dict.fromkeys(_hf('dpt', 'DPTViTHybridEmbeddings'), (
+        'DPTModel with is_hybrid=True has the patches of a convolutional network in front of its blocks')),
+}
 
 
 def find_vit(model: nn.Module) -> tuple[nn.Module, Family]:
@@ -238,6 +320,9 @@ def find_vit(model: nn.Module) -> tuple[nn.Module, Family]:
     Raises:
         TypeError: if there is none, or more than one.
     """
+    names = {name: None for module in model.modules() for name in _classes_of(module)}
+    if reasons := [reason for name, reason in REFUSED.items() if name in names]:
+        raise TypeError(f'{type(model).__name__} cannot be linearized. {reasons[0]}')
     found = [(module, family) for module in model.modules() for family in FAMILIES if family.holds(module)]
     if len(found) != 1:
         raise TypeError(f'{type(model).__name__} holds {len(found) or "no"} ViTs that can be linearized'

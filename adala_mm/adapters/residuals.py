@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adala_mm.adapters.base import OUTPUTS, find_part
 from adala_mm.models.attentions import Attention
 
-HIDDEN = ('mlp.fc2', 'mlp.weights_out', 'ffn.layers.1', 'ffn.w3')
+HIDDEN = ('mlp.fc2', 'mlp.weights_out', 'mlp.down_proj', 'output.dense', 'ffn.layers.1', 'ffn.w3')
 HF = 'transformers.models.'
 # Class of the block -> what reads m, and the LayerScales s1 and s2, if the model has them.
 BLOCKS = {
@@ -18,6 +18,11 @@ BLOCKS = {
     f'{HF}dinov2.modeling_dinov2.Dinov2Layer': ('norm2', 'layer_scale1.lambda1', 'layer_scale2.lambda1'),
     f'{HF}dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer': (
         'norm2', 'layer_scale1.lambda1', 'layer_scale2.lambda1'),
+    f'{HF}dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer': ('norm2', 'layer_scale1.lambda1', 'layer_scale2.lambda1'),
+    f'{HF}eomt.modeling_eomt.EomtLayer': ('norm2', 'layer_scale1.lambda1', 'layer_scale2.lambda1'),
+    f'{HF}vit.modeling_vit.ViTLayer': ('layernorm_after', '', ''),
+    f'{HF}deit.modeling_deit.DeiTLayer': ('layernorm_after', '', ''),
+    f'{HF}dpt.modeling_dpt.DPTViTLayer': ('layernorm_after', '', ''),
     f'{HF}clip.modeling_clip.CLIPEncoderLayer': ('layer_norm2', '', ''),
     f'{HF}siglip.modeling_siglip.SiglipEncoderLayer': ('layer_norm2', '', ''),
     'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': (

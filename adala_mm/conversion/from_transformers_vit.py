@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
     """transformers' own encoder, what it is, and its final tokens; that of MAE masks nothing and keeps the order."""
     import transformers
-    config, own = converted.config, below_prefix(converted, state)
+    config, own = converted.config, {key: value for key, value in below_prefix(converted, state).items()
+                                     if converted.source.our_key(key)}  # no pooler
     extra = {'intermediate_size': int(config['embed_dim'] * config.get('mlp_ratio', 4.0))}
     if converted.family_name == 'mae':
         kind, model = 'ViTMAE', build('ViTMAE', converted, own, extra | {'mask_ratio': 0.0})

@@ -1,6 +1,7 @@
 """A linearized model of timm, transformers or mmpretrain as something to export: it needs no config."""
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +27,20 @@ class Tokens(nn.Module):
 
 
 class OwnLogits(nn.Module):
-    """What the model itself answers with: a tensor, or the ``logits`` of transformers' results."""
+    """What the model itself answers with: a tensor, or the ``logits`` of transformers' results.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        resize: whether positions are to be resized where the model has to be told so.
+    """
+
+    def __init__(self, model: nn.Module, resize: bool = False) -> None:
         super().__init__()
         self.model = model
+        tell = resize and 'interpolate_pos_encoding' in inspect.signature(model.forward).parameters
+        self.options = {'interpolate_pos_encoding': True} if tell else {}
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        found = self.model(image)
+        found = self.model(image, **self.options)
         return (found if isinstance(found, Tensor) else found.logits,)
 
 
@@ -59,16 +66,19 @@ def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] 
     size = native if size is None else tuple(size)
     if any(pixels % side or pixels < side for pixels in size):
         raise ValueError(f'{size[0]} x {size[1]} pixels are not a multiple of the patch, {side}')
-    if getattr(vit, 'dynamic_img_size', True) is False:  # timm's
-        if not fixed:
-            raise ValueError(f'{type(vit).__name__} takes images of {native[0]} x {native[1]} only: say --fixed-size, '
-                             'or make it with dynamic_img_size=True before adala_mm.save')
+    if one_size := family.one_size(vit):
+        of_timm = hasattr(vit, 'set_input_size')
+        if not fixed or (size != native and not of_timm):
+            advice = 'leave the size out' if fixed else 'say --fixed-size'
+            raise ValueError(f'{type(vit).__name__} takes images of {native[0]} x {native[1]} only: {advice}' + (
+                ', or make it with dynamic_img_size=True before adala_mm.save' if of_timm else ''))
         if size != native:
             vit.set_input_size(img_size=size)
     if part == 'model' and not has_classes(model):
         raise ValueError(f'{type(model).__name__} has no classifier, so there are only its tokens to export: leave out '
                          '--part model')
-    module, outputs = (OwnLogits(model), ('logits',)) if part == 'model' else (Tokens(vit, family), ('features',))
+    module, outputs = (Tokens(vit, family), ('features',)) if part != 'model' else (
+        OwnLogits(model, not one_size), ('logits',))
     attentions = tuple(attn.adala_mm if isinstance(attn, Attention) else {'type': 'adala_mm.SoftmaxAttention'}
                        for attn in family.attentions_of(vit))
     kinds = sorted({kind['type'].removeprefix('adala_mm.') for kind in attentions})
@@ -79,7 +89,7 @@ def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] 
 
 def has_classes(model: nn.Module) -> bool:
     """Whether the model ends in a classifier: timm's, or one of transformers' ``...ForImageClassification``."""
-    return getattr(model, 'num_classes', 0) > 0 or type(model).__name__.endswith('ForImageClassification')
+    return getattr(model, 'num_classes', 0) > 0 or 'ForImageClassification' in type(model).__name__
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
