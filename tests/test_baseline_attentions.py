@@ -261,7 +261,7 @@ def monarch_matrix(q, k, token, steps, single=()):
 
 
 def monarch(layer, q, k, v, hw, num_prefix):
-    """Yaras et al. 2025 (arXiv 2505.18698), from the definition alone: the variational form of softmax, bound to Monarch.
+    """Yaras et al. 2025 (arXiv 2505.18698), from the definition alone, the variational form of softmax.
 
     Not from its code, whose licence forbids that.
     """

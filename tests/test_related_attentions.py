@@ -155,7 +155,7 @@ def polaformer(layer, q, k, v, hw, p, alpha=4.0):
 
 
 def agent(layer, q, k, v, hw, p, num_agents=49):
-    """Han et al. 2024 (arXiv 2312.08874), the definition of agent attention, by words: two softmaxes, a bias in each."""
+    """Han et al. 2024 (arXiv 2312.08874), the definition of agent attention by words: two softmaxes with biases."""
     (h, w), side = hw, math.isqrt(num_agents)
     q, k, v = split(q), split(k), split(v)
     patches = q[:, :, p:].unflatten(2, hw)
