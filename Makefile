@@ -28,6 +28,7 @@ lint: $(READY)
 tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 	$(BIN)/python docs/make_configs.py
+	$(BIN)/python docs/make_paper.py
 
 # dist/adala_mm-*.whl: package, configs and tools in one file; an earlier build leaves nothing in it.
 wheel:

@@ -10,6 +10,7 @@ from torch import nn
 
 from adala_mm.adapters import Adapter, Family, Layout, find_vit
 from adala_mm.models.attentions import Attention
+from adala_mm.models.attentions.build import require_rotation
 from adala_mm.registry import ATTENTIONS
 
 Model = TypeVar('Model', bound=nn.Module)
@@ -45,7 +46,8 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
         and ``output_attentions``: they raise ValueError when asked for.
 
     Raises:
-        TypeError: for a model that is not supported, or an attention in it that is not.
+        TypeError: for a model that is not supported, or an attention in it that is not; for a new one whose own methods
+            do not take the rotary positions that the model has.
         ValueError: for an unknown attention, a block that does not exist, a model without softmax blocks, or one that
             drops attention weights in training; for ``auto`` without a patch grid.
     """
@@ -67,6 +69,9 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     if cfg.get('type') == 'auto':
         cfg = advised(**{'grid': grid} | {key: value for key, value in cfg.items() if key != 'type'})
     replaced = {i: family.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
+    if family.rotary(vit):
+        for attn in replaced.values():
+            require_rotation(attn)
     for i, attn in replaced.items():  # only now that all have been built
         setattr(family.blocks_of(vit)[i], family.attention, attn)
     if replaced and new_layout:

@@ -261,14 +261,16 @@ def is_plain(value: Any) -> bool:
 def adala_arguments(vit: nn.Module) -> dict[str, Any]:
     from adala_mm.conversion.from_timm import ACTIVATIONS
     block, patch, act = vit.blocks[0], vit.patch_size, type(vit.blocks[0].mlp.act).__name__
+    gated, hidden = hasattr(block.mlp, 'fc1_g'), block.mlp.fc2.in_features
+    rotary = vit.rotary and {name: getattr(vit.rotary, name) for name in ('base', 'shift', 'jitter', 'rescale')}
     return dict(
         img_size=[side * patch for side in vit.pos_grid], patch_size=patch,
         in_channels=vit.patch_embed.proj.in_channels, embed_dim=vit.embed_dim, depth=len(vit.blocks),
-        num_heads=block.attn.num_heads,
-        mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim, qkv_bias=block.attn.qkv.bias is not None,
+        num_heads=block.attn.num_heads, mlp_ratio=hidden / vit.embed_dim, qkv_bias=block.attn.qkv.bias is not None,
+        rotary=rotary, swiglu=gated, swiglu_align_to=1 if hidden % 8 else 8,
         class_token=vit.class_token, num_registers=vit.num_prefix - vit.class_token, no_embed_class=vit.no_embed_class,
-        pre_norm=isinstance(vit.norm_pre, nn.LayerNorm), act=ACTIVATIONS.get(act, act), norm_eps=vit.norm.eps,
-        layer_scale=None if isinstance(block.ls1, nn.Identity) else 1.0,
+        pre_norm=isinstance(vit.norm_pre, nn.LayerNorm), act='gelu' if gated else ACTIVATIONS.get(act, act),
+        norm_eps=vit.norm.eps, layer_scale=None if isinstance(block.ls1, nn.Identity) else 1.0,
         drop_path_rate=vit.blocks[-1].drop_path.drop_prob, out_indices=vit.out_indices, out_type=vit.out_type)
 
 

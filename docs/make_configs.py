@@ -23,6 +23,19 @@ A config is a Python file of a few lines that starts from files in `configs/_bas
 
 `{stage or head}_{vfm}[_{attention}][_{change}]_{dataset}.py`. Linear attention is the default and is not named;
 `softmax` marks the baseline on the same schedule.
+
+Names are options, too. What stands in `configs/adala` and `configs/baselines` for `dinov2l` needs no file for another
+VFM that these folders have recipes of, nor for Cityscapes at 1,024 px (`1024` before the data set):
+
+```bash
+python tools/train.py stage1_clipl_hedgehog_native_coco
+python tools/train.py mask2former_clipl_hedgehog_native_1024_cityscapes
+```
+
+The second is `mask2former_dinov2l_hedgehog_native_cityscapes` in the words of its name, and starts from what the first
+leaves in `work_dirs/stage1_clipl_hedgehog_native_coco`. All tools take such a name in place of a file, the analysis
+tools with `.py` behind it; a run writes the whole config into its work dir, as ever. [docs/paper.md](paper.md) has
+those of the paper's tables.
 '''
 
 

@@ -243,7 +243,7 @@ def test_weights_target_under_autocast_keeps_the_wanted_weights_in_float32():
     with torch.no_grad():
         softmax.qkv.weight *= 10  # sharp: in bfloat16 the logits would be wrong in the first digit behind the point
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            got = weights_loss(attn, softmax, h)
+            got = weights_loss(attn, softmax, h, (4, 4), 1)
             (q, k, _), (wanted_q, wanted_k, _) = ([x.double() for x in a.project(h)] for a in (attn, softmax))
         wanted = (wanted_q @ wanted_k.transpose(-2, -1) / 8 ** 0.5).softmax(-1)
         loss = -(wanted * attn.weights(q, k).log()).sum(-1).mean()

@@ -1,4 +1,8 @@
-"""The baselines of ViT-AdaLA against slow float64 transcriptions of their published formulas."""
+"""The baselines of ViT-AdaLA against slow float64 transcriptions of their published formulas.
+
+Each says whose equation it is, and sees a layer's parameters alone (`without_code`). tests/test_transcriptions.py sees
+that every attention has one.
+"""
 from __future__ import annotations
 
 import copy
@@ -53,10 +57,20 @@ def error(got, wanted, floor=0.0):
     return float((got.double() - wanted).detach().abs().max() / max(float(wanted.detach().abs().max()), floor))
 
 
+def without_code(layer):
+    """The layer's parameters, buffers and options under their names, in modules that can do nothing."""
+    bare = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterDict
+    for module in bare.modules():
+        module.__class__ = next((kind for kind in containers if isinstance(module, kind)), nn.Module)
+    return bare
+
+
 def compare(core, layer, hw, num_prefix):
     x = tokens(hw, num_prefix)
     upstream = torch.randn_like(x)
-    wanted = with_grads(lambda t: reference(core, layer, t, hw, num_prefix), [x], upstream, layer.parameters())
+    bare = without_code(layer)
+    wanted = with_grads(lambda t: reference(core, bare, t, hw, num_prefix), [x], upstream, layer.parameters())
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         own = copy.deepcopy(layer).to(dtype)
         got = with_grads(lambda t, own=own: own(t, hw, num_prefix), [x.to(dtype)], upstream, own.parameters())
@@ -80,13 +94,41 @@ def reference(core, layer, x, hw, num_prefix):
     return torch.cat([mixed[:, h] for h in range(HEADS)], dim=-1) @ matrices[3].T + layer.proj.bias
 
 
+def softmax(layer, q, k, v, hw, num_prefix):
+    """Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1, eq. 1."""
+    scores = torch.exp(scaled(q, k))
+    return scores / scores.sum(-1, keepdim=True) @ v
+
+
+def linear(layer, q, k, v, hw, num_prefix):
+    """Katharopoulos et al. 2020 (arXiv 2006.16236), section 3.2, eq. 4, with phi of eq. 7 or of ViT-AdaLA, A.3.
+
+    ``efficient``: Shen et al. 2021 (arXiv 1812.01243), softmax normalisation, as its code has it (MIT).
+    """
+    def normalised(x, dim):
+        return x.exp() / x.exp().sum(dim, keepdim=True)
+    k = k - k.mean(2, keepdim=True) if layer.center_keys else k
+    phi = {'elu1': lambda x: torch.where(x > 0, x + 1, x.exp()), 'relu': lambda x: x * (x > 0), 'exp': torch.exp,
+           'softplus': lambda x: torch.log1p(x.exp()), 'softmax': lambda x: normalised(x, 3),
+           'efficient': lambda x: normalised(x, 3 if x is q else 2)}[layer.feature_map]
+    scores = torch.einsum('bhid,bhjd->bhij', phi(q), phi(k))
+    out = scores / (scores.sum(-1, keepdim=True) + layer.eps) @ v
+    return out if layer.dwconv is None else out + convolved(v, layer.dwconv, hw, num_prefix)
+
+
 def hedgehog(layer, q, k, v, hw, num_prefix):
+    """LoLCATs (arXiv 2410.10254), section 3.1, eq. 5, not causal, with the maps of Hedgehog (arXiv 2402.04347).
+
+    ``softmax`` and ``half`` as LoLCATs' code has them (Apache-2.0), ``joint`` as flash-linear-attention's (MIT), and
+    ``exp`` as Hedgehog's paper.
+    """
     def phi(x, matrices):
         y = torch.stack([x[:, h] @ matrices[h] for h in range(HEADS)], dim=1)
         return {'softmax': torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).clamp(min=1e-12),
-                'joint': torch.cat([2 * y, -2 * y], dim=-1).softmax(-1),
+                'half': y.softmax(-1).clamp(min=1e-12), 'joint': torch.cat([2 * y, -2 * y], dim=-1).softmax(-1),
                 'exp': torch.cat([y, -y], dim=-1).exp()}[layer.variant]
-    scores = phi(q, layer.feature_map.q) @ phi(k, layer.feature_map.k).mT
+    maps = layer.feature_map
+    scores = phi(q, maps.q) @ phi(k, maps.q if maps.k is None else maps.k).mT
     return scores / (scores.sum(-1, keepdim=True) + 1e-12) @ v
 
 
@@ -100,17 +142,24 @@ def token_matrix(part, hw):
 
 
 def linformer(layer, q, k, v, hw, num_prefix):
+    """Wang et al. 2020 (arXiv 2006.04768), section 4, eq. 7, with E and F for all heads ("headwise sharing")."""
     parts = layer.token_proj
     e, f = (token_matrix(parts[name if name in parts else 'kv'], hw) for name in 'kv')
     return scaled(q, e @ k).softmax(-1) @ (f @ v)
 
 
 def performer(layer, q, k, v, hw, num_prefix):
+    """Choromanski et al. 2021 (arXiv 2009.14794), section 2, eq. 4 and 5, with f_1 of Lemma 1 (eq. 7) or ReLU.
+
+    The shift, eps and D^-1/4 are the published code's (Apache-2.0); the paper omits the last and has not the others.
+    """
     omega, eps = layer.feature_map.projection, layer.feature_map.eps
 
     def phi(x, over):
         x = x / WIDTH ** 0.25
         wx = x @ omega.T
+        if layer.feature_map.kernel == 'relu':
+            return (wx.clamp(min=0) + eps) / math.sqrt(len(omega))
         shift = wx.amax(over, keepdim=True).detach()
         return (torch.exp(wx - (x * x).sum(-1, keepdim=True) / 2 - shift) + eps) / math.sqrt(len(omega))
     scores = phi(q, (3,)) @ phi(k, (2, 3)).mT
@@ -118,6 +167,10 @@ def performer(layer, q, k, v, hw, num_prefix):
 
 
 def cosformer(layer, q, k, v, hw, num_prefix):
+    """Qin et al. 2022 (arXiv 2202.08791), section "cos-based re-weighting mechanism", as its code has it (Apache-2.0).
+
+    relu(Q_i) relu(K_j)^T cos(pi / 2 x (i - j) / M), divided by its sum over j, which is at least 1e-6.
+    """
     n = q.shape[2]
     skip = num_prefix if layer.cls_policy == 'neutral' else 0
     cosines = torch.tensor([[math.cos(math.pi / 2 * (i - j) / (n - skip)) if min(i, j) >= skip else 1.0
@@ -127,6 +180,7 @@ def cosformer(layer, q, k, v, hw, num_prefix):
 
 
 def landmarks(layer, x, hw, num_prefix):
+    """Xiong et al. 2021, eq. 16, for any N as its code for vision has it (Apache-2.0); cells of the grid are ours."""
     n, m = x.shape[2], layer.num_landmarks
     if layer.landmarks == 'segments':
         ends = [0]
@@ -143,6 +197,10 @@ def landmarks(layer, x, hw, num_prefix):
 
 
 def nystrom(layer, q, k, v, hw, num_prefix, iterations=6):
+    """Xiong et al. 2021 (arXiv 2102.03902), eq. 13, the inverse by eq. 14 and the Z_0 below it, together eq. 17.
+
+    Of a row-stochastic matrix the largest row sum in Z_0 is 1. The convolution of v is that of its figure 4.
+    """
     if layer.num_landmarks >= q.shape[2]:
         out = scaled(q, k).softmax(-1) @ v
     else:
@@ -203,6 +261,10 @@ def monarch_matrix(q, k, token, steps, single=()):
 
 
 def monarch(layer, q, k, v, hw, num_prefix):
+    """Yaras et al. 2025 (arXiv 2505.18698), from the definition alone, the variational form of softmax.
+
+    Not from its code, whose licence forbids that.
+    """
     (h, w), (rows, columns) = hw, layer.tile or (1, hw[1])
     across = -(-w // columns)
     token = {(y // rows * across + x // columns, y % rows * columns + x % columns): num_prefix + y * w + x
@@ -230,10 +292,11 @@ def convolved(v, conv, hw, num_prefix):
 
 
 LAYERS = {
-    'Hedgehog': (hedgehog, [{}, dict(variant='joint', feature_dim=6), dict(variant='exp', feature_dim=11)]),
+    'Hedgehog': (hedgehog, [{}, dict(variant='joint', feature_dim=6), dict(variant='exp', feature_dim=11),
+                            dict(variant='half', feature_dim=6, shared_map=True)]),
     'LoLCATS': (hedgehog, [LORA]),
     'Linformer': (linformer, [dict(rank=6), dict(rank=30, share_kv=True)]),
-    'Performer': (performer, [{}, dict(num_features=5, eps=1e-2)]),
+    'Performer': (performer, [{}, dict(num_features=5, eps=1e-2), dict(kernel='relu', eps=1e-3)]),
     'Cosformer': (cosformer, [{}, dict(cls_policy='neutral')]),
     'Nystromformer': (nystrom, [dict(num_landmarks=6), dict(num_landmarks=7, pinv_init='original'),
                                 dict(num_landmarks=6, landmarks='grid'), dict(num_landmarks=4, conv_kernel=5)]),
@@ -250,6 +313,16 @@ every_layout = pytest.mark.parametrize(('hw', 'num_prefix'), LAYOUTS, ids=str)
 @every_layout
 def test_values_and_gradients(name, options, hw, num_prefix):
     compare(LAYERS[name][0], build(name, hw, num_prefix, **options), hw, num_prefix)
+
+
+@pytest.mark.parametrize(('core', 'options'), [
+    (softmax, {}), *((linear, dict(feature_map=name, eps=0.5)) for name in ('elu1', 'relu', 'softplus', 'softmax')),
+    (linear, dict(feature_map='exp', eps=1e-15)), (linear, dict(feature_map='efficient', dwconv=3)),
+    (linear, dict(feature_map='efficient', center_keys=True)), (linear, dict(dwconv=3))],
+    ids=lambda value: getattr(value, '__name__', str(value)))
+@every_layout
+def test_values_and_gradients_of_softmax_and_vanilla_linear_attention(core, options, hw, num_prefix):
+    compare(core, build(core.__name__.capitalize(), hw, num_prefix, **options), hw, num_prefix)
 
 
 @every_case
@@ -403,11 +476,12 @@ def test_monarch_of_the_paper_has_prefix_tokens_in_a_block():
 
 
 @pytest.mark.parametrize(('name', 'options', 'message'), [
-    ('Hedgehog', dict(variant='odd'), "'odd'.*softmax, joint, exp"), ('LoLCATS', dict(variant='odd'), "'odd'"),
+    ('Hedgehog', dict(variant='odd'), "'odd'.*softmax, half, joint, exp"), ('LoLCATS', dict(variant='odd'), "'odd'"),
     ('Hedgehog', dict(feature_dim=0), 'feature_dim=0'), ('Hedgehog', dict(feature_dim=-2), 'feature_dim=-2'),
     ('LoLCATS', dict(rank=-1), 'rank=-1'), ('LoLCATS', dict(rank=33), 'rank=33 .* 32'),
     ('Linformer', dict(rank=0), 'rank=0'), ('Linformer', dict(grid=None), 'LinformerAttention.*grid'),
     ('Performer', dict(num_features=0), 'num_features=0'),
+    ('Performer', dict(kernel='odd'), "'odd'.*softmax, relu"),
     ('Cosformer', dict(cls_policy='odd'), "'odd'.*index, neutral"),
     ('Nystromformer', dict(pinv_init='odd'), "pinv_init 'odd'.*exact, original"),
     ('Nystromformer', dict(landmarks='odd'), "landmarks 'odd'.*segments, grid"),

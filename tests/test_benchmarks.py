@@ -212,6 +212,30 @@ def test_models(bench, tool, monkeypatch):
     assert timing.model_speed_table(data) in text and 'ViT-S, bf16, Linear: ' in text
 
 
+def test_counts_are_of_segmentors(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench('model', '--count-only')
+    assert '--count-only is about the segmentors of --configs' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options', [[], ['--count-only']], ids=['times', 'counts'])
+def test_parts_of_segmentors(bench, options):
+    data, text = bench('model', '--configs', 'mask2former_deitt_camvid', 'linear_deitt_softmax_camvid', '--sizes', '32',
+                       *options)
+    full, probe = data['rows']
+    assert (full['config'], full['size'], full['softmax_blocks'], full['linear_blocks']) == (
+        'mask2former_deitt_camvid', 32, 0, 12)
+    assert set(full['gmac']) == {'backbone', 'neck', 'pixel decoder', 'head'} and min(full['gmac'].values()) > 0
+    assert set(probe['gmac']) == {'backbone', 'head'} and probe['softmax_blocks'] == 12
+    # By hand: 11 classes of 192 channels at each of four patches; patch 16, and 12 blocks of 12 C² + softmax a token.
+    assert 1e9 * probe['gmac']['head'] == 4 * 192 * 11
+    tokens, width = 5, 192
+    assert 1e9 * probe['gmac']['backbone'] == 4 * 768 * width + 12 * tokens * (12 * width ** 2 + 2 * tokens * width)
+    assert all(set(row.get('seconds', row['gmac'])) == set(row['gmac']) for row in data['rows'])
+    assert all(('seconds' in row) != bool(options) for row in data['rows'])
+    assert timing.head_share_table(data) in text and text.count(' s of CPU |') == 2 * (not options)
+
+
 @pytest.mark.parametrize(('linear', 'words'), [(2.0, '0.50x, slower'), (0.5, '2.00x')])
 def test_models_say_which_is_slower(bench, tool, monkeypatch, linear, words):
     monkeypatch.setattr(tool('model'), 'take_turns', lambda calls, *_: {

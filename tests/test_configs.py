@@ -22,6 +22,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 from mmseg.structures import SegDataSample
 
 from adala_mm.datasets import BeaconsDataset
+from adala_mm.models.backbones.weights import plain_names
 from adala_mm.utils.inert_lines import refuse_inert_lines
 
 # configs/l2vit trains another kind of network, by other rules; task models have tests/test_task_alignment.py, detectors
@@ -44,11 +45,11 @@ ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolc
 OURS = dict(plus='HedgehogAttention', coarse='CoarseToFineAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
-GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|linear|teacher|scratch)'
-                     r'_(?P<vfm>dinov2l|dinov2b|clipl|siglipl|in1kl|deitt|demo)'
+GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|eomt|linear|teacher|scratch)'
+                     r'_(?P<vfm>dinov[23][sbl]|clipl|siglipl|siglip2[bl]|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS | OURS)}))?'
-                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|task|'
-                     rf'{"|".join(BEYOND)}))*)'
+                     r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|qkv|task|'
+                     rf'last4|{"|".join(BEYOND)}))*)'
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
 TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
@@ -56,6 +57,11 @@ TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, 
 TABLE5_STAGE2 = {'dinov2l': dict(epochs=30, scale=5), 'dinov2b': dict(epochs=30, scale=5),
                  'siglipl': dict(epochs=10, scale=1), 'clipl': dict(epochs=15, scale=4000),
                  'in1kl': dict(epochs=20, scale=1)}
+# Models that the paper has not, with the numbers of the nearest that it has; of small ones there are three configs.
+NEAREST = dict(dinov3l='dinov2l', dinov3b='dinov2b', siglip2l='siglipl')
+SMALL = dict(dinov2s='dinov2b', dinov3s='dinov2b', siglip2b='siglipl')
+STAGE2 = TABLE5_STAGE2 | {vfm: TABLE5_STAGE2[other] for vfm, other in (NEAREST | SMALL).items()}
+VFMS = [vfm for vfm in STAGE2 if vfm not in SMALL]
 # The one alignment that keeps to its own paper's schedule.
 LOLCATS_TRANSFER = 'stage1_dinov2l_lolcats_native_coco'
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -94,7 +100,10 @@ def tuned(name: str) -> str:
     if facts['stage'] == 'stage1':
         return r'blocks\.\d+\.attn\.' + (
             r'feature_map\.[qk]' if lolcats or '_native' in facts['changes'] else r'(?!proj\.).+')
-    if facts['stage'] == 'linear' and facts['dataset'] == 'camvid':  # frozen, but for what a linear head could do
+    if facts['stage'] == 'stage2' and '_qkv' in facts['changes']:
+        return r'blocks\.\d+\.attn\.qkv\..+'
+    # Probes are frozen, but for what a linear head could do.
+    if facts['stage'] == 'linear' and facts['dataset'] != 'in1k' and FOLDERS[name] != 'demo':
         return r'norm\..+'
     return r'blocks\.\d+\.attn\.lora\..+' if lolcats else '.+'
 
@@ -141,9 +150,9 @@ def test_the_list_is_complete():
     assert 'mask2former_dinov2l_ade20k' in FULL_SIZE
     for stage, dataset in [('stage1', 'coco'), ('stage2', 'in22k'), ('linear', 'in1k'), ('mask2former', 'ade20k'),
                            ('mask2former', 'cityscapes'), ('mask2former', '1024_cityscapes')]:
-        for vfm in TABLE5_STAGE2:
+        for vfm in VFMS + list(SMALL) * (dataset in ('coco', 'in22k', 'ade20k')):
             assert f'{stage}_{vfm}_{dataset}' in FULL_SIZE
-            assert stage.startswith('stage') or f'{stage}_{vfm}_softmax_{dataset}' in FULL_SIZE
+            assert stage.startswith('stage') or vfm in SMALL or f'{stage}_{vfm}_softmax_{dataset}' in FULL_SIZE
         for attention in ATTENTIONS:
             if attention != 'softmax' and '1024' not in dataset:
                 assert f'{stage}_dinov2l_{attention}_{dataset}' in FULL_SIZE
@@ -192,13 +201,14 @@ def test_model_and_optimizer_build(name):
     assert cfg.custom_imports == dict(imports=['adala_mm.openmmlab'])  # for tools that know nothing of adala_mm
     attentions = {type(block.attn).__name__ for block in model.backbone.blocks}
     default = 'SoftmaxAttention' if facts['stage'] == 'teacher' else 'LinearAttention'
-    retained = {'SoftmaxAttention'} if '_retain2' in facts['changes'] else set()
+    softmax_blocks = {'_retain2': 2, '_last4': 4}.get(next(iter(re.findall('_retain2|_last4', name)), None), 0)
+    retained = {'SoftmaxAttention'} if softmax_blocks else set()
     assert attentions == {(ATTENTIONS | OURS).get(facts['attention'], default)} | retained
-    assert not retained or model.backbone.num_softmax_blocks == 2
+    assert not retained or model.backbone.num_softmax_blocks == softmax_blocks
 
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     base = cfg.optim_wrapper.optimizer
-    fine_tuned = facts['stage'] in ('mask2former', 'linear')
+    fine_tuned = facts['stage'] in ('mask2former', 'eomt', 'linear')
     groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} <= set(groups)
@@ -208,7 +218,7 @@ def test_model_and_optimizer_build(name):
             if re.fullmatch(tuned(name), key) and not key.startswith(kept)}
     assert ours and ours == {key for key in trained if key.startswith('backbone.')}
     for key, parameter in trained.items():
-        full_rate = '_native' in facts['changes'] and '.lora.' in key
+        full_rate = '_native' in facts['changes'] and '.lora.' in key or key == 'backbone.query_embed.weight'
         ratio = 0.1 if fine_tuned and key.startswith('backbone.') and not full_rate else 1.0
         assert groups[id(parameter)]['lr'] == pytest.approx(ratio * base.lr), key
     # Weight decay: on everything, but in the flagship's head not on norms and queries (Mask2Former's own recipe), and
@@ -218,10 +228,10 @@ def test_model_and_optimizer_build(name):
     spared, left_open = set(), set()
     if facts['stage'] == 'scratch':
         spared = {key for key, parameter in trained.items() if parameter.ndim == 1}
-    if facts['stage'] == 'mask2former' and FOLDERS[name] not in ('demo', 'real'):
+    if facts['stage'] in ('mask2former', 'eomt') and FOLDERS[name] not in ('demo', 'real'):
         left_open = {key for key in norms if key.startswith('backbone.')}
         spared = {key for key in trained if re.search(r'query_embed|query_feat|level_embed', key)} | norms - left_open
-        assert len(spared) > 50
+        assert len(spared) > (50 if facts['stage'] == 'mask2former' else 4)
     for key in set(trained) - left_open:
         decay = groups[id(trained[key])]['weight_decay']
         assert decay == (0 if key in spared else base.weight_decay), key
@@ -232,6 +242,13 @@ def test_features_fit_the_head(name, monkeypatch):
     cfg, model, facts = config(name), model_of(name), parts(name)
     # torch.autocast does not know the meta device, on which shapes are all there is.
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: contextlib.nullcontext())
+    if facts['stage'] == 'eomt':
+        side, vit = cfg.crop_size[0], cfg.model.backbone
+        classes, masks = model.decode_head(model.backbone(torch.empty(1, 3, side, side, device='meta')))
+        assert len(classes) == len(masks) == vit.query_blocks + 1 and vit.img_size == side
+        assert {tuple(c.shape) for c in classes} == {(1, vit.num_queries, cfg.model.decode_head.num_classes + 1)}
+        assert {tuple(m.shape) for m in masks} == {(1, vit.num_queries, side // 4, side // 4)}
+        return
     # One block has the shapes of all. (As an attribute it could not be undone: a module's children are none to pytest.)
     monkeypatch.setitem(model.backbone._modules, 'blocks', model.backbone.blocks[:1])
     monkeypatch.setattr(model.backbone, 'out_indices', [0] * len(model.backbone.out_indices))
@@ -239,7 +256,7 @@ def test_features_fit_the_head(name, monkeypatch):
     images = torch.empty(1, 3, side, side, device='meta')
     if facts['stage'] in ('stage1', 'calibrate', 'stage2'):
         vit = cfg.model.backbone
-        tokens = vit.get('class_token', True) + (side // vit.patch_size) ** 2
+        tokens = vit.get('class_token', True) + vit.get('num_registers', 0) + (side // vit.patch_size) ** 2
         assert model(images, mode='tensor').shape == (1, tokens, vit.embed_dim)
     elif facts['dataset'] == 'in1k':
         assert model(images, mode='tensor').shape == (1, 1000)
@@ -270,7 +287,7 @@ def test_datasets_pipelines_and_metrics_build(name):
                 classes = dataset.metainfo.get('classes')
             if 'num_classes' in head:
                 assert len(classes) == head.num_classes
-            if parts(name)['stage'] == 'mask2former':
+            if parts(name)['stage'] in ('mask2former', 'eomt'):
                 assert head.loss_cls.class_weight == [1.0] * head.num_classes + [0.1]  # "no object" comes last
         for evaluator in ('val_evaluator', 'test_evaluator'):
             if cfg.get(evaluator):
@@ -319,7 +336,7 @@ def test_table_5(name):
     cfg = config(name)
     facts = parts(name)
     stage, vfm = facts['stage'], facts['vfm']
-    row = dict(decay=0.05) | TABLE5[stage] | (TABLE5_STAGE2[vfm] if stage == 'stage2' else {})
+    row = dict(decay=0.05) | TABLE5[stage] | (STAGE2[vfm] if stage == 'stage2' else {})
     if name == LOLCATS_TRANSFER:
         row.update(epochs=2, decay=0.0)
     assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=row['epochs'])
@@ -341,7 +358,7 @@ def test_table_5(name):
             held_out = '_earlystop' in facts['changes'] and loader != 'train_dataloader'
             assert cfg[loader].dataset.data_root == datasets['in1k' if held_out else facts['dataset']]
     side = 1024 if '1024' in facts['changes'] else 512
-    assert cfg.model.backbone.img_size == side
+    assert cfg.model.backbone.img_size == 512  # at 1024 positions are resampled: the paper's parameters are as many
     assert cfg.get('crop_size', (side, side)) == (side, side)
 
 
@@ -374,7 +391,7 @@ def test_numbers_of_the_baselines():
 
 
 # What sets a run apart from the one on the same schedule with the paper's linear attention and stages.
-APART = re.compile(f'_({"|".join(ATTENTIONS)}|native|scratch)(?=_)')
+APART = re.compile(f'_({"|".join(ATTENTIONS)}|native|scratch|swap|nostage1|stage[12]only|qkv)(?=_)')
 TWINS = [name for name in NAMES if APART.search(name) and not re.match('stage1_.*_native_', name)]
 
 
@@ -398,7 +415,7 @@ def test_twin_differs_only_in_attention_and_weights(name):
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize('vfm', TABLE5_STAGE2)
+@pytest.mark.parametrize('vfm', VFMS)
 @pytest.mark.parametrize(('stage', 'dataset'), [
     ('stage1', 'coco'), ('stage2', 'in22k'), ('mask2former', 'ade20k'), ('linear', 'in1k')])
 def test_coarse_is_the_papers_run_but_for_what_it_states(stage, dataset, vfm):
@@ -421,7 +438,7 @@ def test_coarse_is_the_papers_run_but_for_what_it_states(stage, dataset, vfm):
     assert ours == paper
 
 
-@pytest.mark.parametrize('vfm', TABLE5_STAGE2)
+@pytest.mark.parametrize('vfm', VFMS)
 def test_calibration_of_coarse_has_the_student_of_its_stages(vfm):
     calibration = config(f'calibrate_{vfm}_coarse_coco')
     assert calibration.train_cfg == dict(type='adala_mm.CalibrationLoop', images=512,
@@ -494,6 +511,9 @@ PREVIOUS = {
     'stage1_demo_beacons': {'teacher_demo_beacons'},
     'stage2_demo_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
     'stage2_demo_nostage1_beacons': {'teacher_demo_beacons'},
+    'stage2_dinov2l_last4_in22k': {'stage1_dinov2l_last4_coco'},
+    'eomt_dinov2l_last4_ade20k': {'stage2_dinov2l_last4_in22k'},
+    'eomt_dinov2l_last4_1024_cityscapes': {'stage2_dinov2l_last4_in22k'},
     'teacher_demo_beacons': set(),
     'stage2_deitt_caltech': {'stage1_deitt_caltech'},
     'stage2_deitt_nostage1_caltech': set(),
@@ -504,6 +524,15 @@ PREVIOUS = {
     'calibrate_dinov2l_plus_coco': {'stage1_dinov2l_plus_coco'},
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
     'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
+    'stage2_dinov2l_nostage1_in22k': set(),
+    'stage2_dinov2l_qkv_in22k': {'stage1_dinov2l_coco'},
+    'mask2former_dinov2l_swap_ade20k': set(),
+    'mask2former_dinov2l_stage1only_ade20k': {'stage1_dinov2l_coco'},
+    'mask2former_dinov2l_stage2only_ade20k': {'stage2_dinov2l_nostage1_in22k'},
+    'mask2former_dinov2l_stage2only_cityscapes': {'stage2_dinov2l_nostage1_in22k'},
+    'linear_dinov2l_stage2only_in1k': {'stage2_dinov2l_nostage1_in22k'},
+    'mask2former_dinov2l_qkv_ade20k': {'stage2_dinov2l_qkv_in22k'},
+    'linear_dinov2l_qkv_in1k': {'stage2_dinov2l_qkv_in22k'},
 }
 for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True, coarse=True)).items():
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
@@ -513,7 +542,7 @@ for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=Tru
             PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
 for _head in ('mask2former', 'linear'):
     PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
-for _vfm in TABLE5_STAGE2:  # calibrated between stages 1 and 2
+for _vfm in VFMS:  # calibrated between stages 1 and 2
     PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
     PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}
 
@@ -560,6 +589,7 @@ def test_starts_from_what_the_previous_stage_writes(name):
     # Strict loading needs the same ViT on both sides. In the demo, runs start from the softmax teacher as well.
     free = ['init_cfg', 'img_size', 'out_indices', 'out_type', 'trainable', 'drop_path_rate', 'with_cp']
     free += ['attention'] * (FOLDERS[name] == 'demo' or '_task_' in name)
+    free += ['type', 'num_queries', 'query_blocks'] * name.startswith('eomt')
     for stage in previous(name):
         ours, theirs = cfg.model.backbone.to_dict(), config(stage).model.backbone.to_dict()
         for key in free:
@@ -573,7 +603,7 @@ def test_stage_2_has_the_teacher_of_stage_1(name):
     teacher, student = cfg.model.teacher.to_dict(), cfg.model.backbone.to_dict()
     assert teacher.pop('attention') == dict(type='adala_mm.SoftmaxAttention')
     stage1 = config(re.sub(r'^(?:calibrate|stage2)_(\w+?)'
-                           r'(_nostage1|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?_(in22k|coco|caltech|beacons)$',
+                           r'(_nostage1|_qkv|_fsdp|_earlystop|_cosine|_masked|_multilayer|_keepattn)?_(in22k|coco|caltech|beacons)$',
                            lambda m: f'stage1_{m[1]}_{m[3].replace("in22k", "coco")}', name))
     assert teacher.pop('init_cfg') == stage1.model.backbone.init_cfg.to_dict()
     for key in ('attention', 'init_cfg', 'trainable', 'with_cp'):  # what the student has of its own
@@ -626,7 +656,7 @@ def test_backbone_is_the_pretrained_model(name):
         ours = MODELS.build(dict(cfg.model.backbone, type='adala_mm.AdaLAViT'))
         theirs = timm.create_model('deit_tiny_patch16_224' if checkpoint == DEIT else
                                    checkpoint.removeprefix('timm://'))
-    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    ours_state, theirs_state = ours.state_dict(), plain_names(theirs.state_dict())
     heads = re.compile(r'(head|fc_norm|attn_pool)\.')
     assert set(ours_state) == {key for key in theirs_state if not heads.match(key)}
     resized = {'pos_embed', 'patch_embed.proj.weight'}
@@ -634,6 +664,7 @@ def test_backbone_is_the_pretrained_model(name):
     block, twin = ours.blocks[0], theirs.blocks[0]
     assert block.attn.num_heads == twin.attn.num_heads
     x = torch.linspace(-4, 4, 50)
-    torch.testing.assert_close(block.mlp.act(x), twin.mlp.act(x))
+    if 'siglip2b' not in name:  # which timm runs with exact GELU, and the base file as it was trained
+        torch.testing.assert_close(block.mlp.act(x), twin.mlp.act(x))
     assert block.norm1.eps == twin.norm1.eps == ours.norm.eps
     assert ours.num_prefix == theirs.num_prefix_tokens

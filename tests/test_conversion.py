@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import sys
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,10 @@ from conftest import ROOT
 from mmengine.config import Config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm import create_model
 from timm.layers import get_act_layer, resample_abs_pos_embed, resample_patch_embed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from torch.nn import functional as F
@@ -34,7 +37,8 @@ WIDTH, DEPTH, HEADS, GRID = 192, 2, 3, 4
 BY_NAME = {source.name: source for source in SOURCES}
 PAIRS = [(source.name, family) for source in SOURCES for family in source.families]
 every_pair = pytest.mark.parametrize(('source', 'family'), PAIRS, ids=lambda value: value.replace(' ', '').lower())
-OFFICIAL = ('official DINOv2', 'OpenAI / OpenCLIP')  # no packages: the oracle is timm, by its own conversion
+# no packages: the oracle is timm, by its own conversion
+OFFICIAL = ('official DINOv2', 'official DINOv3', 'OpenAI / OpenCLIP')
 
 
 def patch_of(family: str) -> int:
@@ -52,15 +56,20 @@ def randomise(model: nn.Module) -> nn.Module:
         elif re.search(r'(ls|layer_scale|gamma)\d$', name):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, mean=1, std=0.2)
+    for name, parameter in model.named_parameters():
+        if re.search(r'gamma_\d$', name):
+            nn.init.normal_(parameter, mean=1, std=0.2)
     model.eval()  # that of mmpretrain returns nothing
     return model
 
 
 def timm_model(family: str, grid=(GRID, GRID), **options) -> VisionTransformer:
     row, p = FAMILIES[family], patch_of(family)
+    size = dict(img_size=(grid[0] * p, grid[1] * p), patch_size=p, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS)
+    if family == 'deit_distilled':
+        return VisionTransformerDistilled(**size, num_classes=5, dynamic_img_size=True)
     return VisionTransformer(
-        img_size=(grid[0] * p, grid[1] * p), patch_size=p, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
-        class_token=row.class_token, reg_tokens=4 if row.registers else 0, no_embed_class=row.no_embed_class,
+        **size, class_token=row.class_token, reg_tokens=4 if row.registers else 0, no_embed_class=row.no_embed_class,
         pre_norm=row.pre_norm, init_values=row.layer_scale, act_layer=get_act_layer(row.act), dynamic_img_size=True,
         norm_layer=partial(nn.LayerNorm, eps=row.norm_eps), **({'num_classes': 0, 'global_pool': ''} | options)).eval()
 
@@ -72,6 +81,45 @@ def official_dinov2(family: str) -> dict[str, torch.Tensor]:
         state['register_tokens'] = state.pop('reg_token')
         state['pos_embed'] = torch.cat([torch.randn(1, 1, WIDTH), state['pos_embed']], dim=1)
     return state | {'mask_token': torch.randn(1, WIDTH)}
+
+
+def eva(gated: bool = False, biased: bool = True) -> Eva:
+    """timm's DINOv3, narrow."""
+    return randomise(create_model('vit_small_patch16_dinov3', embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
+                                  swiglu_mlp=gated, swiglu_align_to=8 * gated, qkv_bias=biased))
+
+
+def official_dinov3(model: Eva) -> dict[str, torch.Tensor]:
+    """The weights of timm's model under the names of facebookresearch/dinov3, which has a bias of keys and masks it."""
+    state = {'mask_token': torch.randn(1, WIDTH), 'storage_tokens': model.reg_token.detach(),
+             'rope_embed.periods': (100 ** torch.arange(0, 1, 4 * HEADS / WIDTH)).bfloat16()}
+    ours = {'gamma_1': 'ls1.gamma', 'gamma_2': 'ls2.gamma', 'attn.q_bias': 'attn.qkv.bias'}
+    if hasattr(model.blocks[0].mlp, 'fc1_g'):
+        ours |= {'mlp.fc1_g': 'mlp.w1', 'mlp.fc1_x': 'mlp.w2', 'mlp.fc2': 'mlp.w3'}
+    for key, value in model.state_dict().items():
+        name = reduce(lambda key, pair: key.replace(*pair), ours.items(), key)
+        if key.endswith('q_bias'):
+            state[name] = torch.cat([value, torch.randn(WIDTH), model.get_parameter(key.replace('q_', 'v_')).detach()])
+            state[f'{name}_mask'] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(WIDTH)
+        elif not key.endswith(('v_bias', 'reg_token')):
+            state[name] = value
+    return state
+
+
+def transformers_dinov3(gated: bool = False):
+    transformers = pytest.importorskip('transformers')
+    return randomise(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
+        use_gated_mlp=gated, hidden_act='silu' if gated else 'gelu', num_register_tokens=4)))
+
+
+def dinov3(source: str):
+    """State dict, and final tokens."""
+    if source.startswith('transformers'):
+        model = transformers_dinov3('SwiGLU' in source)
+        return model.state_dict(), lambda image: model(pixel_values=image).last_hidden_state
+    model = eva()
+    return model.state_dict() if source.startswith('timm') else official_dinov3(model), model.forward_features
 
 
 def openai_clip() -> dict[str, torch.Tensor]:
@@ -96,17 +144,23 @@ def openai_clip() -> dict[str, torch.Tensor]:
     return state
 
 
-def transformers_model(family: str):
+KINDS = {'augreg': 'ViT', 'deit': 'ViT', 'deit_distilled': 'DeiT', 'mae': 'ViTMAE', 'dinov2': 'Dinov2',
+         'dinov2_reg': 'Dinov2WithRegisters', 'siglip_tanh': 'SiglipVision'}
+
+
+def transformers_model(family: str, kind: str | None = None, **options):
+    """With the library's own epsilon and activation, except for CLIP, whose published ones differ."""
     transformers = pytest.importorskip('transformers')
-    row = FAMILIES[family]
-    kind = {'dinov2': 'Dinov2', 'dinov2_reg': 'Dinov2WithRegisters', 'siglip_tanh': 'SiglipVision'}.get(
-        family, 'CLIPVision')
-    act = {'gelu_tanh': 'gelu_pytorch_tanh'}.get(row.act, row.act)
-    options = dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=patch_of(family),
-                   image_size=GRID * patch_of(family), hidden_act=act, layer_norm_eps=row.norm_eps)
+    kind = kind or KINDS.get(family, 'CLIPVision')
+    options |= dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=patch_of(family),
+                    image_size=GRID * patch_of(family))
+    if kind == 'CLIPVision':
+        options |= dict(hidden_act=FAMILIES[family].act, layer_norm_eps=FAMILIES[family].norm_eps)
     if 'dinov2' not in family:
         options['intermediate_size'] = 4 * WIDTH
-    return randomise(getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**options)))
+    head = kind if 'For' in kind else f'{kind}Model'
+    config = getattr(transformers, f'{kind.partition("For")[0]}Config')(**options)
+    return randomise(getattr(transformers, head)(config))
 
 
 def vision_tower(model):
@@ -129,6 +183,8 @@ def mmpretrain_model(family: str, grid=(GRID, GRID)):
 def original(source: str, family: str):
     """(state dict of a small random model of the source library, its final tokens as a function of the image)."""
     torch.manual_seed(0)
+    if 'dinov3' in family:
+        return dinov3(source)
     if source in OFFICIAL:
         state = official_dinov2(family) if source == 'official DINOv2' else openai_clip()
         model = timm_model(family)
@@ -141,6 +197,16 @@ def original(source: str, family: str):
     if source == 'mmpretrain':
         model = mmpretrain_model(family)
         return model.state_dict(), lambda image: model(image)[0]
+    if family == 'mae':  # without masks, and sorted back
+        model = transformers_model(family, mask_ratio=0.0)
+
+        def tokens(image):
+            out = model(pixel_values=image)
+            patches = out.last_hidden_state[:, 1:]
+            order = out.ids_restore[..., None].expand_as(patches)
+            return torch.cat([out.last_hidden_state[:, :1], patches.gather(1, order)], dim=1)
+
+        return model.state_dict(), tokens
     model = transformers_model(family)
     norm = vision_tower(model).post_layernorm if 'clip' in family else None
     return model.state_dict(), lambda image: (norm or nn.Identity())(model(pixel_values=image).last_hidden_state)
@@ -215,15 +281,16 @@ def test_mmpretrain_native_and_not_square():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(('family', 'wrapper'), [('dinov2', 'dinov2.'), ('dinov2_reg', 'dinov2_with_registers.'),
-                                                 ('clip_openai', 'vision_model.'), ('siglip_tanh', 'vision_model.')])
+@pytest.mark.parametrize(('family', 'wrapper'), [
+    ('augreg', 'vit.'), ('deit_distilled', 'deit.'), ('mae', 'vit.'), ('dinov2', 'dinov2.'),
+    ('dinov2_reg', 'dinov2_with_registers.'), ('clip_openai', 'vision_model.'), ('siglip_tanh', 'vision_model.')])
 def test_files_of_transformers(family, wrapper, tmp_path):
     # In files attention has other names than in memory, and larger models put a prefix before them.
     model = transformers_model(family)
     model.save_pretrained(tmp_path)
     state = {key.removeprefix('vision_model.'): value
              for key, value in load_file(tmp_path / 'model.safetensors').items()}
-    assert 'dinov2' not in family or 'encoder.layer.0.attention.attention.query.weight' in state
+    assert 'lip' in family or 'encoder.layer.0.attention.attention.query.weight' in state
     wanted = convert(model.state_dict(), family)
     for prefix in ('', wrapper):
         found = convert({prefix + key: value for key, value in state.items()}, family)
@@ -231,6 +298,43 @@ def test_files_of_transformers(family, wrapper, tmp_path):
         assert all(torch.equal(found.state[key], value) for key, value in wanted.state.items())
         image = torch.randn(1, 3, *[GRID * patch_of(family)] * 2)
         assert compare(found, {prefix + key: value for key, value in state.items()}, image)[1] < 1e-4
+
+
+@pytest.mark.parametrize(('kind', 'family', 'dropped'), [
+    ('ViTForImageClassification', 'augreg', {'classifier or projection': 2}),
+    ('ViT', 'deit', {'pooler of the class token': 2}),
+    ('DeiTForImageClassificationWithTeacher', 'deit_distilled', {'classifier or projection': 4}),
+    ('ViTMAEForPreTraining', 'mae', {'decoder, for pretraining only': 24})])
+def test_what_transformers_has_around_a_vit(kind, family, dropped):
+    model = transformers_model(family, kind, **(dict(
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=1,
+        decoder_intermediate_size=64) if family == 'mae' else {}))
+    converted = convert(model.state_dict(), family)
+    assert {text.split(':')[0]: count for step, count, text in converted.report if step == 'dropped'} == dropped
+    assert converted.config['norm_eps'] == converted.family.norm_eps == model.config.layer_norm_eps == 1e-12
+    assert compare(converted, model.state_dict(), torch.randn(1, 3, 64, 64))[1] < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('grid', [(GRID, GRID), (6, 6)])
+def test_naflex_is_a_convolution_at_its_own_grid(grid):
+    model = transformers_model('siglip_tanh', 'Siglip2Vision', num_patches=GRID * GRID)
+    state = model.state_dict()
+    converted = convert(state)
+    assert converted.family_name == 'siglip_tanh' and converted.config['img_size'] == 64
+    assert ('reshaped', 1, 'patch kernel of flattened patches to one of 16 x 16 pixels') in converted.report
+    image = torch.randn(2, 3, 16 * grid[0], 16 * grid[1])
+    rows = image.reshape(2, 3, grid[0], 16, grid[1], 16).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, row, column, channel)
+    theirs = model(pixel_values=rows.reshape(2, grid[0] * grid[1], -1), spatial_shapes=torch.tensor([grid] * 2),
+                   pixel_attention_mask=torch.ones(2, grid[0] * grid[1], dtype=torch.long)).last_hidden_state
+    greatest = difference(ours(converted).forward_features(image), theirs)
+    if grid == (GRID, GRID):
+        assert greatest < 1e-4 and compare(converted, state, image)[1] < 1e-4
+    else:  # bilinear positions there, bicubic ones here, as docs/weights.md says
+        assert greatest > 1e-3
+    key = next(key for key in state if key.endswith('patch_embedding.weight'))
+    with pytest.raises(ValueError, match=r'patch_embedding.weight has the shape \(192, 700\): not flattened square'):
+        convert(state | {key: state[key][:, :700]})
 
 
 def test_clip_inside_the_whole_model_of_transformers():
@@ -291,7 +395,9 @@ def test_every_key_is_accounted_for(source, family):
 
 @pytest.mark.parametrize(('source', 'family'), [
     ('timm', 'deit'), ('timm', 'dinov2_reg'), ('official DINOv2', 'dinov2_reg'), ('OpenAI / OpenCLIP', 'clip_openai'),
-    ('transformers, DINOv2', 'dinov2'), ('transformers, CLIP and SigLIP', 'siglip_tanh'), ('mmpretrain', 'dinov2')])
+    ('transformers, DINOv2', 'dinov2'), ('transformers, CLIP and SigLIP', 'siglip_tanh'), ('mmpretrain', 'dinov2'),
+    ('transformers, ViT, DeiT and MAE', 'deit'), ('official DINOv3', 'dinov3'),
+    ('transformers, DINOv3 with SwiGLU', 'dinov3')])
 def test_each_missing_or_misshapen_key_is_named(source, family):
     state, row = original(source, family)[0], BY_NAME[source]
     prefix = convert(state, family).prefix
@@ -316,16 +422,18 @@ def test_each_missing_or_misshapen_key_is_named(source, family):
 
 @pytest.mark.parametrize(('source', 'family', 'whole'), [
     ('timm', 'siglip', ''), ('official DINOv2', 'dinov2', ''), ('OpenAI / OpenCLIP', 'openclip', ''),
+    ('transformers, ViT, DeiT and MAE', 'deit', 'deit.'), ('transformers, ViT, DeiT and MAE', 'mae', 'vit.'),
     ('transformers, DINOv2', 'dinov2', 'dinov2.'), ('transformers, CLIP and SigLIP', 'openclip', 'vision_model.'),
-    ('mmpretrain', 'deit', 'backbone.'), ('mmpretrain', 'openclip', 'visual.')])
+    ('mmpretrain', 'deit', 'backbone.'), ('mmpretrain', 'openclip', 'visual.'), ('official DINOv3', 'dinov3', ''),
+    ('timm, DINOv3', 'dinov3', ''), ('transformers, DINOv3', 'dinov3_sat', 'dinov3_vit.')])
 def test_every_rule_drops_and_is_reported(source, family, whole):
     state, row = original(source, family)[0], BY_NAME[source]
     state = {whole + key.removeprefix(whole): value for key, value in state.items()}
     prefix = convert(state, family).prefix
     for rules, start in ((row.drop, prefix), (row.outside, '')):
         for template, reason in rules.items():
-            key = start + template.replace('**', 'x.bias').replace('*', 'weight')
-            converted = convert(state | {key: torch.ones(3)}, family)
+            key = start + template.replace('**', 'x.bias').replace('*', 'weight').replace('#', '0')
+            converted = convert({key: torch.ones(3)} | state, family)
             assert any(step == 'dropped' and text.startswith(f'{reason}: ') for step, _, text in converted.report), key
             assert accounted(converted) == len(state | {key: 0})
 
@@ -333,7 +441,8 @@ def test_every_rule_drops_and_is_reported(source, family, whole):
 # --- families ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('source', 'family', 'choices'), [
-    ('timm', 'augreg', 'augreg deit'), ('timm', 'clip_openai', 'clip_openai openclip openclip_quickgelu openclip_half'),
+    ('timm', 'augreg', 'augreg deit mae'), ('transformers, ViT, DeiT and MAE', 'mae', 'augreg deit mae'),
+    ('timm', 'clip_openai', 'clip_openai openclip openclip_quickgelu openclip_half'),
     ('timm', 'siglip', 'siglip siglip_tanh'), ('mmpretrain', 'deit', 'augreg deit'),
     ('mmpretrain', 'openclip', 'clip_openai openclip openclip_quickgelu openclip_half'),
     ('OpenAI / OpenCLIP', 'openclip', 'clip_openai openclip openclip_quickgelu openclip_half'),
@@ -346,7 +455,8 @@ def test_an_ambiguous_family_is_asked_for(source, family, choices):
 
 @pytest.mark.parametrize(('source', 'family'), [
     (source, family) for source, family in PAIRS
-    if 'dinov2' in family or (source.startswith('transformers') and family == 'siglip_tanh')])
+    if 'dinov2' in family or family in ('dinov3', 'deit_distilled') or (
+        source.startswith('transformers') and family == 'siglip_tanh')])
 def test_a_plain_family_is_not(source, family):
     assert convert(original(source, family)[0]).family_name == family
 
@@ -363,10 +473,12 @@ def test_a_wrong_family_is_an_error(source, family, wrong, message):
 
 @pytest.mark.parametrize(('name', 'family'), [
     ('vit_large_patch16_224.augreg_in21k_ft_in1k', 'augreg'), ('deit_small_patch16_224.fb_in1k', 'deit'),
+    ('deit_small_distilled_patch16_224.fb_in1k', 'deit_distilled'), ('vit_base_patch16_224.mae', 'mae'),
     ('vit_base_patch14_dinov2.lvd142m', 'dinov2'), ('vit_small_patch14_reg4_dinov2.lvd142m', 'dinov2_reg'),
     ('vit_large_patch14_clip_quickgelu_224.openai', 'clip_openai'), ('vit_base_patch16_clip_224.laion2b', 'openclip'),
     ('vit_base_patch16_clip_quickgelu_224.metaclip_400m', 'openclip_quickgelu'),
     ('vit_large_patch14_clip_224.laion2b', 'openclip_half'), ('vit_large_patch16_siglip_256.webli', 'siglip'),
+    ('vit_base_patch16_siglip_512.v2_webli', 'siglip'), ('vit_large_patch16_siglip_384.v2_webli', 'siglip'),
     ('vit_large_patch16_siglip_512.v2_webli', 'siglip_tanh')])
 def test_a_name_of_timm_settles_the_family(name, family):
     known = facts(name)
@@ -382,6 +494,74 @@ def test_a_name_of_timm_that_runs_weights_with_another_activation():
     assert facts('no_such_model') is None and facts('resnet18') is None
 
 
+# --- DINOv3: what its files have beside ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('biased', [False, True])
+@pytest.mark.parametrize('gated', [False, True])
+def test_dinov3_official_and_in_timm(gated, biased):
+    model = eva(gated, biased)
+    states = {'timm, DINOv3': model.state_dict(), 'official DINOv3': official_dinov3(model)}
+    for (source, state), image in zip(states.items(), (torch.randn(1, 3, 64, 64), torch.randn(1, 3, 48, 80)),
+                                      strict=True):
+        converted = convert(state)
+        assert (converted.source.name, converted.family_name) == (source, 'dinov3')
+        config = dict(img_size=256, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, norm_eps=1e-5,
+                      layer_scale=1e-5, num_registers=4, qkv_bias=biased, rotary={})
+        config |= {'swiglu': True} if gated else {}
+        assert converted.config == config
+        with torch.no_grad():
+            assert difference(ours(converted).forward_features(image), model.forward_features(image)) < 1e-5
+
+
+def test_biases_of_zeros_are_left_out():
+    model = eva()
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.q_bias)
+        nn.init.zeros_(block.attn.v_bias)
+    for state in (model.state_dict(), official_dinov3(model)):
+        converted = convert(state)
+        assert not converted.config['qkv_bias'] and 'blocks.0.attn.qkv.bias' not in converted.state
+        assert ('left out', DEPTH, 'biases of queries, keys and values, which are zero') in converted.report
+        assert compare(converted, state, torch.randn(1, 3, 64, 64))[1] < 1e-5
+
+
+def test_the_check_of_dinov3_without_transformers(monkeypatch):
+    state = transformers_dinov3(gated=True).state_dict()
+    converted = convert(state)
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    note, greatest, _ = compare(converted, state, torch.randn(1, 3, 64, 64))
+    assert 'transformers is not installed' in note and greatest < 1e-4
+
+
+@pytest.mark.parametrize(('name', 'family', 'heads', 'licence'), [
+    ('vit_base_patch16_dinov3.lvd1689m', 'dinov3', 12, 'dinov3-license'),
+    ('vit_huge_plus_patch16_dinov3.lvd1689m', 'dinov3', 20, 'dinov3-license'),
+    ('vit_large_patch16_dinov3.lvd1689m', 'dinov3', 16, 'dinov3-license'),
+    ('vit_large_patch16_dinov3_qkvb.sat493m', 'dinov3_sat', 16, 'dinov3-license'),
+    ('vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m', 'dinov3', 3, 'fair-noncommercial-research-license')])
+def test_a_name_of_timm_settles_which_dinov3(name, family, heads, licence):
+    known = facts(name)
+    state = dict(convert(original('timm, DINOv3', 'dinov3')[0]).state)
+    state['patch_embed.proj.weight'] = torch.empty(1024 if 'large' in name else 768, 3, 16, 16, device='meta')
+    assert choose_family(state, (16, 16), BY_NAME['timm, DINOv3'], None, known) == family
+    assert (known['num_heads'], known['licence']) == (heads, licence)
+
+
+def test_a_large_dinov3_may_be_of_satellite_images():
+    state = dict(convert(original('timm, DINOv3', 'dinov3')[0]).state)
+    state['patch_embed.proj.weight'] = torch.empty(1024, 3, 16, 16, device='meta')
+    with pytest.raises(ValueError, match='(?s)choose with --family.*dinov3: .*dinov3_sat: .*109.65'):
+        choose_family(state, (16, 16), BY_NAME['official DINOv3'], None, None)
+
+
+def test_other_wave_lengths_are_refused():
+    state = official_dinov3(eva())
+    with pytest.raises(ValueError, match=r'rope_embed\.periods has 16 wave lengths.*--num-heads'):
+        convert(state, num_heads=6)
+    with pytest.raises(ValueError, match=r'rope_embed\.periods has 16 wave lengths.* to 5623.*1 to 74\.99'):
+        convert(state | {'rope_embed.periods': 10000 ** torch.arange(0, 1, 1 / 16)})
+
+
 def without(state: dict, *words: str) -> dict:
     return {key: value for key, value in state.items() if not any(word in key for word in words)}
 
@@ -392,15 +572,14 @@ def plain(**options):
 
 ONE = torch.ones(1)
 REFUSED = {
-    'NaFlex': (lambda: original('transformers, CLIP and SigLIP', 'siglip_tanh')[0]
-               | {'embeddings.patch_embedding.weight': torch.ones(WIDTH, 768)}, 'NaFlex.*fixed-resolution'),
+    'NaFlex of timm': (lambda: timm.create_model('naflexvit_base_patch16_siglip', depth=1, embed_dim=64,
+                                                 num_heads=1).state_dict(), 'embeds.*NaFlexVit.*transformers has them'),
     'SwiGLU, packed': (lambda: plain() | {'blocks.0.mlp.fc2.weight': torch.ones(WIDTH, 2 * WIDTH)}, 'SwiGLU'),
     'SwiGLU, official': (lambda: official_dinov2('dinov2') | {'blocks.0.mlp.w12.weight': ONE}, 'SwiGLU'),
     'SwiGLU, transformers': (lambda: original('transformers, DINOv2', 'dinov2')[0]
                              | {'encoder.layer.0.mlp.weights_in.weight': ONE}, 'SwiGLU'),
     'SwiGLU, mmpretrain': (lambda: original('mmpretrain', 'dinov2')[0] | {'layers.0.ffn.w12.bias': ONE}, 'SwiGLU'),
-    'distilled': (lambda: plain() | {'dist_token': ONE}, 'distillation token'),
-    'DINOv3': (lambda: plain() | {'rope_embed.periods': ONE}, 'rotary'),
+    'EVA': (lambda: plain() | {'rope.freqs': ONE}, 'rotary'),
     'BEiT': (lambda: original('mmpretrain', 'deit')[0] | {'layers.0.attn.relative_position_bias_table': ONE},
              'relative positions'),
     'norms of q and k': (lambda: plain() | {'blocks.0.attn.q_norm.weight': ONE}, 'queries and keys are normalised'),
@@ -426,14 +605,6 @@ def test_refused_with_a_reason(case):
     make, message = REFUSED[case]
     with pytest.raises(ValueError, match=f'(?s){message}'):
         convert(make(), 'deit' if case in ('grey-scale', 'gap') else None)
-
-
-def test_naflex_as_transformers_makes_it():
-    transformers = pytest.importorskip('transformers')
-    config = transformers.Siglip2VisionConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
-                                              intermediate_size=64, num_patches=16, patch_size=16)
-    with pytest.raises(ValueError, match='NaFlex'):
-        convert(transformers.Siglip2VisionModel(config).state_dict())
 
 
 def test_unusual_width_asks_for_heads():

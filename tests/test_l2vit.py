@@ -14,15 +14,23 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
+from test_baseline_attentions import without_code
+from test_check import check, red
+from test_detection import CLASSES, draw_split, mmdets
+from test_pipeline import Recorder, photo
+from test_pipeline import apart as in_folder
 from torch import nn
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.l2vit import L2ViTAttention, LocalConcentration, WindowAttention
 from adala_mm.models.backbones import L2ViT
 from adala_mm.models.backbones.l2vit import ARCHS, GlobalBlock, LocalBlock
+from adala_mm.preflight import memory
+from adala_mm.utils.cli import base_parser, load_config
 
 DIM, HEADS, WINDOW = 12, 3, 3
 GRIDS = [((4, 4), 0), ((3, 5), 1), ((6, 3), 0), ((1, 4), 5), ((7, 6), 3)]
@@ -65,7 +73,10 @@ def one_head(layer, x, head):
 
 
 def naive_global(layer, x, floor):
-    """Before the projection: all pairs of tokens. Also says what it divided by, before the floor."""
+    """Zheng 2025 (arXiv 2501.16182), as its code has it (MIT): all pairs of tokens, before the projection.
+
+    Also says what it divided by, before the floor.
+    """
     images, weights = [], []
     for image in x:
         heads = []
@@ -108,7 +119,7 @@ def naive_local(lcm, x, hw, num_prefix=0):
 
 
 def naive_window(layer, x, hw, num_prefix=0):
-    """Before the projection: every token looks up whom it sees."""
+    """Zheng 2025 (arXiv 2501.16182), as its code has it (MIT): every token looks up whom it sees."""
     (h, w), s = hw, layer.window_size
     images = []
     for image in x:
@@ -150,7 +161,7 @@ def test_global_attention(hw, num_prefix, regime):
     around = middle[gap:gap + 2].mean()
     layer.denom_floor = {'below': 2 * positive[-1], 'around': around, 'above': positive[0] / 2}[regime]
     assert ((weights - layer.denom_floor).abs() > 1e-6 * layer.denom_floor).all()
-    wanted, _ = naive_global(layer, x, layer.denom_floor)
+    wanted, _ = naive_global(without_code(layer), x, layer.denom_floor)
     assert_same(layer(x, hw, num_prefix), project(layer, wanted), layer, x)
     clamped = (weights < layer.denom_floor).double().mean()
     assert {'below': clamped == 1, 'around': 0.2 < clamped < 0.8, 'above': clamped < 0.2}[regime]
@@ -195,7 +206,8 @@ def test_local_concentration_in_training():
 def test_window_attention(hw, num_prefix, mask_padding):
     layer = randomise(WindowAttention(DIM, HEADS, window_size=WINDOW, mask_padding=mask_padding))
     x = tokens(hw, num_prefix)
-    assert_same(layer(x, hw, num_prefix), project(layer, naive_window(layer, x, hw, num_prefix)), layer, x)
+    wanted = naive_window(without_code(layer), x, hw, num_prefix)
+    assert_same(layer(x, hw, num_prefix), project(layer, wanted), layer, x)
 
 
 def test_window_attention_without_bias_pads_with_zeros():
@@ -499,6 +511,8 @@ def test_trains_in_mmseg():
 
 NAMES = [f'{kind}_l2vit{size}_{data}' for kind, data in (('linear', 'in1k'), ('upernet', 'ade20k'),
                                                         ('mask2former', 'ade20k')) for size in 'tsb']
+DETECTORS = [f'maskrcnn_l2vit{size}_{length}x_coco' for length in (1, 3) for size in 'tsb']
+IN22K = ['linear_l2vitb_in22k', 'linear_l2vitb_384_in1k']
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base'}
 every_config = pytest.mark.parametrize('name', NAMES)
 
@@ -521,9 +535,10 @@ def model_of(name):
 
 
 def test_every_config_is_listed():
-    assert {path.stem for path in (ROOT / 'configs/l2vit').glob('*.py')} == set(NAMES)
-    before = {name: parsed(name).to_dict() for name in NAMES}
-    for name in reversed(NAMES):  # they edit dicts of shared base files
+    names = NAMES + DETECTORS + IN22K
+    assert {path.stem for path in (ROOT / 'configs/l2vit').glob('*.py')} == set(names)
+    before = {name: parsed(name).to_dict() for name in names}
+    for name in reversed(names):  # they edit dicts of shared base files
         assert Config.fromfile(ROOT / 'configs/l2vit' / f'{name}.py').to_dict() == before[name], name
 
 
@@ -544,16 +559,20 @@ def test_sizes_differ_in_the_model_only(name):
     if kind == 'linear':
         assert 'init_cfg' not in backbone
     else:
-        start = parsed(f'linear_l2vit{size}_in1k')
-        assert backbone['init_cfg'] == dict(
-            type='Pretrained', checkpoint=f'work_dirs/linear_l2vit{size}_in1k/epoch_{start.train_cfg.max_epochs}.pth')
-        # The classifier's file fits: only output norms differ.
-        ours, theirs = (m.backbone.state_dict() for m in (model_of(name), model_of(f'linear_l2vit{size}_in1k')))
-        assert set(theirs) <= set(ours)
-        assert all(key.startswith('norms.') for key in set(ours) - set(theirs))
-        assert all(ours[key].shape == value.shape for key, value in theirs.items())
+        assert_starts_from(name, f'linear_l2vit{size}_in1k')
     del cfg['model'], twin['model']
     assert cfg == twin
+
+
+def assert_starts_from(name, classifier):
+    """The classifier's last file is named, and fits: only output norms differ."""
+    epochs = parsed(classifier).train_cfg.max_epochs
+    assert parsed(name).model.backbone.init_cfg == dict(
+        type='Pretrained', checkpoint=f'work_dirs/{classifier}/epoch_{epochs}.pth')
+    ours, theirs = (model_of(config).backbone.state_dict() for config in (name, classifier))
+    assert set(theirs) <= set(ours)
+    assert all(key.startswith('norms.') for key in set(ours) - set(theirs))
+    assert all(ours[key].shape == value.shape for key, value in theirs.items())
 
 
 @every_config
@@ -686,3 +705,128 @@ def test_classification_pipelines_and_batch(tmp_path):
     assert losses['loss'].isfinite() and results[0].pred_score.shape == (1000,)
     assert abs(model.head.fc.bias).max() <= 0.011  # zero before its first step
     assert model.head.init_cfg['std'] == 0.02
+
+
+# --- Mask R-CNN, and ImageNet-22K
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_detectors_have_the_published_recipe(name, monkeypatch):
+    """That of the authors' configs, and Swin's: drop path, optimizer, steps; mmdet's model but for the backbone."""
+    monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
+    _, vit, length, _ = name.split('_')
+    size, cfg, model = vit[-1], config(name), model_of(name)
+    assert_starts_from(name, f'linear_{vit}_in1k')
+    assert cfg.model.backbone.arch == SIZES[size]
+    assert cfg.model.backbone.drop_path_rate == {'1x': dict(t=0.1, s=0.1, b=0.2),
+                                                 '3x': dict(t=0.2, s=0.2, b=0.3)}[length][size]
+    epochs, steps = {'1x': (12, [8, 11]), '3x': (36, [27, 33])}[length]
+    warmup, multi_step = cfg.param_scheduler
+    assert (warmup.start_factor, warmup.end, warmup.by_epoch) == (0.001, 500, False)
+    assert (multi_step.milestones, multi_step.end, multi_step.gamma) == (steps, epochs, 0.1)
+    assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=epochs)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    assert {(group['lr'], group['weight_decay']) for group in groups} == {(1e-4, 0.05)}
+    assert 'clip_grad' not in cfg.optim_wrapper and cfg.sync_bn == 'torch'
+    assert 8 * cfg.train_dataloader.batch_size == 16 == cfg.auto_scale_lr.base_batch_size
+    maps = model.neck(model.backbone.eval()(torch.empty(1, 3, 128, 96, device='meta')))
+    assert [tuple(f.shape[1:]) for f in maps] == [(256, 128 // s, math.ceil(96 / s)) for s in (4, 8, 16, 32, 64)]
+    theirs = mmdets('_base_/models/mask-rcnn_r50_fpn.py').model
+    for part in (cfg.model, theirs):
+        part.pop('backbone')
+        part.neck.pop('in_channels')
+    assert cfg.model == theirs
+    flip, mosaic = cfg.train_dataloader.dataset.pipeline[2:4]
+    whole, cropped = mosaic.transforms
+    assert flip.type == 'RandomFlip' and [scale[1] for scale in whole[0].scales] == [1333] * 11
+    assert cropped[0].scales == [(400, 1333), (500, 1333), (600, 1333)] and cropped[1].crop_size == (384, 600)
+    assert cfg.train_dataloader.dataset.pipeline[1].with_mask and cfg.val_evaluator.metric == ['bbox', 'segm']
+
+
+def cut(name, **places):
+    """The config as a file, for a tiny network from random weights on a few small pictures in ``places``."""
+    cfg = config(name)
+    cfg.model.backbone.update(arch=SMALL, init_cfg=None)
+    cfg.train_cfg.max_epochs, cfg.param_scheduler = 1, None
+    for loader, batch in (('train_dataloader', 2), ('val_dataloader', 1), ('test_dataloader', 1)):
+        cfg[loader].update(num_workers=0, persistent_workers=False, batch_size=batch)
+        cfg[loader].dataset.update(places)
+    return cfg
+
+
+@pytest.fixture
+def no_estimate(monkeypatch):
+    """Of memory, which takes a second in each of many runs, and is tested elsewhere."""
+    monkeypatch.setattr(memory, 'estimate', lambda plan: lambda batch, height, width: 0)
+    monkeypatch.setattr(memory, 'head_line', lambda plan: lambda pixels: 0)
+
+
+def check_and_train(cfg, place):
+    cfg.dump(place / 'cut.py')
+    assert not red(check(place / 'cut.py', '--data-root', place))
+    cfg = load_config(base_parser('').parse_args([str(place / 'cut.py'), '--data-root', str(place)]))
+    cfg.experiment_name = cfg.visualizer.name = place.name
+    run, record = Runner.from_cfg(cfg), Recorder()
+    run.register_hook(record)
+    run.train()
+    assert len(record.losses) == 2 and all(0 < loss < 1e3 for loss in record.losses)
+    key = 'backbone.stages.0.0.attn.qkv.weight'
+    assert not torch.equal(run.model.state_dict()[key], record.state[key])
+
+
+@pytest.mark.parametrize('name', ['maskrcnn_l2vitt_1x_coco'])
+def test_a_detector_is_checked_and_trained(name, tmp_path, no_estimate):
+    draw_split(tmp_path / 'coco', 'train2017', count=4, seed=0)
+    draw_split(tmp_path / 'coco', 'val2017', count=1, seed=1)
+    cfg = cut(name, metainfo=dict(classes=CLASSES))
+    heads, narrow = cfg.model.roi_head, 32
+    cfg.model.neck.update(in_channels=list(SMALL['embed_dims']), out_channels=narrow)
+    cfg.model.rpn_head.update(in_channels=narrow, feat_channels=narrow)
+    heads.bbox_head.update(in_channels=narrow, fc_out_channels=narrow)
+    heads.mask_head.update(in_channels=narrow, conv_out_channels=narrow)
+    for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
+        part.out_channels = narrow
+    heads.bbox_head.num_classes = heads.mask_head.num_classes = len(CLASSES)
+    cfg.train_dataloader.dataset.filter_cfg.min_size = 4
+    cfg.train_dataloader.dataset.pipeline[3] = dict(type='RandomResize', scale=(96, 96), ratio_range=(0.8, 1))
+    for loader in ('val_dataloader', 'test_dataloader'):
+        cfg[loader].dataset.pipeline[1].scale = (96, 96)
+    with in_folder(tmp_path):
+        check_and_train(cfg, tmp_path)
+
+
+@pytest.mark.parametrize('name', IN22K)
+def test_imagenet_22k_is_checked_and_trained(name, tmp_path, no_estimate):
+    pretraining = name == 'linear_l2vitb_in22k'
+    cfg, classes = cut(name), 5
+    for split in ('imagenet22k', 'imagenet22k_val') if pretraining else ('imagenet/train', 'imagenet/val'):
+        for i in range(classes):  # and one left over in an epoch of batches of two
+            photo(tmp_path / split / f'n{i:08d}' / f'{i}.JPEG')
+    cfg.model.head.update(in_channels=24, num_classes=classes)
+    cfg.model.data_preprocessor.num_classes = classes
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if not pretraining:
+            cfg[loader].dataset.metainfo = dict(classes=[f'kind {i}' for i in range(classes)])
+        cfg[loader].dataset.pipeline[1].scale = 64 if cfg[loader].dataset.pipeline[1].type != 'Resize' else (64, 64)
+    with in_folder(tmp_path):
+        check_and_train(cfg, tmp_path)
+
+
+def test_recipe_of_imagenet_22k():
+    """The authors' commands: batch 1024, 90 epochs, then 30 at 384 px with windows of 12."""
+    first, second = (config(name) for name in IN22K)
+    assert_starts_from(IN22K[1], IN22K[0])
+    assert model_of(IN22K[0]).head.fc.out_features == 21841 == first.model.data_preprocessor.num_classes
+    for cfg, counts, epochs, side in ((first, 1, 90, 224), (second, 2, 30, 384)):
+        assert 8 * cfg.train_dataloader.batch_size * counts == 1024
+        assert cfg.optim_wrapper.get('accumulative_counts', 1) == counts
+        assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size
+        assert cfg.train_cfg.max_epochs == epochs == cfg.param_scheduler[-1].end
+        assert cfg.model.backbone.arch == 'base' and cfg.model.backbone.drop_path_rate == 0.2
+        assert cfg.train_dataloader.dataset.pipeline[1].scale == side
+    assert (first.optim_wrapper.optimizer, second.optim_wrapper.optimizer) == (
+        dict(type='AdamW', lr=1e-3, weight_decay=0.05), dict(type='AdamW', lr=4e-5, weight_decay=1e-8))
+    assert second.model.backbone.window_size == 12 and 'custom_hooks' not in first
+    assert second.custom_hooks[0].interval == 2
+    for cfg, start, top, end in ((first, 1e-6, 1e-3, 1e-5), (second, 4e-8, 4e-5, 4e-7)):
+        found = rates(cfg, 2 * cfg.train_cfg.max_epochs + 1, epoch_length=2)
+        assert (found[0], found[10], found[-1]) == pytest.approx((start, top, end), rel=0.1)  # close to its end

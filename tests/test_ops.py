@@ -17,17 +17,23 @@ PHI = {
     'softmax': lambda x: torch.exp(x - x.logsumexp(-1, keepdim=True)),
     'exp': torch.exp,
 }
-MAPS = sorted(PHI)
+MAPS = sorted([*PHI, 'efficient'])
+
+
+def features(q, k, name):
+    if name == 'efficient':  # of keys each channel is normalised over the tokens
+        return PHI['softmax'](q), torch.exp(k - k.logsumexp(-2, keepdim=True))
+    return PHI[name](q), PHI[name](k)
 
 
 def quadratic(q, k, v, name, eps=1e-6):
-    weights = torch.einsum('bhid,bhjd->bhij', PHI[name](q), PHI[name](k))
+    weights = torch.einsum('bhid,bhjd->bhij', *features(q, k, name))
     return torch.einsum('bhij,bhjd->bhid', weights / (weights.sum(-1, keepdim=True) + eps), v)
 
 
 def linear(q, k, v, name, eps=1e-6):
     """The same in float64 with the sums over keys first: for lengths at which N^2 weights are too many."""
-    q, k = PHI[name](q), PHI[name](k)
+    q, k = features(q, k, name)
     return (q @ (k.transpose(-2, -1) @ v)) / ((q * k.sum(-2, keepdim=True)).sum(-1, keepdim=True) + eps)
 
 

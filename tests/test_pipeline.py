@@ -362,7 +362,7 @@ def test_stage_3_starts_from_stage_2(name, options, data, place, after_stage2):
     assert 0 <= run.test()['mIoU' if name == FLAGSHIP else 'accuracy/top1'] <= 100
 
 
-@pytest.mark.parametrize('vfm', ['clipl', 'siglipl', 'in1kl', 'dinov2b'])
+@pytest.mark.parametrize('vfm', ['clipl', 'siglipl', 'in1kl', 'dinov2b', 'dinov3l', 'siglip2l'])
 def test_both_stages_of_the_other_models(vfm, place, monkeypatch):
     data = coco(imagenet22k(place / vfm))
     first = runner(f'stage1_{vfm}_coco', data, stage1() | {'train_cfg.max_epochs': 1})

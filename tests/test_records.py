@@ -254,6 +254,8 @@ def tables(tmp_path, monkeypatch):
     (root / 'docs/results/faults.json').write_text(json.dumps(dict(rows=faults, machine=MACHINE)))
     (root / 'docs/reproducibility.md').write_text(marked('faults'))
     write_benchmarks(root / 'benchmarks/results/cpu')
+    (root / 'docs/results/heads.json').write_text(json.dumps(dict(rows=[
+        {key: value for key, value in HEADS.items() if key != 'seconds'}])))
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     module = tool('make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
@@ -274,7 +276,7 @@ def write_costs(docs) -> None:
     (docs / 'costs.md').write_text(marked('costs'))
 
 
-BENCHMARKS = ('speed_attention', 'speed_model', 'speed_training', 'memory_by_depth')
+BENCHMARKS = ('speed_attention', 'speed_model', 'speed_training', 'memory_by_depth', 'head_times')
 
 
 def write_study(root) -> None:
@@ -414,6 +416,11 @@ def test_picture_of_a_study(tables, monkeypatch, capsys):
     assert not (tables.ROOT / 'docs/images/heads.png').exists()  # there is no alignment to draw
 
 
+HEADS = dict(config='a_head', size=1024, softmax_blocks=0, linear_blocks=12,
+             gmac=dict(backbone=60.0, head=30.0) | {'pixel decoder': 10.0},
+             seconds=dict(backbone=1.0, head=0.98) | {'pixel decoder': 0.02})
+
+
 def write_benchmarks(folder) -> None:
     """Made-up records of the three benchmarks."""
     folder.mkdir(parents=True)
@@ -425,6 +432,7 @@ def write_benchmarks(folder) -> None:
         model=dict(rows=[
             vit | dict(attention='SoftmaxAttention', softmax_blocks=12, linear_blocks=0, ms=6.0),
             vit | dict(attention='LinearAttention', softmax_blocks=0, linear_blocks=12, ms=8.0)]),
+        heads=dict(rows=[HEADS]),
         training=dict(rows=[step | dict(version='straightforward', ms=500.0), step | dict(version='ours', ms=250.0)],
                       depths=[dict(depth=12, version='ours', held_mib=10.0, step_mib=21.0)], settings=dict(batch=2)))
     for name, data in records.items():
@@ -508,6 +516,11 @@ def test_benchmark_tables_say_what_the_records_say(tables):
     assert rows_of(tables.TABLES['speed_training']())[2:] == [
         ['1', 'straightforward', '4.00', '', '30', ''], ['1', 'ours', '8.00', '2.00x', '30', '1.00']]
     assert rows_of(tables.TABLES['memory_by_depth']())[2:] == [['12', '10', '21']]
+    counts = ['`a_head`', '0 / 12', '1,024', '100.0 GMAC', '60 %', '', '10 %', '30 %', '40 %']
+    assert rows_of(tables.TABLES['head_counts']())[2:] == [counts]
+    assert rows_of(tables.TABLES['head_times']())[2:] == [
+        counts, ['`a_head`', '0 / 12', '1,024', '2.00 s of CPU', '50 %', '', '1.0 %', '49 %', '50 %']]
+    assert 'At 1,024 pixels a multiply-add of the pixel decoder took 0.1 times as long' in tables.TABLES['head_times']()
     for name in BENCHMARKS:
         assert all(str(fact) in tables.TABLES[name]() for fact in (*MACHINE.values(), '1 threads'))
 

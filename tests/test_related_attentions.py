@@ -1,4 +1,8 @@
-"""The related linear attentions against slow float64 transcriptions of their published formulas."""
+"""The related linear attentions against slow float64 transcriptions of their published formulas.
+
+Each says whose equation it is, and sees a layer's parameters alone (`without_code`). tests/test_transcriptions.py sees
+that every attention has one.
+"""
 from __future__ import annotations
 
 import copy
@@ -6,6 +10,7 @@ import math
 
 import pytest
 import torch
+from test_baseline_attentions import without_code
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +25,8 @@ CASES += [('InLine', dict(kernel=kernel, local=local)) for kernel in ('identity'
           for local in (True, False)]
 CASES += [('Vicinity', dict(form=form, se_reduction=r)) for form in ('sum', 'product') for r in (2, None)]
 CASES += [('ViG', dict(conv_input=True)), ('RMT', dict(decomposed=True)), ('RMT', dict(decay_range=6.0)),
-          ('Agent', dict(num_agents=4)), ('Focused', dict(focus=2.0, kernel_size=3)), ('PolaFormer', dict(alpha=2.0))]
+          ('Agent', dict(num_agents=4)), ('Focused', dict(focus=2.0, kernel_size=3)), ('PolaFormer', dict(alpha=2.0)),
+          ('RALA', dict(rotary=False))]
 
 every_layer = pytest.mark.parametrize('name', NAMES)
 every_case = pytest.mark.parametrize(('name', 'options'), CASES, ids=str)
@@ -95,16 +101,21 @@ def table(weight, hw, mode='bicubic'):
     return torch.stack([weight[:, y, x] for y in range(hw[0]) for x in range(hw[1])])
 
 
-def rala(layer, q, k, v, hw, p):
+def rala(layer, q, k, v, hw, p, rotary=True):
+    """Fan et al. 2025 (arXiv 2411.07635), the definition of RALA, by words: g, alpha, the rotation of numerators alone.
+
+    Not from its code, which has no licence. The gate and the convolution are in `reference`.
+    """
     q, k, v = F.elu(split(q)) + 1, F.elu(split(k)) + 1, split(v)
     n, g = q.shape[2], q.mean(2)
     alpha = n * torch.softmax(torch.einsum('bhd,bhnd->bhn', g, k) / math.sqrt(D), -1)
     k = alpha[..., None] * k
-    angles = grid_angles(hw, p, [10000 ** -(i / (D // 4 - 1)) for i in range(D // 4)])
+    angles = grid_angles(hw, p, [rotary * 10000 ** -(i / (D // 4 - 1)) for i in range(D // 4)])
     return merge((dots(turn(q, angles), turn(k, angles)) / n @ v) / (dots(q, k).mean(-1, keepdim=True) + 1e-6))
 
 
 def inline(layer, q, k, v, hw, p, kernel='identity', local=True):
+    """Han et al. 2024 (arXiv 2412.06590), eq. 5, with the scale D^-1/2 / N that the paper leaves out."""
     phi = {'identity': lambda x: x, 'relu': lambda x: x * (x > 0), 'exp': lambda x: torch.exp(x / 5),
            'leaky_relu': lambda x: x * torch.where(x > 0, 1.0, 0.01)}[kernel]
     q, k, v = phi(split(q)), phi(split(k)), split(v)
@@ -112,6 +123,7 @@ def inline(layer, q, k, v, hw, p, kernel='identity', local=True):
 
 
 def vitality(layer, q, k, v, hw, p):
+    """Dass et al. 2023 (arXiv 2211.05109), Algorithm 1; its code centres over channels, not over tokens."""
     q, k, v = split(q), split(k), split(v)
     k = k - k.mean(2, keepdim=True)
     total = v.sum(2, keepdim=True) + q @ (k.mT @ v) / math.sqrt(D)
@@ -119,6 +131,7 @@ def vitality(layer, q, k, v, hw, p):
 
 
 def focused(layer, q, k, v, hw, p, focus=3.0, kernel_size=5):
+    """Han et al. 2023 (arXiv 2308.00442), section 4, eq. 5 and 6 in eq. 4; eq. 12's convolution is in `reference`."""
     k = k + F.pad(table(layer.position.weight, hw), (0, 0, p, 0))
 
     def f(x):
@@ -130,6 +143,7 @@ def focused(layer, q, k, v, hw, p, focus=3.0, kernel_size=5):
 
 
 def polaformer(layer, q, k, v, hw, p, alpha=4.0):
+    """Meng et al. 2025 (arXiv 2501.15061), as its code has it (MIT, ``PolaLinearAttention``), gate in `reference`."""
     scale = torch.log1p(torch.exp(layer.polarity['scale']))
     q, k, v = split(q / scale), split((k + F.pad(table(layer.position.weight, hw), (0, 0, p, 0))) / scale), split(v)
     power = 1 + alpha / (1 + torch.exp(-layer.polarity['power']))
@@ -141,6 +155,7 @@ def polaformer(layer, q, k, v, hw, p, alpha=4.0):
 
 
 def agent(layer, q, k, v, hw, p, num_agents=49):
+    """Han et al. 2024 (arXiv 2312.08874), the definition of agent attention by words: two softmaxes with biases."""
     (h, w), side = hw, math.isqrt(num_agents)
     q, k, v = split(q), split(k), split(v)
     patches = q[:, :, p:].unflatten(2, hw)
@@ -158,12 +173,17 @@ def agent(layer, q, k, v, hw, p, num_agents=49):
 
 
 def castling(layer, q, k, v, hw, p):
+    """You et al. 2023 (arXiv 2211.10526), as its code has it (Apache-2.0, ``LinAngularAttention``).
+
+    The paper's kernel has the constant 1/2 for all pairs, which code puts on the token's own value.
+    """
     q, k = (split(x) / split(x).square().sum(-1, True).sqrt() for x in (q, k))
     out = split(v) / 2 + dots(q, k) / math.pi @ split(v)
     return merge(out / out.square().sum(-1, True).sqrt())
 
 
 def vicinity(layer, q, k, v, hw, p, form='sum', se_reduction=1):
+    """Sun et al. 2022 (arXiv 2206.10552), as its code has it (Apache-2.0); SE after the projection, in `reference`."""
     def nearness(a, b):
         cos_y, cos_x = (1.0 if a is None or b is None else math.cos(math.pi / 2 * (s - t) / side)
                         for s, t, side in zip(a or hw, b or hw, hw, strict=True))
@@ -175,6 +195,7 @@ def vicinity(layer, q, k, v, hw, p, form='sum', se_reduction=1):
 
 
 def mlla(layer, q, k, v, hw, p):
+    """Han et al. 2024 (arXiv 2405.16605), section 3.1, eq. 2, with rotation and LePE as its code has them (MIT)."""
     q, k = F.elu(q) + 1, F.elu(k) + 1
     angles = grid_angles(hw, p, [10000 ** -(i / (DIM // 4)) for i in range(DIM // 4)])
     w = dots(split(turn(q, angles)), split(turn(k, angles))) / q.shape[1]
@@ -182,6 +203,10 @@ def mlla(layer, q, k, v, hw, p):
 
 
 def rmt(layer, q, k, v, hw, p, decay_range=4.0, decomposed=False):
+    """Fan et al. 2024 (arXiv 2309.11523), section 3.2, eq. 4 to 6, the convolution of eq. 7 in `reference`.
+
+    But for the decay: eq. 5 multiplies softmax's weights by it, published models add its logarithm to the scores.
+    """
     where = places(hw, p)
     angles = [[max(n - p, 0) * 10000 ** -(i / (D // 2 - 1)) for i in range(D // 2)] for n in range(len(where))]
     q, k, v = turn(split(q), angles), turn(split(k), angles), split(v)
@@ -196,6 +221,7 @@ def rmt(layer, q, k, v, hw, p, decay_range=4.0, decomposed=False):
 
 
 def fcvit(layer, q, k, v, hw, p):
+    """Ma et al. 2022 (arXiv 2212.12552), as its code has it (Apache-2.0, ``GlobalContext`` with ``compete``)."""
     s = torch.einsum('bhd,bhnd->bhn', split(k).mean(2), split(q)) / math.sqrt(D)
     centred = s - s.mean((1, 2), keepdim=True)
     std = (centred.square().sum((1, 2), keepdim=True) / (s[0].numel() - 1)).sqrt()
@@ -207,7 +233,7 @@ def fcvit(layer, q, k, v, hw, p):
 
 
 def vig(layer, x, hw, p, conv_input=False):
-    """All of it but the output projection."""
+    """Liao et al. 2024 (arXiv 2405.18425), as its code has it (MIT, ``GatedLinearAttention``), up to the projection."""
     local = convolve(x, layer.local.weight[None, :, 0], layer.local.bias, hw, p)
     local = torch.cat([x[:, :p], (local * local.sigmoid())[:, p:]], 1)
     source = local if conv_input else x
@@ -292,7 +318,8 @@ def with_grads(layer, function, x, upstream):
 def compare(layer, x, hw, p, reference):
     """The layer in float64 and float32 against ``reference(layer, x)`` in float64, values and gradients."""
     exact, upstream = copy.deepcopy(layer).double(), torch.randn(x.shape)
-    wanted = with_grads(exact, lambda x: reference(exact, x), x.double(), upstream)
+    bare = without_code(exact)
+    wanted = with_grads(exact, lambda x: reference(bare, x), x.double(), upstream)
     peak = max(float(grad.abs().max()) for grad in wanted[1:])
     for model, inputs, tolerance in ((exact, x.double(), 1e-9), (layer, x, 1e-4)):
         got = with_grads(model, lambda x, model=model: model(x, hw, p), inputs, upstream)
@@ -366,7 +393,8 @@ def constant_values(name, hw=(3, 5), p=1, **options):
     ('PolaFormer', dict(eps=1e-30)), ('RMT', {}), ('RMT', dict(decomposed=True, p=0)), ('Agent', {}),
     ('Vicinity', dict(se_reduction=None, eps=1e-30)),
     # Where nothing is turned: prefix tokens and the patch at (0, 0).
-    ('MLLA', dict(hw=(1, 1), p=5, eps=0.0)), ('RALA', dict(hw=(1, 1), p=5, eps=0.0))], ids=str)
+    ('MLLA', dict(hw=(1, 1), p=5, eps=0.0)), ('RALA', dict(hw=(1, 1), p=5, eps=0.0)),
+    ('RALA', dict(rotary=False, eps=0.0))], ids=str)
 def test_weights_sum_to_one(name, options):
     out = constant_values(name, **options)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-12)

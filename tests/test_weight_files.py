@@ -224,7 +224,8 @@ def test_official_dinov2_is_pointed_to_the_converter(key, tmp_path):
     torch.testing.assert_close(model.eval().forward_features(image), reference.forward_features(image))
 
 
-@pytest.mark.parametrize('names', ['embeddings.cls_token', 'visual.class_embedding', 'patch_embed.projection.weight'])
+@pytest.mark.parametrize('names', ['dist_token', 'embeddings.cls_token', 'visual.class_embedding',
+                                   'patch_embed.projection.weight'])
 def test_other_libraries_are_pointed_there(names, state, tmp_path):
     torch.save({names: torch.ones(3)}, tmp_path / 'a.pth')
     with pytest.raises(ValueError, match=r'tools/convert_vfm.py .*a.pth a_converted.safetensors'):

@@ -38,6 +38,7 @@ def near(hw, num_prefix, s):
 
 
 def windowed(layer, q, k, v, hw, num_prefix, large=False):
+    """Of our own: the two equations of the layer's docstring, as a matrix of weights."""
     inside = near(hw, num_prefix, layer.window_size)
     k = k - sum(k[:, :, i:i + 1] for i in range(k.shape[2])) / k.shape[2]
     a = torch.stack([q[:, h] @ layer.feature_map.q[h] for h in range(q.shape[1])], dim=1)[:, :, :, None]

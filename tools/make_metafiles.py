@@ -81,7 +81,7 @@ def recorded_scores() -> dict[str, dict[str, float]]:
 def build(cfg: dict, scope: str, device: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope(scope), torch.device(device):
         model = MODELS.build(ConfigDict(cfg)).eval().requires_grad_(False)
-    if 'backbone' in cfg:  # a whole detector: its backbone is counted on its own
+    if 'backbone' in cfg:  # a whole detector, with any backbone: its own is counted by itself
         model.backbone = nn.Identity()
     return model
 
@@ -94,7 +94,8 @@ def architecture(cfg: Config) -> dict:
     """
     parts = cfg.to_dict()['model']
     if cfg.default_scope == 'mmdet':
-        parts = dict(backbone=parts['backbone'], detector=parts | dict(backbone=parts['backbone'] | dict(depth=1)))
+        stand_in = dict(type='adala_mm.AdaLAViT', depth=1)
+        parts = dict(backbone=parts['backbone'], detector=parts | dict(backbone=stand_in))
     return {key: {option: value for option, value in parts[key].items() if option != 'init_cfg'}
             for key in ('backbone', 'neck', 'decode_head', 'head', 'detector') if 'type' in parts.get(key, ())}
 
@@ -103,6 +104,8 @@ def image_size(cfg: Config) -> int:
     """Side of the square images that the config trains on."""
     if 'crop_size' in cfg:
         return cfg.crop_size[0]
+    if cfg.default_scope == 'mmdet':
+        return 1024  # as many pixels as 1333 x 800
     return cfg.model.backbone.get('img_size') or next(
         step['scale'] for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'RandomResizedCrop')
 

@@ -31,6 +31,7 @@ from adala_mm.utils.timing import (
     attention_speed_table,
     check_table,
     depth_table,
+    head_share_table,
     model_speed_table,
     training_speed_table,
 )
@@ -39,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.
 ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
+# Of configs beside the recipes: the softmax baseline, and ablations of the stages (docs/paper.md).
+TWIN = re.compile('_(softmax|swap|nostage1|stage[12]only|qkv)_')
 PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
          'docs/approximations.md', 'docs/reproducibility.md']
 
@@ -136,7 +139,7 @@ def footnote(run: dict) -> str:
 def configs() -> str:
     def names(pattern: str) -> str:
         return '<br>'.join(f'[`{p.stem}`](configs/{p.parent.name}/{p.name})'
-                           for p in sorted((ROOT / 'configs/adala').glob(pattern)) if '_softmax_' not in p.stem)
+                           for p in sorted((ROOT / 'configs/adala').glob(pattern)) if not TWIN.search(p.stem))
     return markdown_table(['what', 'configs'], [
         ['stage 1, COCO', names('stage1_*.py')], ['stage 2, ImageNet-22K', names('stage2_*.py')],
         ['stage 3, ADE20K', names('mask2former_*_ade20k.py')],
@@ -304,6 +307,21 @@ def benchmark(name: str, table: Callable[[dict], str]) -> str:
                           f'{m["python"]}, torch {m["torch"]}, commit {m["commit"]}.')
 
 
+def head_counts() -> str:
+    """What heads take of the flagship's multiply-adds: nothing that depends on a machine."""
+    return head_share_table(recorded('heads'))
+
+
+def head_times() -> str:
+    """What heads take of the time of a small segmentor, and what a multiply-add of its pixel decoder takes."""
+    data = json.loads((ROOT / 'benchmarks/results/cpu/heads.json').read_text())
+    last = max((row for row in data['rows'] if not row['softmax_blocks']), key=lambda row: row['size'])
+    ours, theirs = (last['seconds'][part] / last['gmac'][part] for part in ('backbone', 'pixel decoder'))
+    return benchmark('heads', head_share_table) + (
+        f' At {last["size"]:,} pixels a multiply-add of the pixel decoder took {theirs / ours:.1f} times as long as '
+        'one of the linear backbone.')
+
+
 # Parts of benchmarks/run_gpu.sh that have a table: their title, and what makes it.
 GPU_PARTS = dict(check=('Values and gradients', check_table), spot=('Values and gradients, spot checks', check_table),
                  core=('The attention core', attention_speed_table), model=('Whole ViTs', model_speed_table),
@@ -360,6 +378,7 @@ TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, comp
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
+              head_counts=head_counts, head_times=head_times,
               speed_gpu=gpu, memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
 
 

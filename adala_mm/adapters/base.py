@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
 from adala_mm.models.attentions.marks import add_mark, last_of, options_of
+from adala_mm.ops import Rotation
 
 PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
 TESTED = 'timm 1.0.31, transformers 4.57 and 5.23, mmpretrain 1.3.6'
@@ -213,12 +214,12 @@ class Adapter:
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.finish(*super().project(x))
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        return Attention.attend(self, x, hw, num_prefix) if self.long_way else super().attend(x, hw, num_prefix)
+    def attend(self, x: Tensor, *layout: Any) -> Tensor:
+        return Attention.attend(self, x, *layout) if self.long_way else super().attend(x, *layout)
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """Our layer, with its output projection, (B, N, C) to (B, N, C)."""
-        return super().forward(x, *self.layout.of(x))
+    def mixed(self, x: Tensor, *rotation: Rotation) -> Tensor:
+        """Our layer, with its output projection, (B, N, C) to (B, N, C); with one ``rotation`` if the model has any."""
+        return super().forward(x, *self.layout.of(x), *rotation)
 
     def __reduce_ex__(self, protocol: int):  # the class is made at run time: copies and pickles name its two parts
         return _blank, type(self).__bases__, self.__dict__

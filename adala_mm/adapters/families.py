@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from adala_mm.adapters.base import TESTED, Adapter, Layout, find_part, refuse
 from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.attentions.base import split_heads
+from adala_mm.ops import Rotation
 
 
 class Timm(Adapter):
@@ -23,8 +25,8 @@ class Timm(Adapter):
     def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.apply_their('q_norm', q), self.apply_their('k_norm', k), v
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        out = self.apply_their('norm', super().attend(x, hw, num_prefix))
+    def attend(self, x: Tensor, *layout: Any) -> Tensor:
+        out = self.apply_their('norm', super().attend(x, *layout))
         return out * self._modules['gate'](x).sigmoid() if 'gate' in self.theirs else out
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -33,38 +35,14 @@ class Timm(Adapter):
         return self.apply_their('proj_drop', self.mixed(x))
 
 
-class Rotary(Adapter):
-    """Where the places of patches turn their queries and keys, q and k being those of the model before they are mixed.
-
-    Class and register tokens have no place and are not turned.
-    """
-
-    rotate_half = True  # whether channel i makes a pair with i + D/2, and not 2 i with 2 i + 1
-    rope: Tensor | None = None  # sines and cosines (h w, 2 D) or (H, h w, 2 D) of this call, on their way to `finish`
-
-    @staticmethod
-    def finishes(theirs: frozenset[str]) -> bool:
-        return True
-
-    def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().finish(q, k, v)
-        return self.rotate(q).type_as(v), self.rotate(k).type_as(v), v
-
-    def rotate(self, x: Tensor) -> Tensor:
-        if self.rope is None:
-            return x
-        from timm.layers import apply_rot_embed_cat
-        prefix, patches = x.tensor_split([self.layout.num_prefix], dim=2)
-        if patches.shape[2] != self.rope.shape[-2]:
-            raise ValueError(f'{type(self).__name__} projects {patches.shape[2]} patches, and the model has rotary '
-                             f'positions for {self.rope.shape[-2]}: no padding, please')
-        return torch.cat([prefix, apply_rot_embed_cat(patches, self.rope, half=self.rotate_half)], dim=2)
-
-
-class TimmRotary(Rotary, Timm):
+class TimmRotary(Timm):
     """timm's ``EvaAttention`` and ``AttentionRope``: separate biases, and patches of q and k turned by their place."""
 
     options = ('rotate_half',)
+
+    @staticmethod
+    def finishes(theirs: frozenset[str]) -> bool:
+        return 'q_bias' in theirs or Timm.finishes(theirs)
 
     def finish(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if 'q_bias' in self.theirs:  # keys have none
@@ -74,18 +52,23 @@ class TimmRotary(Rotary, Timm):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        self.rope = rope
-        try:
-            return super().forward(x, attn_mask, is_causal)
-        finally:
-            self.rope = None
+        refuse('attn_mask', attn_mask)
+        refuse('is_causal', is_causal)
+        return self.apply_their('proj_drop', self.mixed(x) if rope is None else self.mixed(x, self.rotation(rope)))
+
+    def rotation(self, rope: Tensor) -> Rotation:
+        """Of timm's table (..., n, 2 D) of sines and cosines, in which each stands twice."""
+        sin, cos = rope.chunk(2, dim=-1)
+        once = slice(0, sin.shape[-1] // 2) if self.rotate_half else slice(0, None, 2)
+        return Rotation(cos[..., once], sin[..., once], interleaved=not self.rotate_half)
 
 
 class Transformers(Adapter):
     """Attentions of transformers: three projections, and a second result where attention weights would be: None.
 
     Those of ViT, DeiT and DINOv2 of transformers 4, and of DPT, have their projections in one submodule, that of
-    outputs with a dropout in another, and no second result. Their second argument is a mask of heads.
+    outputs with a dropout in another, and no second result. Their second argument is a mask of heads. DINOv3's are told
+    cosines and sines (h w, D) of the places of patches, each of which stands twice.
     """
 
     @staticmethod
@@ -93,26 +76,14 @@ class Transformers(Adapter):
         return source._modules.get('attention', source)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
-                **kwargs) -> Tensor | tuple[Tensor, None]:
+                position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs) -> Tensor | tuple[Tensor, None]:
         if not torch.compiler.is_exporting():  # `refuse_weights` has seen what the caller gave
             refuse('attention_mask', attention_mask)
         for name in ASK_FOR_WEIGHTS[1:]:
             refuse(name, kwargs.get(name))
-        out = self.mixed(hidden_states)
+        rotation = [Rotation(*(x.chunk(2, dim=-1)[0] for x in position_embeddings))] if position_embeddings else []
+        out = self.mixed(hidden_states, *rotation)
         return self._modules['output'].dropout(out) if 'output' in self.theirs else (out, None)
-
-
-class TransformersRotary(Rotary, Transformers):
-    """DINOv3's of transformers, which is told cosines and sines (h w, D) of the places of patches."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
-                position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs) -> tuple[Tensor, None]:
-        cos, sin = position_embeddings
-        self.rope = torch.cat([sin, cos], dim=-1)
-        try:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        finally:
-            self.rope = None
 
 
 ASK_FOR_WEIGHTS = ('attention_mask', 'causal_attention_mask', 'head_mask', 'output_attentions')
@@ -170,6 +141,7 @@ class Family:
         grid: patch grid (h, w) of the images that the model was built for, or None.
         num_prefix: number of class and register tokens.
         features: final normalised tokens (B, N, C) of images (B, 3, H, W).
+        rotary: whether its attentions turn queries and keys by the places of patches.
         depth: how many of the blocks, from the first one on, are those of a plain ViT; None if all.
         augments: names of parts that move positions at random in training.
         one_size: whether the model takes images of no other size than it was built for.
@@ -185,6 +157,7 @@ class Family:
     grid: Callable[[nn.Module], tuple[int, int] | None]
     num_prefix: Callable[[nn.Module], int]
     features: Callable[[nn.Module, Tensor], Tensor]
+    rotary: Callable[[nn.Module], bool] = lambda vit: False
     depth: Callable[[nn.Module], int | None] = lambda vit: None
     augments: tuple[str, ...] = ()
     one_size: Callable[[nn.Module], bool] = lambda vit: False
@@ -202,7 +175,7 @@ class Family:
             vit.get_submodule(self.patches).register_forward_hook(layout)
             for block in self.blocks_of(vit):
                 block.register_forward_pre_hook(layout.enter, with_kwargs=True)
-        if issubclass(self.adapter, Transformers):
+        if self.adapter is Transformers:
             vit.register_forward_pre_hook(refuse_weights, with_kwargs=True)
 
     def holds(self, module: nn.Module) -> bool:
@@ -265,6 +238,7 @@ def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapt
     return Family(name, models, attentions, adapter, ('blocks',), 'attn', 'patch_embed.proj',
                   grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
                   features=lambda vit, images: vit.forward_features(images),
+                  rotary=lambda vit: getattr(vit, 'rope', None) is not None,
                   one_size=lambda vit: not getattr(vit, 'dynamic_img_size', True))
 
 
@@ -273,10 +247,10 @@ def _hf(module: str, *classes: str) -> tuple[str, ...]:
 
 
 def _transformers(name: str, models: tuple[str, ...], attentions: tuple[str, ...], blocks: tuple[str, ...],
-                  adapter: type[Adapter] = Transformers, attention: str = 'attention',
-                  patches: str = 'embeddings.patch_embeddings.projection', **options) -> Family:
-    return Family(f'transformers {name}', models, attentions, adapter, blocks, attention, patches, grid=_config_grid,
-                  **options)
+                  attention: str = 'attention', patches: str = 'embeddings.patch_embeddings.projection',
+                  **options) -> Family:
+    return Family(f'transformers {name}', models, attentions, Transformers, blocks, attention, patches,
+                  grid=_config_grid, **options)
 
 
 FAMILIES = (
@@ -298,9 +272,9 @@ FAMILIES = (
         features=_backbone_features),
     _transformers(
         'DINOv3ViTModel, DINOv3ViTBackbone', _hf('dinov3_vit', 'DINOv3ViTModel', 'DINOv3ViTBackbone'),
-        _hf('dinov3_vit', 'DINOv3ViTAttention'), ('layer', 'model.layer'), TransformersRotary,
-        patches='embeddings.patch_embeddings', num_prefix=lambda vit: 1 + vit.config.num_register_tokens,
-        features=_backbone_features, augments=('rope_embeddings',)),
+        _hf('dinov3_vit', 'DINOv3ViTAttention'), ('layer', 'model.layer'), patches='embeddings.patch_embeddings',
+        num_prefix=lambda vit: 1 + vit.config.num_register_tokens, features=_backbone_features,
+        augments=('rope_embeddings',), rotary=lambda vit: True),
     _transformers(
         'CLIPVisionModel', _hf('clip', 'CLIPVisionModel', 'CLIPVisionTransformer'), _hf('clip', 'CLIPAttention'),
         ('encoder.layers',), attention='self_attn', patches='embeddings.patch_embedding', num_prefix=lambda vit: 1,
@@ -323,7 +297,7 @@ FAMILIES = (
     Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
            ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
            grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
-           features=lambda vit, images: vit.forward_features(images)),
+           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary is not None),
 )
 
 

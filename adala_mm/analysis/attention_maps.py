@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ QUERIES = 256  # whose weights on all keys are in memory at a time
 
 
 @torch.no_grad()
-def attention_entropy(attn: Attention, h: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor | None:
+def attention_entropy(attn: Attention, h: Tensor, *layout: Any) -> Tensor | None:
     """Mean entropy of the rows of an attention matrix, as a share of the largest possible one.
 
     ``-sum_j A_ij log A_ij / log N``, the mean over images and queries: 1 if every query looks at all tokens alike, 0
@@ -25,11 +26,12 @@ def attention_entropy(attn: Attention, h: Tensor, hw: tuple[int, int], num_prefi
 
     Args:
         h: what the layer reads, (B, N, C).
+        layout: what it is told beside that, as of `AdaLAViT.layout`.
 
     Returns:
         (H,), one per head, or None for a layer whose weights are not known or may be negative.
     """
-    q, k, _ = (x.float() for x in attn.project(h))
+    q, k, _ = (x.float() for x in attn.turned(h, *layout))
     if attn.is_softmax:
         def weights(q: Tensor) -> Tensor:
             return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)

@@ -106,22 +106,23 @@ class Comparison:
         vit, own = self.teacher.model, [student.model for student in self.students]
         x, hw = vit.embed(images[0])
         streams = [model.embed(image)[0] for model, image in zip(own, images[1:], strict=True)]
-        count, prefix = len(x), vit.num_prefix
+        count, layout = len(x), vit.layout(x, hw)
+        layouts = [model.layout(x, hw) for model in own]
         for i, block in enumerate(vit.blocks):
             h = block.norm1(x)
-            attended = block.attn(h, hw, prefix)
+            attended = block.attn(h, *layout)
             x_next = block.add_residuals(x, attended)
             features = vit.norm(x_next)
             if self.entropy:
-                self.teacher_blocks[i].see_entropy(attention_entropy(block.attn, h, hw, prefix), count)
-            for s, model in enumerate(own):
+                self.teacher_blocks[i].see_entropy(attention_entropy(block.attn, h, *layout), count)
+            for s, (model, own_layout) in enumerate(zip(own, layouts, strict=True)):
                 twin, seen = model.blocks[i], self.blocks[s][i]
-                local = twin.attn(twin.norm1(x), hw, prefix)
+                local = twin.attn(twin.norm1(x), *own_layout)
                 seen.sums.add(**squares(local, attended, 'attention'),
                               **squares(model.norm(twin.add_residuals(x, local)), features, 'block'))
                 if self.entropy:
-                    seen.see_entropy(attention_entropy(twin.attn, twin.norm1(streams[s]), hw, prefix), count)
-                streams[s] = twin(streams[s], hw, prefix)
+                    seen.see_entropy(attention_entropy(twin.attn, twin.norm1(streams[s]), *own_layout), count)
+                streams[s] = twin(streams[s], *own_layout)
                 tokens = model.norm(streams[s])
                 seen.sums.add(**squares(tokens, features, 'stream'), cosine=cosine(tokens, features))
                 if count >= SMALLEST:

@@ -11,7 +11,9 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 from torch.nn import functional as F
 
+from adala_mm.conversion import from_dinov3
 from adala_mm.conversion.families import FAMILIES, Family
+from adala_mm.conversion.from_dinov3 import TIMM_DINOV3
 from adala_mm.conversion.from_timm import TIMM, facts, load_trunk, timm_vit
 from adala_mm.conversion.keys import recognise, refuse, rename, require, some
 from adala_mm.conversion.source import Source
@@ -49,7 +51,8 @@ class Converted:
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.family_name]
+        row = FAMILIES[self.family_name]
+        return replace(row, norm_eps=self.config.get('norm_eps', row.norm_eps))
 
 
 def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int | None = None,
@@ -72,40 +75,95 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     refuse(state)
     source, prefix = recognise(state)
     ours, report = rename(state, source, prefix)
-    known = facts(name) if name and source is TIMM else None
+    report += arrange(ours, source)
+    known = facts(name) if name and source in (TIMM, TIMM_DINOV3) else None
     config, grid = read_structure(ours, source, img_size, grid or recorded_grid(state, prefix))
     family_name = choose_family(ours, grid, source, family, known)
     chosen = FAMILIES[family_name]
-    width, hidden = config['embed_dim'], ours['blocks.0.mlp.fc1.weight'].shape[0]
-    heads = num_heads or (known and known['num_heads']) or HEADS.get((width, hidden))
+    width, hidden = config['embed_dim'], ours['blocks.0.mlp.fc2.weight'].shape[1]
+    usual = HEADS | from_dinov3.HEADS if chosen.rotary else HEADS
+    heads = num_heads or (known and known['num_heads']) or usual.get((width, hidden))
     if heads is None:
         raise ValueError(f'a ViT of width {width} with an MLP of {hidden} is none of the published ones, and no weight '
                          'shows how many heads it has: say it with --num-heads')
-    config |= {'num_heads': heads, 'norm_eps': chosen.norm_eps}
+    config |= {'num_heads': heads, 'norm_eps': source.norm_eps or chosen.norm_eps}
     for key in ('class_token', 'no_embed_class', 'pre_norm', 'layer_scale', 'act'):
         if getattr(chosen, key) != getattr(Family, key):
             config[key] = getattr(chosen, key)
     if chosen.registers:
         config['num_registers'] = ours['reg_token'].shape[1]
-        if ours['pos_embed'].shape[1] == grid[0] * grid[1] + 1:  # official and transformers: cls + pos[0]
-            position = ours['pos_embed']
+        position = ours.get('pos_embed')
+        if position is not None and position.shape[1] == grid[0] * grid[1] + 1:  # official, transformers: cls + pos[0]
             ours['cls_token'], ours['pos_embed'] = ours['cls_token'] + position[:, :1], position[:, 1:]
             report.append(('added', 1, "the class token's position is part of cls_token now"))
+    if chosen.rotary:
+        config |= {'qkv_bias': any(key.endswith('.attn.qkv.bias') for key in ours), 'rotary': {}}
+        from_dinov3.check_periods(state, width // heads)
     check_exactly(ours, config, source)
     licence = f'{known["licence"]} (timm)' if known and known['licence'] else chosen.licence
     return Converted(ours, source, prefix, family_name, licence, config, grid, tuple(report))
 
 
+def arrange(ours: dict[str, Tensor], source: Source) -> list[tuple[str, int, str]]:
+    """Gives what some sources have in another form that of `AdaLAViT`, in place; returns the lines of the report.
+
+    The tokens are the same: a kernel over flattened patches (row, column, channel; SigLIP 2 NaFlex) is one of a
+    convolution, and a distillation token, which stands behind the class token and has a position as that has, is a
+    register, once the positions of both are added to them.
+
+    Raises:
+        ValueError: for flattened patches that are not square and of RGB.
+    """
+    report = []
+    kernel = ours.get('patch_embed.proj.weight')
+    if kernel is not None and kernel.ndim == 2:
+        patch = math.isqrt(kernel.shape[1] // 3)
+        if kernel.shape[1] != 3 * patch * patch:
+            raise ValueError(f'{source.own_key("patch_embed.proj.weight")} has the shape {tuple(kernel.shape)}: not '
+                             'flattened square patches of RGB images')
+        ours['patch_embed.proj.weight'] = kernel.reshape(-1, patch, patch, 3).permute(0, 3, 1, 2)
+        report.append(('reshaped', 1, f'patch kernel of flattened patches to one of {patch} x {patch} pixels'))
+    if 'dist_token' in ours:
+        require(ours, ('cls_token', 'pos_embed'), source)
+        position = ours['pos_embed']
+        ours['cls_token'] = ours['cls_token'] + position[:, :1]
+        ours['reg_token'] = ours.pop('dist_token') + position[:, 1:2]
+        ours['pos_embed'] = position[:, 2:]
+        report.append(('added', 2, 'the positions of class and distillation token are part of them now, and the '
+                                   'latter is a register'))
+    return report
+
+
 def read_structure(ours: dict[str, Tensor], source: Source, img_size: tuple[int, int] | None,
                    grid: tuple[int, int] | None = None) -> tuple[dict[str, Any], tuple[int, int]]:
     """Size of the ViT as arguments of `AdaLAViT`, and the grid of its position embeddings."""
-    require(ours, ('patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'), source)
-    kernel, positions = ours['patch_embed.proj.weight'], ours['pos_embed'].shape[1]
-    width, hidden = kernel.shape[0], len(ours['blocks.0.mlp.fc1.weight'])
+    rotary, gated = FAMILIES[source.families[0]].rotary, any('.mlp.fc1_' in key for key in ours)
+    require(ours, ('patch_embed.proj.weight', *(() if rotary else ('pos_embed',)), 'blocks.0.mlp.fc2.weight'), source)
+    kernel, hidden = ours['patch_embed.proj.weight'], ours['blocks.0.mlp.fc2.weight'].shape[-1]
+    width = kernel.shape[0]
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f'{source.own_key("patch_embed.proj.weight")} has the shape {tuple(kernel.shape)}: not square '
                          'patches of RGB images (in_channels=3)')
     patch = kernel.shape[-1]
+    grid = grid_of(ours, source, patch, img_size, grid) if not rotary else grid or (from_dinov3.NATIVE // patch,) * 2
+    depth = 1 + max(int(key.split('.')[1]) for key in ours if key.startswith('blocks.'))
+    size = grid[0] * patch, grid[1] * patch
+    config = {'img_size': size[0] if size[0] == size[1] else size, 'patch_size': patch, 'embed_dim': width,
+              'depth': depth}
+    if hidden != 4 * width:
+        ratio = hidden / width
+        config['mlp_ratio'] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    if gated:
+        config['swiglu'] = True
+        if hidden % 8:
+            config['swiglu_align_to'] = 1
+    return config, grid
+
+
+def grid_of(ours: dict[str, Tensor], source: Source, patch: int, img_size: tuple[int, int] | None,
+            grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Grid (h, w) of the position embeddings: the one that is said, or the only one that their number allows."""
+    positions = ours['pos_embed'].shape[1]
     counts = [positions - prefix for prefix in sorted({0, int('cls_token' in ours)})]
     squares = [(side, side) for count in counts if (side := math.isqrt(count)) ** 2 == count]
     wanted = img_size and (img_size[0] // patch, img_size[1] // patch)
@@ -123,25 +181,21 @@ def read_structure(ours: dict[str, Tensor], source: Source, img_size: tuple[int,
             'with --grid HEIGHT WIDTH')
         raise ValueError(f'{source.own_key("pos_embed")} has {positions} entries, and there is {token}: that is '
                          f'{stated}')
-    depth = 1 + max(int(key.split('.')[1]) for key in ours if key.startswith('blocks.'))
-    size = grid[0] * patch, grid[1] * patch
-    config = {'img_size': size[0] if size[0] == size[1] else size, 'patch_size': patch, 'embed_dim': width,
-              'depth': depth}
-    if hidden != 4 * width:
-        ratio = hidden / width
-        config['mlp_ratio'] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-    return config, grid
+    return grid
 
 
 def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source, family: str | None,
                   known: dict[str, Any] | None) -> str:
     """The family that keys, shapes and what timm says leave; a ValueError if there are several, or none."""
     registers, class_token = 'reg_token' in ours, 'cls_token' in ours
-    bare = ours['pos_embed'].shape[1] == math.prod(grid)
+    rotary = 'pos_embed' not in ours
+    bare = not rotary and ours['pos_embed'].shape[1] == math.prod(grid)
     structure = {'class token': class_token, 'registers': registers,
                  'LayerScale': any(key.endswith('ls1.gamma') for key in ours),
                  'norm before the first block': any(key.startswith('norm_pre.') for key in ours),
-                 'positions for patches only': class_token and (registers or bare)}  # see `convert` for registers
+                 'rotary positions': rotary,
+                 # see `convert` for registers
+                 'positions for patches only': class_token and not rotary and (registers or bare)}
     fitting = {name: row for name, row in FAMILIES.items() if row.structure == structure}
     seen = ', '.join(f'{"" if present else "no "}{part}' for part, present in structure.items())
     if family is not None:
@@ -153,14 +207,17 @@ def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source
         return family
     if not fitting:
         raise ValueError(f'a ViT with {seen} is of no known family ({", ".join(FAMILIES)})')
-    fitting = {name: row for name, row in fitting.items() if name in source.families}
+    width = ours['patch_embed.proj.weight'].shape[0]
+    fitting = {name: row for name, row in fitting.items()
+               if name in source.families and (not row.widths or width in row.widths)}
     if known is not None:
         if 'quickgelu' in known['notes'] and known['act'] != 'quick_gelu':
             raise ValueError(f'timm runs {known["name"]} with GELU, but notes: {known["notes"]}. Convert that one, or '
                              'choose with --family')
         fitting = {name: row for name, row in fitting.items() if same_facts(row, known)}
-        if len(fitting) > 1:  # OpenAI's CLIP and OpenCLIP with its activation: the licence alone differs
-            fitting = {name: row for name, row in fitting.items() if ('openai' in name) == ('openai' in known['name'])}
+        for word in ('openai', 'mae'):  # not the same as OpenCLIP and DeiT by their licences alone
+            if len(fitting) > 1:
+                fitting = {name: row for name, row in fitting.items() if (word in name) == (word in known['name'])}
     if len(fitting) == 1:
         return next(iter(fitting))
     if not fitting:
@@ -221,7 +278,7 @@ def resample(converted: Converted, patch_size: int | None = None, method: str = 
             raise ValueError(f'an image of {img_size[0]} x {img_size[1]} cannot be cut into patches of {patch}; '
                              f'{fits} can')
         grid = img_size[0] // patch, img_size[1] // patch
-    if grid != converted.grid:
+    if grid != converted.grid and 'pos_embed' in state:
         prefix = 1 if 'cls_token' in state and not converted.family.no_embed_class else 0
         state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], list(grid), old_size=list(converted.grid),
                                                     num_prefix_tokens=prefix)
@@ -259,5 +316,6 @@ def reference_of(converted: Converted, state: dict[str, Tensor], name: str | Non
     try:
         return converted.source.reference(converted, state, name)
     except ImportError as error:
-        return (f'timm with the converted weights, as {error.name or error} is not installed',
+        twin = (from_dinov3.converted_in_timm(converted) if converted.family.rotary else
                 load_trunk(timm_vit(converted), converted.state))
+        return f'timm with the converted weights, as {error.name or error} is not installed', twin

@@ -14,7 +14,7 @@ from adala_mm.conversion.source import Source
 if TYPE_CHECKING:
     from adala_mm.conversion.convert import Converted
 
-OWN = {key: ours for key, ours in TIMM.rename.items() if key not in ('reg_token', 'norm_pre.*')}
+OWN = {key: ours for key, ours in TIMM.rename.items() if key not in ('reg_token', 'dist_token', 'norm_pre.*')}
 CHUNKED = re.compile(r'blocks\.\d+\.(?=\d+\.)')  # the second number counts through all chunks
 
 
@@ -29,7 +29,7 @@ def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
 DINOV2 = Source(
     name='official DINOv2',
     prefixes=('',),
-    mark=lambda keys: ('patch_embed.proj.weight' in keys
+    mark=lambda keys: ('patch_embed.proj.weight' in keys and not keys & {'storage_tokens', 'rope_embed.periods'}
                        and bool(keys & {'mask_token', 'register_tokens', 'blocks.0.0.norm1.weight'})),
     rename={'register_tokens': 'reg_token', **OWN,
             **{key.replace('blocks.#', 'blocks.@.#'): ours for key, ours in OWN.items() if key.startswith('blocks')}},

@@ -1,9 +1,11 @@
-"""Weights of Hugging Face transformers: DINOv2 with and without registers, CLIP and SigLIP."""
+"""Weights of Hugging Face transformers: DINOv2 with and without registers, CLIP, SigLIP and SigLIP 2."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adala_mm.conversion.source import Source
 
@@ -18,15 +20,10 @@ CLASSES = {'dinov2': 'Dinov2', 'dinov2_reg': 'Dinov2WithRegisters', 'siglip': 'S
 
 
 def pretrained(converted: Converted, state: dict[str, Tensor]) -> PreTrainedModel:
-    """The model of transformers; raises ImportError without it, ValueError for a grid that is not square."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
+    """The model of transformers with the weights; raises as `build`."""
     config, family = converted.config, converted.family
-    if not isinstance(config['img_size'], int):
-        raise ValueError('transformers has ViTs for square images only: there is nothing to compare with')
-    own = {key.removeprefix(converted.prefix): value.float() for key, value in state.items()
-           if key.startswith(converted.prefix)}
-    own = in_files({key: value for key, value in own.items() if not key.endswith('position_ids')})
+    own = in_files({key: value for key, value in below_prefix(converted, state).items()
+                    if not key.endswith('position_ids')})
     mlp_ratio = config.get('mlp_ratio', 4.0)
     if family.layer_scale is None:
         extra = {'intermediate_size': int(config['embed_dim'] * mlp_ratio)}
@@ -40,8 +37,36 @@ def pretrained(converted: Converted, state: dict[str, Tensor]) -> PreTrainedMode
     elif not family.class_token:
         extra['vision_use_head'] = 'vision_model.head.probe' in own
     kind = CLASSES.get(converted.family_name, 'CLIPVision')
+    if own.get('vision_model.embeddings.patch_embedding.weight', torch.empty(0)).ndim == 2:
+        kind, extra['num_patches'] = 'Siglip2Vision', converted.grid[0] * converted.grid[1]
+    return build(kind, converted, own, extra)
+
+
+def below_prefix(converted: Converted, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the ViT alone, in float32, without the prefix of their keys."""
+    return {key.removeprefix(converted.prefix): value.float() for key, value in state.items()
+            if key.startswith(converted.prefix)}
+
+
+def build(kind: str, converted: Converted, own: dict[str, Tensor], extra: dict[str, Any],
+          **options: Any) -> PreTrainedModel:
+    """transformers' ``{kind}Model`` of the structure of ``converted``, with the weights ``own``.
+
+    Args:
+        extra: arguments of ``{kind}Config`` beside those that all have.
+        options: arguments of ``{kind}Model``.
+
+    Raises:
+        ImportError: without transformers.
+        ValueError: for a grid that is not square, and for weights that it does not load.
+    """
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    config, family = converted.config, converted.family
+    if not isinstance(config['img_size'], int):
+        raise ValueError('transformers has ViTs for square images only: there is nothing to compare with')
     model, info = getattr(transformers, f'{kind}Model').from_pretrained(
-        None, state_dict=own, output_loading_info=True, attn_implementation='sdpa',
+        None, state_dict=own, output_loading_info=True, attn_implementation='sdpa', **options,
         config=getattr(transformers, f'{kind}Config')(
             hidden_size=config['embed_dim'], num_hidden_layers=config['depth'],
             num_attention_heads=config['num_heads'], image_size=config['img_size'], patch_size=config['patch_size'],
@@ -61,14 +86,25 @@ def reference(converted: Converted, state: dict[str, Tensor], name: str | None):
     """`pretrained`, what it is, and its final tokens."""
     import transformers
     model = pretrained(converted, state)
-    kind = type(model).__name__
+    kind, patch = type(model).__name__, converted.config['patch_size']
 
     def tokens(image: Tensor) -> Tensor:
+        if kind == 'Siglip2VisionModel':
+            return model(**flattened(image, patch)).last_hidden_state
         final = model(pixel_values=image).last_hidden_state
         # CLIP's own normalises the class token only.
         return getattr(model, 'vision_model', model).post_layernorm(final) if kind == 'CLIPVisionModel' else final
 
     return f'transformers {transformers.__version__} {kind}', tokens
+
+
+def flattened(image: Tensor, patch: int) -> dict[str, Tensor]:
+    """Images (B, 3, H, W) as SigLIP 2 NaFlex takes them: patches (B, N, P * P * 3), a mask, and their grids."""
+    batch, _, height, width = image.shape
+    patches = F.unfold(image, patch, stride=patch)  # (B, 3 * P * P, N), channels first
+    patches = patches.unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)
+    return {'pixel_values': patches, 'pixel_attention_mask': torch.ones(patches.shape[:2], dtype=torch.long),
+            'spatial_shapes': torch.tensor([[height // patch, width // patch]] * batch)}
 
 
 BLOCK = {'norm1.*': 'norm1.*', 'norm2.*': 'norm2.*', 'mlp.fc1.*': 'mlp.fc1.*', 'mlp.fc2.*': 'mlp.fc2.*',

@@ -9,28 +9,31 @@ import torch
 from torch import Tensor
 
 from adala_mm.conversion.from_dinov2 import DINOV2
+from adala_mm.conversion.from_dinov3 import DINOV3_SOURCES
 from adala_mm.conversion.from_mmpretrain import MMPRETRAIN
 from adala_mm.conversion.from_openai import OPENAI
 from adala_mm.conversion.from_timm import TIMM
 from adala_mm.conversion.from_transformers import TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2
+from adala_mm.conversion.from_transformers_vit import TRANSFORMERS_VIT
 from adala_mm.conversion.source import Source, reason_to_drop
 from adala_mm.models.attentions.marks import MARK
 from adala_mm.utils.checkpoint import recorded_linear
 
-SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN)
-SWIGLU = 'its MLP is a SwiGLU (DINOv2 ViT-g), and that of AdaLAViT is not'
-NAFLEX = ('the NaFlex form of SigLIP 2 embeds flattened patches of images of any aspect; convert a fixed-resolution '
-          'one, such as siglip2-large-patch16-512')
+SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_VIT, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN,
+           *DINOV3_SOURCES)
+SWIGLU = 'the gate and the values of its MLP are one matrix (SwiGLU of DINOv2 ViT-g), and those of AdaLAViT are two'
+NAFLEX = ("timm's NaFlexVit, which embeds flattened patches of images of any aspect; convert the same weights as "
+          'transformers has them, such as google/siglip2-base-patch16-naflex')
 POOLED = 'its last norm comes after pooling, so that the backbone has none'
 # What no plain ViT has, by the beginning of a key.
 REFUSED = {re.compile(pattern): reason for pattern, reason in {
     r'backbone\.(blocks|patch_embed\.proj)\.':
         'these are under our own keys already; name the file as init_cfg.checkpoint',
     r'visual\.trunk\.': 'an OpenCLIP model around a timm ViT; save model.visual.trunk.state_dict() and convert that',
-    r'(.*\.)?(dist_token|head_dist)\b': 'distilled DeiT has a distillation token, which AdaLAViT has not',
-    r'.*\.mlp\.(w12|gate_proj|weights_in|fc1_g)\.|.*\.ffn\.w12\.': SWIGLU,
-    r'(.*\.)?(rope|rel_pos|relative_position|storage_tokens)':
-        'rotary or relative positions (DINOv3, EVA, BEiT), which AdaLAViT has not',
+    r'embeds\.': NAFLEX,
+    r'.*\.mlp\.(w12|weights_in)\.|.*\.ffn\.w12\.': SWIGLU,
+    r'(.*\.)?(rope\.|rel_pos|relative_position)':
+        'relative positions (BEiT), or rotary positions other than those of DINOv3 (EVA), which AdaLAViT has not',
     r'.*\.(q_norm|k_norm)\.': 'queries and keys are normalised, which AdaLAViT does not do',
 }.items()}
 
@@ -45,9 +48,7 @@ def refuse(state: dict[str, Tensor]) -> None:
                          + (', or give it to adala_mm.load' if marked else ''))
     for key, value in state.items():
         reason = next((reason for pattern, reason in REFUSED.items() if pattern.match(key)), None)
-        if key.endswith('embeddings.patch_embedding.weight') and value.ndim == 2:
-            reason = NAFLEX
-        elif key.endswith('.mlp.fc1.weight'):
+        if key.endswith('.mlp.fc1.weight'):
             back = state.get(key.replace('fc1', 'fc2'))
             reason = SWIGLU if back is not None and len(value) == 2 * back.shape[-1] else reason  # gate and value
         elif key.startswith('fc_norm.') and 'norm.weight' not in state:
@@ -93,6 +94,7 @@ def rename(state: dict[str, Tensor], source: Source, prefix: str) -> tuple[dict[
     joined = join_qkv(ours, source)
     if joined:
         report.append(('joined', 3 * joined, f'q, k and v to {joined} tensors qkv'))
+    report += settle_biases(ours, source)
     for key in ('cls_token', 'reg_token', 'pos_embed'):
         if key in ours:
             ours[key] = ours[key].reshape(1, -1, ours[key].shape[-1])
@@ -107,9 +109,29 @@ def join_qkv(ours: dict[str, Tensor], source: Source) -> int:
     parts = sorted({re.sub(r'\.attn\.[qkv]\.', '.attn.{}.', key) for key in ours if re.search(r'\.attn\.[qkv]\.', key)})
     for template in parts:
         names = [template.format(part) for part in 'qkv']
+        if not source.key_bias and template.endswith('.bias') and names[0] in ours:
+            ours[names[1]] = torch.zeros_like(ours[names[0]])
         require(ours, names, source)
         ours[template.format('qkv')] = torch.cat([ours.pop(name) for name in names])
     return len(parts)
+
+
+def settle_biases(ours: dict[str, Tensor], source: Source) -> list[tuple[str, int, str]]:
+    """Biases of queries, keys and values, in place, for a source whose keys have none; what was done.
+
+    If all of them are zero, which is so in the published weights of DINOv3, they are left out.
+    """
+    biases = [key for key in ours if key.endswith('.attn.qkv.bias')]
+    if source.key_bias or not biases:
+        return []
+    for key in biases:
+        q, k, v = ours[key].chunk(3)
+        ours[key] = torch.cat([q, torch.zeros_like(k), v])
+    if any(ours[key].any() for key in biases):
+        return []
+    for key in biases:
+        del ours[key]
+    return [('left out', len(biases), 'biases of queries, keys and values, which are zero')]
 
 
 def require(ours: dict[str, Tensor], keys: Iterable[str], source: Source) -> None:

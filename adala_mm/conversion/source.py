@@ -28,7 +28,9 @@ class Source:
         families: those that exist in this naming.
         reference: ``(converted, state, name)`` to the source library's model with the weights of ``state`` at native
             size: what it is, and a function from images (B, 3, H, W) to final tokens (B, N, C).
-        any_size: families whose position embeddings the library resizes as `AdaLAViT` does.
+        any_size: families whose positions the library fits to other sizes as `AdaLAViT` does.
+        norm_eps: with which epsilon the library runs the weights, if not the one of their family.
+        key_bias: whether keys have a bias if queries have one; else ours is zero there, whatever the file has.
         drop: template of a key under the prefix to the reason why a backbone has no use for it.
         outside: the same for keys that do not stand under the prefix.
     """
@@ -40,6 +42,8 @@ class Source:
     families: tuple[str, ...]
     reference: Callable[[Converted, dict[str, Tensor], str | None], tuple[str, Callable[[Tensor], Tensor]]]
     any_size: tuple[str, ...] = ()
+    norm_eps: float | None = None
+    key_bias: bool = True
     drop: dict[str, str] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
 

@@ -135,7 +135,7 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
     backbone_cfg.pop('compile', None)
     if softmax:
         backbone_cfg.attention = dict(type='adala_mm.SoftmaxAttention')
-    if fixed and size is not None and str(backbone_cfg.type).endswith('AdaLAViT'):
+    if fixed and size is not None and str(backbone_cfg.type).endswith(('AdaLAViT', 'QueryViT')):
         backbone_cfg.img_size = tuple(size)
     for holder in model_cfg.values():  # weights come later, all from one place
         if isinstance(holder, dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save, save_file
-from timm.layers import LayerScale
+from timm.layers import LayerScale, SwiGLU
 from torch import Tensor, nn
 
 import adala_mm
@@ -146,12 +146,15 @@ def describe(target: Target, source: Source, names: tuple[str, ...], family: str
     if not isinstance(vit, AdaLAViT):
         raise ValueError(f'{type(vit).__name__} is no plain ViT: timm and transformers have no such model')
     block, patch = vit.blocks[0], vit.patch_size
+    if vit.rotary is not None or isinstance(block.mlp, SwiGLU):
+        raise ValueError('rotary positions and gated MLPs (DINOv3) are not written for timm and transformers: .onnx '
+                         'and .pt2 hold any ViT, and AdaLAViT reads the file as it is')
     act = type(block.mlp.act).__name__
     facts = {'act': ACTIVATIONS.get(act, act), 'norm_eps': vit.norm.eps}
     structure = {'class token': vit.class_token, 'registers': vit.reg_token is not None,
                  'LayerScale': isinstance(block.ls1, LayerScale),
                  'norm before the first block': isinstance(vit.norm_pre, nn.LayerNorm),
-                 'positions for patches only': vit.no_embed_class}
+                 'rotary positions': False, 'positions for patches only': vit.no_embed_class}
     fitting = [name for name in names if FAMILIES[name].structure == structure
                and (FAMILIES[name].act, FAMILIES[name].norm_eps) == tuple(facts.values())]
     if not fitting or family not in (None, *fitting):

@@ -12,7 +12,8 @@ from adala_mm.ops.plain_linear_attention import (
                                                  weighted_sums,
 )
 from adala_mm.ops.precision import in_float32
+from adala_mm.ops.rotary import RotaryPositions, Rotation, turn
 
-__all__ = ['FEATURE_MAPS', 'check_feature_map', 'elu1', 'exporting', 'gated_linear_attention', 'in_float32',
-           'linear_attention', 'linear_attention_packed', 'linear_attention_reference', 'ms_deform_attn', 'same_grid',
-           'shifted_exp', 'weighted_sums']
+__all__ = ['FEATURE_MAPS', 'RotaryPositions', 'Rotation', 'check_feature_map', 'elu1', 'exporting',
+           'gated_linear_attention', 'in_float32', 'linear_attention', 'linear_attention_packed',
+           'linear_attention_reference', 'ms_deform_attn', 'same_grid', 'shifted_exp', 'turn', 'weighted_sums']

@@ -37,6 +37,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor, Tensor], Features]] = {
     'softplus': lambda q, k: (F.softplus(q), F.softplus(k)),
     'softmax': lambda q, k: (q.softmax(dim=-1), k.softmax(dim=-1)),
     'exp': shifted_exp,
+    'efficient': lambda q, k: (q.softmax(dim=-1), k.softmax(dim=-2)),  # Shen et al. 2021: of keys, over the tokens
     'identity': lambda q, k: (q, k),  # of features that are there already, whose products must not be negative
 }
 

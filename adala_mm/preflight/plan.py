@@ -177,7 +177,7 @@ def eager(model: Any) -> Any:
     """A model's config with ``compile`` off in every ViT: nothing is run long enough here to pay for compilation."""
     for value in model.values() if isinstance(model, dict) else model if isinstance(model, (list, tuple)) else ():
         eager(value)
-    if isinstance(model, dict) and model.get('type') == 'adala_mm.AdaLAViT':
+    if isinstance(model, dict) and model.get('type') in ('adala_mm.AdaLAViT', 'adala_mm.QueryViT'):
         compile_mode(model.pop('compile', False))  # a wrong one is told all the same
     return model
 

@@ -112,7 +112,9 @@ def sizes(plan: Plan) -> Iterator[Finding]:
         yield Finding('image sizes', WARNING, 'validation images keep sizes of their own, and nothing pads them',
                       f'set model.data_preprocessor.test_cfg=dict(size_divisor={patch})')
     elif not divisor or divisor % patch == 0:
-        stored = ' x '.join(str(side * patch) for side in plan.model.backbone.pos_grid)
+        vit = plan.model.backbone
+        stored = ('rotary positions' if getattr(vit, 'rotary', None) else
+                  f'positions for {" x ".join(str(side * patch) for side in vit.pos_grid)}')
         known = sorted({f'{h} x {w}' for what, (h, w) in known})
-        yield Finding('image sizes', OK, f'patch {patch}, positions for {stored}, images {", ".join(known[:4])}'
+        yield Finding('image sizes', OK, f'patch {patch}, {stored}, images {", ".join(known[:4])}'
                       + (f', padded to multiples of {divisor} in validation' if divisor else ''))

@@ -18,11 +18,10 @@ from mmengine.config import Config, DictAction
 
 import adala_mm.openmmlab  # noqa: F401  safe loading and the rest, for every tool
 from adala_mm.utils.checkpoint import TRUST
+from adala_mm.utils.compose import CONFIGS, composable, composed
 from adala_mm.utils.inert_lines import refuse_inert_lines
 from adala_mm.utils.stack import import_quietly, require_stack
 from adala_mm.utils.weight_files import UnreadableCheckpoint
-
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'  # a wheel has them in the package, a clone a link to them
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -43,7 +42,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 def find_config(name: str) -> Path:
     """A config file, or one of adala_mm's own by name: ``demo/stage1_demo_beacons.py``, or ``stage1_demo_beacons``.
 
-    A file comes first. What stands in a folder of another name than ours is a file, or a mistake.
+    A file comes first. What stands in a folder of another name than ours is a file, or a mistake. Names that have no
+    file, ``mask2former_clipl_linformer_native_ade20k``, are composed (`adala_mm.utils.compose`).
 
     Raises:
         FileNotFoundError: if there is neither, with names that look alike.
@@ -56,7 +56,10 @@ def find_config(name: str) -> Path:
         if wanted.with_suffix('') in (short, Path(short.name)):
             print(f'config: {path}', flush=True)
             return path
-    near = difflib.get_close_matches(wanted.stem, [short.name for short in own])
+    if (key := str(wanted.with_suffix(''))) in composable():
+        print(f'config: {key}, composed from {composable()[key][0]}', flush=True)
+        return composed(key)
+    near = difflib.get_close_matches(wanted.stem, [*(short.name for short in own), *composable()])
     raise FileNotFoundError(f'no config at {name}, and adala_mm has none of that name'
                             + (f'; names like it: {", ".join(near)}' if near else ''))
 

@@ -300,6 +300,24 @@ def crossovers(rows: list[dict]) -> list[str]:
     return lines
 
 
+def head_share_table(data: dict) -> str:
+    """What benchmark_model.py --configs found: of each segmentor and size the whole, and the share of each part."""
+    parts = ['backbone', 'neck', 'pixel decoder', 'head']
+    kinds = dict(gmac='{:,.1f} GMAC', seconds='{:,.2f} s of CPU')
+    rows = sorted(((kind, row) for row in data['rows'] for kind in kinds if kind in row),
+                  key=lambda found: list(kinds).index(found[0]))
+    return markdown_table(
+        ['config', 'softmax / linear blocks', 'pixels', 'whole', *parts, 'all but the backbone'],
+        [[f'`{row["config"]}`', f'{row["softmax_blocks"]} / {row["linear_blocks"]}', f'{row["size"]:,}',
+          kinds[kind].format(whole := sum(row[kind].values())),
+          *(percent(row[kind][part] / whole) if part in row[kind] else '' for part in parts),
+          percent(1 - row[kind]['backbone'] / whole)] for kind, row in rows])
+
+
+def percent(share: float) -> str:
+    return f'{100 * share:.0f} %' if share >= 0.095 else f'{100 * share:.1f} %'
+
+
 def training_speed_table(data: dict) -> str:
     """What benchmark_training.py found: one row per stage and version."""
     table = []

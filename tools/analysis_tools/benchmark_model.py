@@ -2,24 +2,39 @@
 
     python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all] [--dtype fp32 bf16]
         [--compile [MODE ...]] [--cuda-graph] [--best-batch]
+    python tools/analysis_tools/benchmark_model.py --configs CONFIG ... [--count-only] [--sizes 512 1024 2048]
 
 Random weights, patch 16, batch 1 unless --best-batch is given. All attentions of a size take turns; times are what one
 waits for, launches included; with --cuda-graph also of the same launches recorded once and replayed. Writes JSON, and
 says where linear attention begins to be faster. An --out that ends in .jsonl gets each row as it is measured; rows that
 it has are not measured again.
+
+With --configs, segmentors as these configs have them, part by part: which share of the multiply-adds, and of the time,
+is backbone, neck and head. Time is then that of all threads on a CPU, whatever else it does.
 """
 from __future__ import annotations
 
 import argparse
 import functools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 
 import torch
-from torch import Tensor
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.utils import import_modules_from_strings
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adala_mm.export.mask2former import symbolic_sizes
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
-from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.cost import multiply_adds
+from adala_mm.registry import ATTENTIONS, MODELS
+from adala_mm.utils.cli import find_config, one_message
+from adala_mm.utils.cost import by_part, flop_counter, multiply_adds
 from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
     Allowance,
@@ -30,11 +45,13 @@ from adala_mm.utils.timing import (
     exit_if_failed,
     failure,
     hardware,
+    head_share_table,
     model_speed_table,
     peak_memory,
     save,
     settings,
     softmax_kernels,
+    synchronize,
     take_turns,
     total_memory,
     wall_timer,
@@ -47,6 +64,7 @@ QUICK_SIZES = [224, 512, 1024]
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 SOFTMAX = 'SoftmaxAttention'
 KEY = ('arch', 'size', 'mode', 'attention')
+SEGMENTOR_SIZES = [512, 1024, 2048]
 
 Model = tuple[AdaLAViT, bool]  # and whether its launches are recorded in a CUDA graph
 
@@ -163,6 +181,71 @@ def best_batches(models: dict[str, Model], image: Tensor, seconds: dict[str, flo
     return best
 
 
+def segmentor(path: str, size: int) -> nn.Module:
+    """The network of a config for square images, with random weights."""
+    cfg = Config.fromfile(path)
+    import_modules_from_strings(f'{cfg.default_scope}.models')
+    cfg.model.backbone.update(img_size=size, init_cfg=None)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model).eval().requires_grad_(False)
+
+
+def run_parts(model: nn.Module, image: Tensor, clock: Callable[[], float]) -> dict[str, float]:
+    """What ``clock`` says of one prediction, by part: the head is what is neither backbone, neck nor pixel decoder."""
+    decoder = getattr(model.decode_head, 'pixel_decoder', None)
+    parts = dict(backbone=model.backbone, neck=model.neck if model.with_neck else None) | {'pixel decoder': decoder}
+    meta = dict(img_shape=tuple(image.shape[-2:]), ori_shape=tuple(image.shape[-2:]))
+    return by_part(functools.partial(model.encode_decode, image, [meta]),
+                   {name: part for name, part in parts.items() if part is not None}, clock, rest='head')
+
+
+def count_parts(path: str, size: int) -> dict:
+    """Blocks and multiply-adds of a segmentor, from shapes alone."""
+    with FakeTensorMode():
+        model = segmentor(path, size)
+        with symbolic_sizes(model), flop_counter() as counter:
+            parts = run_parts(model, torch.empty(1, 3, size, size), counter.get_total_flops)
+    return dict(config=Path(path).stem, size=size, **model.backbone.block_counts,
+                gmac={name: flops / 2e9 for name, flops in parts.items()})
+
+
+@torch.no_grad()
+def measure_parts(paths: list[str], size: int, seconds: float, device: torch.device) -> list[dict[str, float]]:
+    """Median seconds of each part, for each config; all take turns."""
+    def gpu_clock() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    clock = time.process_time if device.type == 'cpu' else gpu_clock
+    image, runs = torch.randn(1, 3, size, size, device=device), {path: [] for path in paths}
+
+    def call(path: str, model: nn.Module) -> float:
+        runs[path].append(run_parts(model, image, clock))
+        return sum(runs[path][-1].values())
+
+    take_turns({path: functools.partial(call, path, segmentor(path, size).to(device)) for path in paths},
+               lambda function: function(), seconds, least=2)
+    return [{part: median(run[part] for run in found[1:]) for part in found[0]} for found in runs.values()]
+
+
+def compare_parts(args: argparse.Namespace, device: torch.device) -> None:
+    """What --configs asks for."""
+    rows = []
+    with one_message():
+        paths = [find_config(config) for config in args.configs]
+        for size in sorted(args.sizes or SEGMENTOR_SIZES):
+            found = [count_parts(path, size) for path in paths]
+            if not args.count_only:
+                for row, times in zip(found, measure_parts(paths, size, args.seconds, device), strict=True):
+                    row.update(seconds=times)
+            rows += found
+            print(f'{size} pixels are done', flush=True)
+    chosen = {name: getattr(args, name) for name in ('sizes', 'seconds', 'count_only')}
+    data = dict(rows=rows, settings=chosen, machine=hardware(device))
+    save(args.out, data)
+    print(head_share_table(data))
+
+
 def main() -> None:
     ATTENTIONS.import_from_location()
     known = sorted(ATTENTIONS.module_dict)
@@ -176,6 +259,8 @@ def main() -> None:
     add_compile_option(parser, 'compiled models too,')
     parser.add_argument('--cuda-graph', action='store_true', help='launches recorded in a CUDA graph, too')
     parser.add_argument('--best-batch', action='store_true', help='images/s at the best batch size too')
+    parser.add_argument('--configs', nargs='+', metavar='CONFIG', help='measure the parts of these segmentors instead')
+    parser.add_argument('--count-only', action='store_true', help='of --configs: no times')
     parser.add_argument('--time-limit', type=float, default=20.0, help='skip what would take more seconds for one call')
     parser.add_argument('--seconds', type=float, help='of measurements for each size; 3, with --quick 1')
     parser.add_argument('--out', default='work_dirs/benchmarks/model.json')
@@ -188,6 +273,11 @@ def main() -> None:
     # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))
     device = default_device()
+    if args.count_only and not args.configs:
+        parser.error('--count-only is about the segmentors of --configs')
+    if args.configs:
+        logging.disable(logging.INFO)
+        return compare_parts(args, device)
     log = open_log(parser, args, KEY, device)
     for arch in args.arch or ('S' if args.quick else 'SBL'):
         for dtype in args.dtype:

@@ -37,8 +37,9 @@ def feature_map(network: Network, images: Tensor, block: int) -> Tensor:
     """Patch features (B, C, h, w) after a block and the final LayerNorm."""
     vit = network.model
     x, hw = vit.embed(images)
+    layout = vit.layout(x, hw)
     for layer in vit.blocks[:block]:
-        x = layer(x, hw, vit.num_prefix)
+        x = layer(x, *layout)
     return vit.norm(x)[:, vit.num_prefix:].transpose(1, 2).unflatten(2, hw)
 
 

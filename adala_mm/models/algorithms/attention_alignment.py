@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 
-def weights_loss(attn: Attention, softmax: Attention, h: Tensor) -> Tensor:
+def weights_loss(attn: Attention, softmax: Attention, h: Tensor, *layout: Any) -> Tensor:
     """Soft cross-entropy between attention matrices, ``-sum_j A_ij log B_ij``, the mean over images, heads and queries.
 
     What Hedgehog is distilled by (Zhang et al. 2024, section 4). A is softmax attention's. Both exist for a few
@@ -41,10 +42,11 @@ def weights_loss(attn: Attention, softmax: Attention, h: Tensor) -> Tensor:
         attn: attention with a method ``weights``.
         softmax: its frozen twin.
         h: their input (B, N, C).
+        layout: as of `AdaLAViT.layout`.
     """
-    q, k, _ = (x.float() for x in attn.project(h))
+    q, k, _ = (x.float() for x in attn.turned(h, *layout))
     with torch.no_grad():
-        wanted_q, wanted_k, _ = (x.float() for x in softmax.project(h))
+        wanted_q, wanted_k, _ = (x.float() for x in softmax.turned(h, *layout))
 
     def part(q: Tensor, k: Tensor, wanted_q: Tensor) -> Tensor:
         return -(softmax_weights(wanted_q, wanted_k) * attn.weights(q, k).clamp_min(1e-12).log()).sum()
@@ -134,11 +136,11 @@ def attention_mse(student: nn.Module, teacher: nn.Module) -> Iterator[list[Tenso
 
 
 @torch.no_grad()
-def _run_teacher(block: nn.Module, softmax: Attention, x: Tensor, hw: tuple[int, int],
-                 num_prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run_teacher(block: nn.Module, softmax: Attention, x: Tensor,
+                 *layout: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A block with its softmax attention: what that reads, writes before and after its projection, and the next x."""
     h = block.norm1(x)
-    heads = softmax.attend(h, hw, num_prefix)
+    heads = softmax.attend(h, *layout)
     attended = softmax.proj(heads)
     return h, heads, attended, block.add_residuals(x, attended)
 
@@ -276,14 +278,15 @@ class AttentionAlignment(Alignment):
         vit, losses, errors = self.backbone, [], []
         with torch.no_grad():
             x, hw = vit.embed(images)
+            layout = vit.layout(x, hw)
         for block, softmax in zip(vit.blocks, self.frozen['attentions'], strict=True):
-            h, heads, attended, x = self.run_teacher(block, softmax, x, hw, vit.num_prefix)
+            h, heads, attended, x = self.run_teacher(block, softmax, x, *layout)
             if block.attn.is_softmax:
                 continue
             wanted = attended if self.target == 'output' else heads
             with torch.set_grad_enabled(self.target != 'weights' and torch.is_grad_enabled()):
-                got = (block.attn if self.target == 'output' else block.attn.attend)(h, hw, vit.num_prefix)
-            loss = (weights_loss(block.attn, softmax, h) if self.target == 'weights' else
+                got = (block.attn if self.target == 'output' else block.attn.attend)(h, *layout)
+            loss = (weights_loss(block.attn, softmax, h, *layout) if self.target == 'weights' else
                     F.mse_loss(got.float(), wanted.float()))
             errors.append(relative_error(got, wanted))
             losses.append(settle(loss, block.attn, got))
@@ -294,6 +297,7 @@ class AttentionAlignment(Alignment):
     def teacher_features(self, images: Tensor) -> Tensor:
         vit = self.backbone
         x, hw = vit.embed(images)
+        layout = vit.layout(x, hw)
         for block, softmax in zip(vit.blocks, self.frozen['attentions'], strict=True):
-            x = block.add_residuals(x, softmax(block.norm1(x), hw, vit.num_prefix))
+            x = block.add_residuals(x, softmax(block.norm1(x), *layout))
         return vit.norm(x)

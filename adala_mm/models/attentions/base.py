@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adala_mm.models.attentions.marks import MARK, describe, last_of, options_of, take_mark
+from adala_mm.ops import Rotation, turn
 
 
 class Attention(nn.Module):
@@ -14,6 +15,10 @@ class Attention(nn.Module):
     Keys are timm's (``qkv``, ``proj``), so the weights of a softmax ViT load into any subclass. A new variant
     implements `mix` (or `attend`, if it looks at the input itself), keeps parameters of its own in submodules, and
     registers itself in ``ATTENTIONS``. For the table of attentions it may say more in its class attributes.
+
+    In a ViT with rotary positions (`adala_mm.ops.RotaryPositions`) `mix` gets queries and keys that are turned already:
+    positions of its own (distances, tables, rotations) come on top, means of keys are means of turned ones. Values and
+    the layer's input are not turned.
 
     Args:
         dim: channels C.
@@ -58,13 +63,21 @@ class Attention(nn.Module):
         """Queries, keys and values of (B, N, C), each (B, H, N, D)."""
         return split_heads(self.qkv(x), 3 * self.num_heads).chunk(3, dim=1)
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        """Attention before the output projection, (B, N, C) to (B, N, C)."""
-        return merge_heads(self.mix(*self.project(x), hw, num_prefix))
+    def turned(self, x: Tensor, hw: tuple[int, int], num_prefix: int,
+               rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`project`, and queries and keys of patches turned by the ViT's rotary positions, if it has any."""
+        q, k, v = self.project(x)
+        if rotation is None:
+            return q, k, v
+        return turn(q, rotation, num_prefix).to(v.dtype), turn(k, rotation, num_prefix).to(v.dtype), v
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        """Attention before the output projection, (B, N, C) to (B, N, C)."""
+        return merge_heads(self.mix(*self.turned(x, hw, num_prefix, rotation), hw, num_prefix))
+
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
         """Attention with its output projection, (B, N, C) to (B, N, C)."""
-        return self.proj(self.attend(x, hw, num_prefix))
+        return self.proj(self.attend(x, hw, num_prefix, rotation))
 
     @property
     def adala_mm(self) -> dict[str, Any] | None:

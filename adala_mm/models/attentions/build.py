@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import pkgutil
 
 from adala_mm.models.attentions.base import Attention
@@ -26,6 +27,16 @@ def build_attention(cfg: dict, dim: int, num_heads: int, qkv_bias: bool = True,
     attention = layer(dim, num_heads, qkv_bias=qkv_bias, **{name: layout[name] for name in layer.needs} | options)
     attention.built_from = layer, options
     return attention
+
+
+def require_rotation(attn: Attention) -> None:
+    """TypeError for a layer whose own methods do not take rotary positions, and would leave them out."""
+    kind = type(attn) if attn.built_from is None else attn.built_from[0]
+    for name in ('attend', 'forward'):
+        if 'rotation' not in inspect.signature(getattr(kind, name)).parameters:
+            raise TypeError(f'{kind.__name__}.{name} takes no rotation, and the ViT has rotary positions: give '
+                            f'{name} the argument rotation=None, and let it call turned(x, hw, num_prefix, rotation) '
+                            'where it calls project(x)')
 
 
 def _find(kind: str | type | None) -> type[Attention]:

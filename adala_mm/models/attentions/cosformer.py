@@ -46,7 +46,8 @@ class CosformerAttention(Attention):
 
     ``out_i = sum_j w_ij v_j / max(sum_j w_ij, eps)``, ``w_ij = relu(q_i)·relu(k_j) cos(pi / 2 (i - j) / N)``. Tokens
     are counted row by row, so distances within a row change with the grid's width; any number of tokens. For distance
-    on the grid see `VicinityAttention`. In float32 throughout.
+    on the grid see `VicinityAttention`. In float32 throughout. Where keys come from another sequence than queries,
+    which they never do here, published code takes the longer one's length for N.
 
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.

@@ -30,8 +30,10 @@ class FCViTAttention(Attention):
 
     ``s_hn = (mean_n k_hn)·q_hn / sqrt D``, standardised over all heads and tokens of an image,
     ``out_n = (w_h s_hn + b_h) MLP(mean_n v) + dwconv11x11(v)_n``. In FCViT one x stands where q, k and v stand here;
-    thus a pretrained ViT's projections keep a part each. Of its convolutions the first is kept, starting at 0. Class
-    and register tokens are tokens like others, but see no convolution. Any grid. Similarities in float32.
+    thus a pretrained ViT's projections keep a part each. Its token mixer does this twice, and there convolutions see
+    the sum of x and context, followed by 1 x 1 bottlenecks with GELU; here one convolution stands beside the context
+    and starts at 0. Its code also has a plain MLP, ``W2 gelu(W1 x)``, in the place of `ContextMLP`, unused in published
+    models. Class and register tokens are tokens like others, but see no convolution. Any grid. Similarities in float32.
 
     Tokens exchange nothing but one vector per image, so this is a bound from below for what attention is worth.
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention, merge_heads
-from adala_mm.ops import exporting, in_float32
+from adala_mm.ops import Rotation, exporting, in_float32
 from adala_mm.registry import ATTENTIONS
 
 KERNELS = {
@@ -82,8 +82,8 @@ class InLineAttention(Attention):
         k = (k - k.mean(dim=2, keepdim=True)) * (q.shape[-1] ** -0.5 / k.shape[2])
         return v.mean(dim=2, keepdim=True) + q @ (k.transpose(-2, -1) @ v)
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        q, k, v = self.project(x)
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        q, k, v = self.turned(x, hw, num_prefix, rotation)
         out = self.mix(q, k, v, hw, num_prefix)
         return merge_heads(out if self.local is None else out + self.local(x, v, hw, num_prefix))
 

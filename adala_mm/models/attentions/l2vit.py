@@ -5,9 +5,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.models.attentions.base import Attention, merge_heads
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.tiles import from_tiles, padded, real_patches, to_tiles
-from adala_mm.ops import in_float32, weighted_sums
+from adala_mm.ops import Rotation, in_float32, weighted_sums
 from adala_mm.registry import ATTENTIONS
 
 
@@ -71,8 +71,8 @@ class L2ViTAttention(Attention):
         total, weight = weighted_sums(F.relu(q), F.relu(k), v)
         return self.tau['scale'].to(q.dtype) * total / weight.clamp_min(self.denom_floor)
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        out = super().forward(x, hw, num_prefix)
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        out = super().forward(x, hw, num_prefix, rotation)
         return out + self.local['lcm'](self.local['norm'](out), hw, num_prefix) if hasattr(self, 'local') else out
 
 
@@ -82,7 +82,8 @@ class WindowAttention(Attention):
 
     A grid that s does not divide is padded at the right and bottom, invisibly with ``mask_padding``. Without, as
     published, zeros go through the projection and take part with its biases as key and value. Published models have no
-    class and register tokens: ours attend to all real tokens, and patches to their window and to them.
+    class and register tokens: ours attend to all real tokens, and patches to their window and to them. Rotary positions
+    do not turn padding.
 
     Raises:
         ValueError: for a ``window_size`` below 1.
@@ -100,22 +101,19 @@ class WindowAttention(Attention):
             raise ValueError(f'window_size={window_size}: a window needs at least one patch')
         self.window_size, self.mask_padding = window_size, mask_padding
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        window = self.window_size, self.window_size
-        grid = to_tiles(x[:, None, num_prefix:], hw, window)  # (B, 1, W, s s, C): zeros, until they are projected
-        q, k, v = self.project(torch.cat([x[:, :num_prefix], grid.flatten(1, 3)], dim=1))
-        real = F.pad(real_patches(hw, window, x.device).flatten(), (num_prefix, 0), value=True)[None, None, :, None]
-
-        def windows(a: Tensor) -> Tensor:  # (B, H, P + W s s, D) to (B, H W, s s, D): each window a head
-            return a[:, :, num_prefix:].unflatten(2, grid.shape[2:4]).flatten(1, 2)
-        def with_prefix(a: Tensor) -> Tensor:  # (B, H, P + W s s, D) to (B, H W, P + s s, D)
-            prefix = a[:, :, None, :num_prefix].expand(-1, -1, grid.shape[2], -1, -1).flatten(1, 2)
-            return torch.cat([prefix, windows(a)], dim=2)
-
-        masked = self.mask_padding and padded(hw, window)
-        mask = with_prefix(real).mT.repeat(1, self.num_heads, 1, 1) if masked else None
-        out = F.scaled_dot_product_attention(windows(q), with_prefix(k), with_prefix(v), attn_mask=mask)
-        out = from_tiles(out.unflatten(1, (self.num_heads, -1)), hw, window)
-        if num_prefix:
-            out = torch.cat([F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, attn_mask=real.mT), out], dim=2)
-        return merge_heads(out)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+        window, heads = (self.window_size, self.window_size), q.shape[1]
+        prefix, patches = zip(*(x.tensor_split((num_prefix,), dim=2) for x in (q, k, v)), strict=True)
+        q_windows, *windows = (to_tiles(x, hw, window) for x in patches)  # (B, H, W, s s, D)
+        real, mask = real_patches(hw, window, q.device), None  # (W, s s)
+        if padded(hw, window) and self.mask_padding:
+            mask = F.pad(real, (num_prefix, 0), value=True)[:, None].repeat(heads, 1, 1)[None]  # (1, H W, 1, P + s s)
+        elif padded(hw, window):
+            _, *zeros = self.project(q.new_zeros(1, 1, self.proj.in_features))
+            windows = [torch.where(real[..., None], x, zero.unsqueeze(2)) for x, zero in
+                       zip(windows, zeros, strict=True)]
+        keys, values = (torch.cat([x.unsqueeze(2).expand(-1, -1, y.shape[2], -1, -1), y], dim=3).flatten(1, 2)
+                        for x, y in zip(prefix[1:], windows, strict=True))
+        out = F.scaled_dot_product_attention(q_windows.flatten(1, 2), keys, values, attn_mask=mask)
+        out = from_tiles(out.unflatten(1, (heads, -1)), hw, window)
+        return torch.cat([F.scaled_dot_product_attention(prefix[0], k, v), out], dim=2) if num_prefix else out

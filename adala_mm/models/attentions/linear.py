@@ -4,7 +4,7 @@ from torch import Tensor
 
 from adala_mm.models.attentions.base import Attention, centred, merge_heads
 from adala_mm.models.attentions.parts import DepthwiseConv
-from adala_mm.ops import check_feature_map, linear_attention, linear_attention_packed
+from adala_mm.ops import Rotation, check_feature_map, linear_attention, linear_attention_packed
 from adala_mm.registry import ATTENTIONS
 
 
@@ -17,9 +17,14 @@ class LinearAttention(Attention):
     neighbours from the rest, it adds where it is cheapest. It starts at zero, so that the layer is the plain one at
     first. Class and register tokens get nothing from it.
 
+    phi acts on channels one by one, so that of rotary positions it keeps more than the difference of two places:
+    ``phi(R_i q)·phi(R_j k)`` depends on both (see `adala_mm.ops.RotaryPositions`).
+
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
-        feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax``, ``exp`` (A.3).
+        feature_map: phi, one of ``elu1`` (the paper's choice), ``relu``, ``softplus``, ``softmax`` over the channels,
+            ``exp`` (A.3); or ``efficient``, softmax over the channels of a query and over the tokens for each channel
+            of the keys: Efficient Attention (Shen et al. 2021, arXiv 1812.01243), whose weights sum to 1 undivided.
         eps: added to the denominator.
         dwconv: side of the kernel, odd; None for no convolution.
         center_keys: whether phi sees the keys less their mean over the image (`centred`).
@@ -46,9 +51,9 @@ class LinearAttention(Attention):
         out = linear_attention(q, centred(k) if self.center_keys else k, v, self.feature_map, self.eps)
         return out if self.dwconv is None else out + self.dwconv(v, hw, num_prefix)
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        if self.center_keys:
-            return super().attend(x, hw, num_prefix)
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        if self.center_keys or rotation is not None:
+            return super().attend(x, hw, num_prefix, rotation)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
         out = linear_attention_packed(qkv, self.feature_map, self.eps).flatten(2)
         if self.dwconv is None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import split_heads
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
+from adala_mm.ops import Rotation
 from adala_mm.registry import ATTENTIONS
 
 TARGETS = ('q', 'k', 'v', 'o')
@@ -46,7 +47,7 @@ class LoLCATSAttention(HedgehogAttention):
     Its maps start Kaiming-uniform there, ours as Hedgehog's identity.
 
     Args:
-        dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys: as in `HedgehogAttention`.
+        dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys, shared_map: as in `HedgehogAttention`.
         rank: r; 0 for none.
         alpha: numerator of the scale.
     """
@@ -57,8 +58,9 @@ class LoLCATSAttention(HedgehogAttention):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, feature_dim: int | None = None,
                  variant: str = 'softmax', eps: float = 1e-12, rank: int = 8, alpha: float = 16.0,
-                 center_keys: bool = False) -> None:
-        super().__init__(dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys=center_keys)
+                 center_keys: bool = False, shared_map: bool = False) -> None:
+        super().__init__(dim, num_heads, qkv_bias, feature_dim, variant, eps, center_keys=center_keys,
+                         shared_map=shared_map)
         if rank < 0 or rank > dim:
             raise ValueError(f'rank={rank} of LoRA does not lie between 0 and the width {dim}')
         self.lora = LoRA(dim, rank, alpha) if rank else None
@@ -69,8 +71,8 @@ class LoLCATSAttention(HedgehogAttention):
         qkv = F.linear(x, self.qkv.weight + self.lora.delta('qkv'), self.qkv.bias)
         return split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        attended = self.attend(x, hw, num_prefix)
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        attended = self.attend(x, hw, num_prefix, rotation)
         if self.lora is None:
             return self.proj(attended)
         return F.linear(attended, self.proj.weight + self.lora.delta('o'), self.proj.bias)

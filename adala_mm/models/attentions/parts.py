@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.ops import exporting, same_grid
+from adala_mm.ops import Rotation, exporting, same_grid, turn
 
 
 def require_grid(kind: str, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -120,6 +120,4 @@ def grid_angles(hw: tuple[int, int], num_prefix: int, frequencies: Tensor) -> Te
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turns channel pair (2 i, 2 i + 1) of each token by its angle i; x (..., N, D), angles (..., N, D / 2)."""
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    return turn(x, Rotation(angles.cos(), angles.sin(), interleaved=True))

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention, centred
 from adala_mm.ops import in_float32, weighted_sums
@@ -23,18 +24,27 @@ def orthogonal_features(num_features: int, dim: int, generator: torch.Generator 
     return lengths * torch.cat(blocks)[:num_features]
 
 
-class RandomFeatures(nn.Module):
-    """``phi(x) = M^-1/2 (exp(w_r·x' - |x'|^2 / 2 - c) + eps)`` with ``x' = x / D^1/4``; w_r is a saved buffer."""
+KERNELS = ('softmax', 'relu')
 
-    def __init__(self, num_features: int, dim: int, eps: float) -> None:
+
+class RandomFeatures(nn.Module):
+    """``phi(x) = M^-1/2 (f(x') + eps)`` with ``x' = x / D^1/4``; w_r, the rows of the projection, is a saved buffer.
+
+    f is ``exp(w_r·x' - |x'|^2 / 2 - c)`` for the kernel ``softmax``, ``relu(w_r·x')`` for ``relu``.
+    """
+
+    def __init__(self, num_features: int, dim: int, eps: float, kernel: str = 'softmax') -> None:
         super().__init__()
         self.eps = eps
+        self.kernel = kernel
         self.register_buffer('projection', orthogonal_features(num_features, dim))  # (M, D)
 
     def forward(self, x: Tensor, shift_over: tuple[int, ...]) -> Tensor:
         """(B, H, N, D) to (B, H, N, M). c, the largest w·x' over ``shift_over``, cancels up to eps."""
         x = x * x.shape[-1] ** -0.25
         wx = x @ self.projection.to(x.dtype).T
+        if self.kernel == 'relu':
+            return len(self.projection) ** -0.5 * (F.relu(wx) + self.eps)
         shift = wx.detach().amax(dim=shift_over, keepdim=True)
         half_norm = x.square().sum(-1, keepdim=True) / 2
         return len(self.projection) ** -0.5 * (torch.exp(wx - half_norm - shift) + self.eps)
@@ -55,10 +65,14 @@ class PerformerAttention(Attention):
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
         num_features: M, ``int(D ln D)`` if None (ViT-AdaLA's FLOPs imply M = D).
-        eps: added to each feature.
+        eps: added to each feature; published code has 1e-3 with ``relu``.
         redraw_interval: training iterations between new features; None for never.
         center_keys: whether features are of the keys less their mean over the image (`centred`): the same attention,
             estimated with less variance.
+        kernel: ``softmax``, or ``relu``, the paper's generalized attention: no estimate of softmax, and cheaper.
+
+    Raises:
+        ValueError: for an unknown ``kernel``, or less than one feature.
     """
 
     formula = 'φ(q)·Σφ(k)ᵀv / φ(q)·Σφ(k), φ(x) = exp(Wx − |x|²/2), W random'
@@ -67,15 +81,17 @@ class PerformerAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, num_features: int | None = None,
                  eps: float = 1e-4, redraw_interval: int | None = 1000,
-                 center_keys: bool = False) -> None:
+                 center_keys: bool = False, kernel: str = 'softmax') -> None:
         super().__init__(dim, num_heads, qkv_bias)
+        if kernel not in KERNELS:
+            raise ValueError(f'unknown kernel {kernel!r}; choose one of {", ".join(KERNELS)}')
         head_dim = dim // num_heads
         num_features = max(1, int(head_dim * math.log(head_dim))) if num_features is None else num_features
         if num_features < 1:
             raise ValueError(f'num_features={num_features}: at least one feature is needed')
         self.redraw_interval = redraw_interval
         self.center_keys = center_keys
-        self.feature_map = RandomFeatures(num_features, head_dim, eps)
+        self.feature_map = RandomFeatures(num_features, head_dim, eps, kernel)
 
     def redraw(self, generator: torch.Generator) -> None:
         """Replaces the random features in place; ``generator`` lives on the CPU, so all processes draw the same."""

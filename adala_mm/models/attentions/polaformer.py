@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.models.attentions.base import Attention, merge_heads, split_heads
+from adala_mm.models.attentions.base import Attention, split_heads
 from adala_mm.models.attentions.parts import DepthwiseConv, GridTable, IdentityGate, require_grid
-from adala_mm.ops import in_float32, weighted_sums
+from adala_mm.ops import Rotation, in_float32, weighted_sums
 from adala_mm.registry import ATTENTIONS
 
 
@@ -67,5 +67,5 @@ class PolaFormerAttention(Attention):
             out.append(total / (weight + self.eps))
         return torch.cat(out, dim=-1) + self.dwc(v, hw, num_prefix)
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        return merge_heads(self.mix(*self.project(x), hw, num_prefix)) * self.gate(x)
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        return super().attend(x, hw, num_prefix, rotation) * self.gate(x)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adala_mm.models.attentions.base import Attention, merge_heads
+from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import DepthwiseConv, IdentityGate, grid_angles, rotate
-from adala_mm.ops import elu1, in_float32
+from adala_mm.ops import Rotation, elu1, in_float32
 from adala_mm.registry import ATTENTIONS
 
 
@@ -27,9 +27,10 @@ class RALAAttention(Attention):
     Args:
         dim, num_heads, qkv_bias: as in `Attention`.
         eps: added to the denominator.
+        rotary: whether there is the rotation; without, weights are positive and sum to 1.
 
     Raises:
-        ValueError: if 4 does not divide D.
+        ValueError: if 4 does not divide D and there is a rotation.
     """
 
     formula = '((rot φ(q)·Σ rot(αφ(k))ᵀv / φ(q)·Σαφ(k)) + dwconv v) ⊙ gate(x), φ = elu+1, α = softmax of mean φ(q)·φ(k)'
@@ -37,12 +38,14 @@ class RALAAttention(Attention):
     positional = True
     reference = 'Fan et al., CVPR 2025'
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, eps: float = 1e-6,
+                 rotary: bool = True) -> None:
         super().__init__(dim, num_heads, qkv_bias)
         head_dim = dim // num_heads
-        if head_dim % 4:
+        if rotary and head_dim % 4:
             raise ValueError(f'{head_dim} channels in a head: the rotation by row and column needs a multiple of 4')
         self.eps = eps
+        self.rotary = rotary
         self.lepe = DepthwiseConv(dim, 5)
         self.gate = IdentityGate(dim)
 
@@ -52,10 +55,12 @@ class RALAAttention(Attention):
         local = self.lepe(v, hw, num_prefix)
         q, k = elu1(q), elu1(k)
         k = k * (dim ** -0.5 * k @ q.mean(dim=2).unsqueeze(-1)).softmax(dim=2)  # alpha / N: the sums become means
-        frequencies = 10000 ** -torch.linspace(0, 1, dim // 4, device=q.device, dtype=q.dtype)
-        angles = grid_angles(hw, num_prefix, frequencies)
-        total = rotate(q, angles) @ (rotate(k, angles).transpose(-2, -1) @ v)
-        return total / (q @ k.sum(dim=2).unsqueeze(-1) + self.eps) + local
+        weight = q @ k.sum(dim=2).unsqueeze(-1)
+        if self.rotary:
+            frequencies = 10000 ** -torch.linspace(0, 1, dim // 4, device=q.device, dtype=q.dtype)
+            angles = grid_angles(hw, num_prefix, frequencies)
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q @ (k.transpose(-2, -1) @ v) / (weight + self.eps) + local
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        return merge_heads(self.mix(*self.project(x), hw, num_prefix)) * self.gate(x)
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        return super().attend(x, hw, num_prefix, rotation) * self.gate(x)

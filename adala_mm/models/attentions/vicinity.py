@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.cosformer import cosine_weighted_sums
 from adala_mm.models.attentions.parts import grid_places
-from adala_mm.ops import in_float32
+from adala_mm.ops import Rotation, in_float32
 from adala_mm.registry import ATTENTIONS
 
 FORMS = ('sum', 'product')
@@ -66,6 +66,6 @@ class VicinityAttention(Attention):
             total, weight = (s / 2 for s in cosine_weighted_sums(q, k, v, [a + b, a - b], num_prefix))
         return total / (weight + self.eps)
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        out = super().forward(x, hw, num_prefix)
+    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
+        out = super().forward(x, hw, num_prefix, rotation)
         return out if self.se is None else out * (1 + self.se(x.mean(dim=1, keepdim=True)))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention, merge_heads, split_heads
 from adala_mm.models.attentions.parts import DepthwiseConv
-from adala_mm.ops import gated_linear_attention, in_float32
+from adala_mm.ops import Rotation, gated_linear_attention, in_float32
 from adala_mm.registry import ATTENTIONS
 
 SHARPNESS = 16  # published: a gate forgets a sixteenth of what its sigmoid says
@@ -70,12 +70,12 @@ class ViGAttention(Attention):
         nn.init.zeros_(self.swap.bias)
         self.norms = nn.ModuleList(HeadNorm(dim // num_heads) for _ in range(2))
 
-    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
+    def attend(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
         heads = split_heads(x, self.num_heads)
         patches = F.silu(self.local(heads, hw, num_prefix))
         local = torch.cat([heads[:, :, :num_prefix], patches[:, :, num_prefix:]], dim=2)
         source = merge_heads(local) if self.conv_input else x
-        q, k, v = self.project(source)
+        q, k, v = self.turned(source, hw, num_prefix, rotation)
         q = q * q.shape[-1] ** -0.5
         forward, backward = (split_heads(gate(source), self.num_heads) for gate in self.forget)
         out = gated_linear_attention(q, k, forward, v)

@@ -3,16 +3,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
-from timm.layers import DropPath, LayerScale, Mlp, get_act_layer, resample_abs_pos_embed, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, get_act_layer, resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions import build_attention
+from adala_mm.models.attentions.build import require_rotation
 from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_facts
-from adala_mm.ops import same_grid
+from adala_mm.ops import RotaryPositions, same_grid
 from adala_mm.registry import MODELS
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
@@ -34,14 +36,14 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + LS1(attn(norm1(x)))``, then ``x + LS2(mlp(norm2(x)))``."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, act: str, norm_eps: float,
-                 layer_scale: float | None, drop_path: float) -> None:
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, norm_eps: float, layer_scale: float | None,
+                 drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attn
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act))
+        self.mlp = mlp
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
@@ -50,22 +52,22 @@ class Block(nn.Module):
         x = x + self.drop_path(self.ls1(attended))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int) -> Tensor:
-        return self.add_residuals(x, self.attn(self.norm1(x), hw, num_prefix))
+    def forward(self, x: Tensor, *layout: Any) -> Tensor:
+        """Tokens (B, N, C) after the block; ``layout`` is `AdaLAViT.layout` of the images."""
+        return self.add_residuals(x, self.attn(self.norm1(x), *layout))
 
 
 class Blocks(nn.ModuleList):
     """The blocks one after the other, as a module of its own so that `torch.compile` can take them in one piece."""
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, wanted: Sequence[int],
-                with_cp: bool) -> list[Tensor | None]:
+    def forward(self, x: Tensor, layout: tuple, wanted: Sequence[int], with_cp: bool) -> list[Tensor | None]:
         """Outputs of the blocks that ``wanted`` names and of the last one, by block; others are None."""
         kept: list[Tensor | None] = [None] * len(self)
         for i, block in enumerate(self):
             if with_cp and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, hw, num_prefix, use_reentrant=False)
+                x = checkpoint(block, x, *layout, use_reentrant=False)
             else:
-                x = block(x, hw, num_prefix)
+                x = block(x, *layout)
             if i in wanted or i == len(self) - 1:
                 kept[i] = x
         return kept
@@ -89,12 +91,14 @@ def compile_mode(compile: bool | str) -> str | None:
 class AdaLAViT(BaseModule):
     """Plain ViT for mmseg (feature maps) and mmpretrain (tokens), softmax, linear or mixed.
 
-    Covers DINOv2 (LayerScale, registers), CLIP (``pre_norm``, quick-GELU), SigLIP (no class token), augreg/DeiT.
+    Covers DINOv2 (LayerScale, registers), DINOv3 (``rotary``, ``swiglu``), CLIP (``pre_norm``, quick-GELU), SigLIP (no
+    class token), augreg/DeiT.
     State dicts of timm load strictly; see `load_vit` for what is resampled and dropped.
 
     Args:
         img_size: side, or (height, width), in pixels, for which ``pos_embed`` is stored. Other sizes are resampled
-            on the fly (bicubic with antialiasing, as timm does).
+            on the fly (bicubic with antialiasing, as timm does). With ``rotary``, what is stored are the tables of
+            attentions that have some.
         patch_size: P; images must have sides that P divides.
         in_channels: of the images; a pretrained kernel of RGB is fitted to it, as timm does (`load_vit`).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the usual.
@@ -105,6 +109,10 @@ class AdaLAViT(BaseModule):
         act: activation of the MLP, a timm name (``gelu``, ``quick_gelu``, ``gelu_tanh``).
         norm_eps: epsilon of every LayerNorm.
         layer_scale: initial LayerScale, or None for none.
+        rotary: options of `RotaryPositions` (DINOv3), ``dict()`` for its own: queries and keys are turned by the place
+            of their patch, and there is no ``pos_embed``. None for position embeddings.
+        swiglu: whether the MLP is gated, ``fc2(silu(fc1_g(x)) * fc1_x(x))``; then ``act`` is not used.
+        swiglu_align_to: its hidden channels, ``mlp_ratio`` times the width, are rounded up to a multiple of this.
         attention: ``dict(type='adala_mm.LinearAttention')`` for all blocks, or a list of ``depth`` such dicts.
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block.
         with_cp: recompute block activations in the backward pass (non-reentrant checkpointing).
@@ -133,7 +141,8 @@ class AdaLAViT(BaseModule):
                  embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
                  qkv_bias: bool = True, class_token: bool = True, num_registers: int = 0,
                  no_embed_class: bool = False, pre_norm: bool = False, act: str = 'gelu', norm_eps: float = 1e-6,
-                 layer_scale: float | None = None, attention: dict | Sequence[dict] | None = None,
+                 layer_scale: float | None = None, rotary: dict | None = None, swiglu: bool = False,
+                 swiglu_align_to: int = 8, attention: dict | Sequence[dict] | None = None,
                  drop_path_rate: float = 0.0, with_cp: bool = False, compile: bool | str = False,
                  out_indices: Sequence[int] = (-1,), out_type: str = 'featmap', trainable: str | None = None,
                  init_cfg: dict | None = None) -> None:
@@ -165,13 +174,19 @@ class AdaLAViT(BaseModule):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         positions = self.pos_grid[0] * self.pos_grid[1] + (0 if no_embed_class else self.num_prefix)
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if rotary is None else None
+        self.rotary = None if rotary is None else RotaryPositions(embed_dim // num_heads, **rotary)
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         self.blocks = Blocks(
             Block(embed_dim,
                   build_attention(attentions[i], embed_dim, num_heads, qkv_bias, self.pos_grid, self.num_prefix),
-                  mlp_ratio, act, norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
+                  SwiGLU(embed_dim, int(embed_dim * mlp_ratio), align_to=swiglu_align_to) if swiglu else
+                  Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=get_act_layer(act)),
+                  norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth))
+        if self.rotary is not None:
+            for block in self.blocks:
+                require_rotation(block.attn)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.register_state_dict_post_hook(record_facts)
         self.register_load_state_dict_pre_hook(read_grid)
@@ -220,7 +235,8 @@ class AdaLAViT(BaseModule):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
@@ -235,6 +251,8 @@ class AdaLAViT(BaseModule):
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, hw, C)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         position = self.pos_embed
+        if position is None:
+            return self.norm_pre(torch.cat([*prefix, x], dim=1)), hw
         if not same_grid(hw, self.pos_grid):
             position = resample_abs_pos_embed(position, list(hw), old_size=list(self.pos_grid),
                                               num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
@@ -244,9 +262,19 @@ class AdaLAViT(BaseModule):
             x = torch.cat([*prefix, x], dim=1) + position
         return self.norm_pre(x), hw
 
+    def layout(self, x: Tensor, hw: tuple[int, int]) -> tuple:
+        """What blocks and attentions are told beside tokens: grid, number of prefix tokens, rotation if there is one.
+
+        Of tokens x (B, N, C) on the device of the blocks, and a patch grid (h, w). In training the rotation is drawn
+        anew, if it is disturbed at all: one for all blocks of a call.
+        """
+        if self.rotary is None:
+            return hw, self.num_prefix
+        return hw, self.num_prefix, self.rotary(hw, x.device, self.training)
+
     def run_blocks(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
         """Outputs of all blocks that ``out_indices`` names and of the last one, by block; others are None."""
-        return self.blocks(x, hw, self.num_prefix, self.out_indices, self.with_cp)
+        return self.blocks(x, self.layout(x, hw), self.out_indices, self.with_cp)
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Final normalised tokens (B, N, C), prefix tokens first: what stage 2 aligns (ViT-AdaLA eq. 4)."""

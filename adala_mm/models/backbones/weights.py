@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
@@ -27,6 +28,8 @@ LINES = 24  # of a table of keys
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
+    r'dist_token$': 'distilled DeiT',
+    r'storage_tokens$': 'official DINOv3',
     r'register_tokens$|blocks\.\d+\.\d+\.': 'official DINOv2',
     r'(\w+\.)?embeddings\.': 'transformers',
     r'(visual\.)?class_embedding$': 'OpenAI / OpenCLIP',
@@ -55,7 +58,8 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     """Loads ``init_cfg['checkpoint']`` into ``model``.
 
     Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
-    state dict without its head and pooling keys; ``key`` says where in the file they are, as of `read_state_dict`. The
+    state dict without its head and pooling keys; ``key`` says where in the file they are, as of `read_state_dict`.
+    Names of timm's ``Eva`` (DINOv3) are understood as well, and biases of zeros left out of a ViT without them. The
     patch kernel is resampled to the model's patch size (FlexiViT's pseudo-inverse, as in timm) and, from RGB, to its
     ``in_channels`` (for one channel the sum, as in timm: what a grey image normalised by one mean and std is to RGB).
     Position embeddings are resampled to its grid (bicubic, antialiased), and so are the tables over the grid that some
@@ -78,6 +82,9 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     path, state, own = read_backbone(init_cfg)
     if said is not None and (isinstance(said, str) or len(said) != 2 or not all(isinstance(n, int) for n in said)):
         raise ValueError(f'init_cfg.grid={said!r} must be (height, width) in patches, (16, 64) for instance')
+    if said is not None and model.pos_embed is None:
+        raise ValueError(f'init_cfg.grid={said!r} is that of position embeddings, and this ViT has rotary positions, '
+                         'which fit any grid: leave it out')
     grid = recorded_grid(state) if said is None else tuple(said)
     if library := other_library(state):
         place = '.'.join(filter(None, (init_cfg.get('key'), own and init_cfg.get('prefix', 'backbone.').rstrip('.'))))
@@ -86,7 +93,7 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
                          f'{Path(path).stem}_converted.safetensors{f" --key {place}" if place else ""}')
     dropped = [key for key in state if HEAD_KEYS.match(key)]
     linear = recorded_linear(state)
-    state = {key: value for key, value in state.items() if key not in dropped}
+    state = plain_names({key: value for key, value in state.items() if key not in dropped})
     problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
                 if isinstance(layer, Attention)]
     if problem := next(filter(None, problems), None):
@@ -98,6 +105,10 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     doubts = _fit_positions(model, state, grid, own, notes)
 
     wanted = model.state_dict()
+    idle = [key for key in state if key.endswith('.attn.qkv.bias') and key not in wanted and not state[key].any()]
+    if idle:
+        state = {key: value for key, value in state.items() if key not in idle}
+        notes.append(f'left out {len(idle)} biases of queries, keys and values that are zero')
     if table := misfits({key: tuple(value.shape) for key, value in state.items()},
                         {key: tuple(value.shape) for key, value in wanted.items()}):
         raise ValueError(f'{path} does not fit this ViT:\n{table}\nIs it the model family that the config describes '
@@ -115,11 +126,23 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     return doubts
 
 
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of timm's ``Eva`` as those of its ``VisionTransformer``: LayerScale, and biases that keys have not."""
+    plain = {re.sub(r'^(blocks\.\d+)\.gamma_(\d)$', r'\1.ls\2.gamma', key): value for key, value in state.items()}
+    for key in [key for key in plain if re.fullmatch(r'blocks\.\d+\.attn\.q_bias', key)]:
+        start, q = key.removesuffix('q_bias'), plain.pop(key)
+        v = plain.pop(f'{start}v_bias', torch.zeros_like(q))
+        plain[f'{start}qkv.bias'] = torch.cat([q, torch.zeros_like(q), v])
+    return plain
+
+
 def other_library(state: dict[str, Tensor]) -> str | None:
     """Whose names these are, if `CONVERTED` knows them."""
-    if 'mask_token' in state and any(key.endswith('.ls1.gamma') for key in state):  # MAE has no LayerScale
+    found = next((library for pattern, library in CONVERTED.items() if any(map(pattern.match, state))), None)
+    # MAE has no LayerScale
+    if not found and 'mask_token' in state and any(key.endswith('.ls1.gamma') for key in state):
         return 'official DINOv2'
-    return next((library for pattern, library in CONVERTED.items() if any(map(pattern.match, state))), None)
+    return found
 
 
 def misfits(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
@@ -153,8 +176,8 @@ def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def is_extra(key: str) -> bool:
-    """Whether a parameter or module is one that a variant adds to the plain attention."""
-    return re.match(r'blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
+    """Whether a parameter or module is one that a variant adds to the plain ViT: to its attention, or queries."""
+    return re.match(r'query_embed|blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
 def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
@@ -218,8 +241,8 @@ def _fit_positions(model: AdaLAViT, state: dict[str, Tensor], grid: tuple[int, i
 
 def resize_positions(model: AdaLAViT, state: dict[str, Any], key: str, grid: tuple[int, int],
                      notes: list[str]) -> None:
-    """``state[key]``, position embeddings of ``grid``, for the model's grid, in place."""
-    if tuple(grid) == model.pos_grid:
+    """``state[key]``, position embeddings of ``grid``, for the model's grid, in place; nothing if there are none."""
+    if tuple(grid) == model.pos_grid or key not in state:
         return
     state[key] = resample_abs_pos_embed(state[key], list(model.pos_grid), old_size=list(grid),
                                         num_prefix_tokens=0 if model.no_embed_class else model.num_prefix)

@@ -1,0 +1,7 @@
+# Baseline: Mask2Former on Cityscapes at 1024 x 1024 with the original softmax DINOv3-B, same schedule.
+from mmengine.config import read_base
+
+with read_base():
+    from .mask2former_dinov3b_1024_cityscapes import *
+
+model['backbone'].update(attention=softmax, init_cfg=pretrained)

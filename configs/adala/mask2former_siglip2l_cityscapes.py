@@ -1,0 +1,17 @@
+# Stage 3: Mask2Former on Cityscapes at 512 x 512 with the aligned linear SigLIP 2-L.
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.default_runtime import *
+    from .._base_.backbones.siglip2l import *
+    from .._base_.datasets.cityscapes import *
+    from .._base_.models.mask2former import *
+    from .._base_.schedules.stage3_mask2former import *
+
+backbone.update(out_indices=[23] * 4)
+backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_siglip2l_in22k/epoch_10.pth'))
+model.update(backbone=backbone)
+del backbone  # from here on it is model['backbone']
+model['data_preprocessor'].update(size=crop_size, **preprocessor)
+model['decode_head'].update(num_classes=num_classes)
+model['decode_head']['loss_cls'].update(class_weight=[1.0] * num_classes + [0.1])

@@ -1,0 +1,7 @@
+# Baseline: Mask2Former on Cityscapes at 1024 x 1024 with the original softmax SigLIP 2-L, same schedule.
+from mmengine.config import read_base
+
+with read_base():
+    from .mask2former_siglip2l_1024_cityscapes import *
+
+model['backbone'].update(attention=softmax, init_cfg=pretrained)

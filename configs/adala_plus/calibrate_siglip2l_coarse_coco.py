@@ -1,0 +1,12 @@
+# The recipe coarse, calibration: output projections of SigLIP 2-L in closed form.
+from mmengine.config import read_base
+
+with read_base():
+    from ..adala.stage2_siglip2l_in22k import *
+    from .._base_.coarse import *
+    from .._base_.datasets.coco_images import *
+    from .._base_.schedules.calibrate import *
+
+model['backbone'].update(attention=coarse_attention)
+model['backbone'].update(
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage1_siglip2l_coarse_coco/epoch_4.pth'))

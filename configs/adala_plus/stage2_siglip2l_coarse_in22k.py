@@ -1,0 +1,12 @@
+# The recipe coarse, stage 2: SigLIP 2-L, all layers are compared, at a hundredth of the paper's rate.
+from mmengine.config import read_base
+
+with read_base():
+    from ..adala.stage2_siglip2l_in22k import *
+    from .._base_.coarse import *
+
+model['backbone'].update(attention=coarse_attention)
+model['backbone'].update(
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/calibrate_siglip2l_coarse_coco/iter_24.pth'))
+model.update(layers=list(range(24)))
+optim_wrapper['optimizer'].update(lr=1e-5)

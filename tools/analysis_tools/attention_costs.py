@@ -1,0 +1,176 @@
+"""Memory and multiply-adds of every attention module alone against sequence length (ViT-AdaLA Fig. 3).
+
+    python tools/analysis_tools/attention_costs.py [--tokens 64 256 1024 4096] [--dim 1024] [--heads 16] [--out DIR]
+
+The layers are those that the configs build, projections included, the paper's baselines with its numbers
+(configs/_base_/attentions.py). Multiply-adds are counted from shapes. Memory is measured in a forward pass of one
+sequence without gradients: the most that is held at a time beyond weights and input, on a GPU by PyTorch's allocator,
+on a CPU by summing up the allocations that its profiler sees. Softmax is there twice, with the fused kernel that
+PyTorch takes, and by its formula with the N x N matrix. Writes attention_costs.json and attention_costs.png.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from math import isqrt
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adala_mm.models.attentions import build_attention
+from adala_mm.registry import ATTENTIONS
+from adala_mm.utils.compose import CONFIGS
+from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.pictures import label_points, save_figure
+from adala_mm.utils.tables import markdown_table
+from adala_mm.utils.timing import default_device, hardware, peak_memory, save, settings, total_memory
+
+UNFUSED = 'softmax, N x N matrix'
+SOFTMAX = 'softmax, fused kernel'
+LINEAR = 'linear (ViT-AdaLA)'
+PANELS = {'mib': 'memory of a forward pass (MiB)', 'mixing': 'multiply-adds (10⁹), without the four projections'}
+
+
+def attentions() -> dict[str, dict]:
+    """Every attention by the name of its line: softmax, linear, the paper's baselines, all others."""
+    ATTENTIONS.import_from_location()
+    paper = {name: cfg.to_dict() for name, cfg in Config.fromfile(CONFIGS / '_base_/attentions.py').items()}
+    found = {UNFUSED: dict(type='adala_mm.SoftmaxAttention'), SOFTMAX: dict(type='adala_mm.SoftmaxAttention'),
+             LINEAR: dict(type='adala_mm.LinearAttention'), **paper}
+    known = {cfg['type'].removeprefix('adala_mm.') for cfg in found.values()}
+    return found | {name.removesuffix('Attention'): dict(type=f'adala_mm.{name}')
+                    for name in sorted(ATTENTIONS.module_dict) if name not in known}
+
+
+def layer(cfg: dict, tokens: int, args: argparse.Namespace) -> nn.Module:
+    side = isqrt(tokens)
+    return build_attention(cfg, args.dim, args.heads, grid=(side, side), num_prefix=0).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def cost(name: str, cfg: dict, tokens: int, args: argparse.Namespace, device: torch.device) -> dict:
+    """Counted multiply-adds and measured memory of one layer at one length; a ``note`` where it cannot run."""
+    row, side = dict(name=name, tokens=tokens), isqrt(tokens)
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x, (side, side), 0)
+
+    try:
+        with FakeTensorMode():
+            module, x = layer(cfg, tokens, args), torch.empty(1, tokens, args.dim)
+            row['multiply_adds'] = multiply_adds(lambda: forward(module, x)) / 1e9
+            row['mixing'] = row['multiply_adds'] - 4 * tokens * args.dim ** 2 / 1e9
+        if name == UNFUSED and 3 * args.heads * tokens ** 2 * 4 > total_memory(device) / 2:
+            return row | dict(note='skipped: the N x N matrices would not fit')
+        module, x = layer(cfg, tokens, args).to(device), torch.randn(1, tokens, args.dim, device=device)
+        with sdpa_kernel(SDPBackend.MATH) if name == UNFUSED else contextlib.nullcontext():
+            return row | dict(mib=peak_memory(lambda: forward(module, x), device) / 2 ** 20)
+    except torch.OutOfMemoryError:
+        return row | dict(note='out of memory')
+    except (ValueError, RuntimeError) as error:  # a layer that cannot have this grid says so
+        return row | dict(note=f'failed: {str(error).splitlines()[0]}')
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    for tokens in sorted(args.tokens):
+        for name, cfg in attentions().items():
+            yield cost(name, cfg, tokens, args, device)
+        print(f'{tokens} tokens: done', flush=True)
+
+
+def line(data: dict, name: str, key: str) -> tuple[list[int], list[float]]:
+    found = [row for row in data['rows'] if row['name'] == name and key in row]
+    return [row['tokens'] for row in found], [row[key] for row in found]
+
+
+def draw_panel(axis: Axes, data: dict, key: str, paper: list[str]) -> None:
+    """Softmax black, linear blue, the paper's baselines in colours and named at their ends, all others grey."""
+    names = list(dict.fromkeys(row['name'] for row in data['rows']))
+    styles = {UNFUSED: dict(color='black', lw=2.5), SOFTMAX: dict(color='black', lw=2, ls=(0, (4, 1.5))),
+              LINEAR: dict(color='C0', lw=2.5)}
+    colours = ['C1', 'C2', 'C3', 'C4', 'C5', 'C6', 'C8']
+    styles |= {name: dict(color=colour, lw=1.2) for name, colour in zip(paper, colours, strict=True)}
+    ends, lines = [], []
+    for name in [name for name in names if name not in styles] + [name for name in names if name in styles]:
+        tokens, values = line(data, name, key)
+        if not tokens or (name == SOFTMAX and key == 'mixing'):  # which the kernel does not change
+            continue
+        drawn, = axis.plot(tokens, values, **styles.get(name, dict(color='0.85', lw=1, zorder=0)))
+        if name in styles:
+            shown = 'softmax' if name == UNFUSED and key == 'mixing' else name
+            ends.append(((tokens[-1], values[-1], shown), styles[name]['color']))
+            lines.append(drawn)
+    axis.set(xscale='log', yscale='log', xlabel='tokens')
+    low, high = min(row['tokens'] for row in data['rows']), max(row['tokens'] for row in data['rows'])
+    axis.set_xlim(low, high * (high / low) ** 0.4)
+    ticks = sorted({row['tokens'] for row in data['rows']})
+    axis.set_xticks(ticks, [f'{tick:,}' for tick in ticks])
+    axis.minorticks_off()
+    axis.set_title(PANELS[key])
+    axis.grid(alpha=0.25)
+    order = ['softmax', UNFUSED, SOFTMAX, LINEAR, *paper]
+    ends.sort(key=lambda end: order.index(end[0][2]))
+    label_points(axis, [end[0] for end in ends], [end[1] for end in ends], lines)
+
+
+def draw(path: Path, data: dict) -> None:
+    paper = [name for name in attentions() if name not in (UNFUSED, SOFTMAX, LINEAR) and name.islower()]
+    figure = Figure(figsize=(13, 6), layout='constrained')
+    s, most = data['settings'], max(row['tokens'] for row in data['rows'])
+
+    def at(name: str, key: str) -> float:
+        tokens, values = line(data, name, key)
+        return values[tokens.index(most)] if most in tokens else float('nan')
+
+    shares = [at(UNFUSED, 'mib') / at(LINEAR, 'mib'), at(SOFTMAX, 'mib') / at(LINEAR, 'mib'),
+              at(SOFTMAX, 'mixing') / at(LINEAR, 'mixing')]
+    figure.suptitle(f'One attention layer, {s["dim"]} channels, {s["heads"]} heads; {data["machine"]["device"]}. Grey: '
+                    f'other attentions of adala_mm.\nAt {most:,} tokens softmax takes {shares[0]:.1f} times the memory '
+                    f'of linear attention, by a fused kernel {shares[1]:.1f} times, and {shares[2]:.0f} times the '
+                    'multiply-adds.', fontsize=11)
+    panels = figure.subplots(1, 2)
+    figure.draw_without_rendering()
+    for axis, key in zip(panels, PANELS, strict=True):
+        draw_panel(axis, data, key, paper)
+    save_figure(figure, path)
+
+
+def table(data: dict) -> str:
+    lengths = sorted({row['tokens'] for row in data['rows']})
+    cells = {(row['name'], row['tokens']): f'{row["mib"]:.1f} / {row["multiply_adds"]:.2f}' if 'mib' in row
+             else row['note'] for row in data['rows']}
+    return markdown_table(['MiB / 10⁹ multiply-adds', *(f'{tokens:,}' for tokens in lengths)],
+                          [[name, *(cells[name, tokens] for tokens in lengths)]
+                           for name in dict.fromkeys(row['name'] for row in data['rows'])])
+
+
+def square(text: str) -> int:
+    if isqrt(int(text)) ** 2 != int(text):
+        raise argparse.ArgumentTypeError(f'{text} tokens are no square grid; take 64, 256, 1024 ...')
+    return int(text)
+
+
+def main() -> None:
+    device = default_device()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--tokens', nargs='+', type=square, help='lengths, squares; 64 ... 4,096, on a GPU ... 65,536',
+                        default=[4 ** i for i in range(3, 9 if device.type == 'cuda' else 7)])
+    parser.add_argument('--dim', type=int, default=1024, help='channels; those of a ViT-L if unset')
+    parser.add_argument('--heads', type=int, default=16)
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'), metavar='DIR')
+    args = parser.parse_args()
+    data = dict(rows=list(measure(args, device)), settings=settings(args), machine=hardware(device))
+    save(args.out / 'attention_costs.json', data)
+    draw(args.out / 'attention_costs.png', data)
+    print(table(data))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,93 @@
+"""Parameters and multiply-adds of whole backbones, attention included (ViT-AdaLA Tables 1, 2, 4, 10 to 12).
+
+    python tools/analysis_tools/count_flops.py [CONFIG ...] [--sizes 512 1024] [--out flops.json]
+
+Counted from shapes alone, by PyTorch as operators are dispatched: neither data nor weights nor a GPU, seconds. Without
+configs: DINOv2-L with softmax, linear attention and the seven baselines. "Mixing" is what the attention does beyond a
+ViT without any: the network's patch embedding, projections and MLPs are the same in all rows. Savings are against the
+first row.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+from types import SimpleNamespace
+
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adala_mm.utils.cli import load_config, one_message
+from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.tables import markdown_table
+from adala_mm.utils.timing import save
+
+BASELINES = ('hedgehog', 'lolcats', 'linformer', 'performer', 'cosformer', 'nystromformer', 'monarch')
+CONFIGS = ['mask2former_dinov2l_softmax_ade20k', 'mask2former_dinov2l_ade20k',
+           *(f'mask2former_dinov2l_{name}_ade20k' for name in BASELINES)]
+
+
+class NoMixing(nn.Module):
+    """The projections of an attention and nothing between them."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.qkv, self.proj = attention.qkv, attention.proj
+
+    def forward(self, x: torch.Tensor, hw: tuple[int, int], num_prefix: int) -> torch.Tensor:
+        return self.proj(self.qkv(x).chunk(3, dim=-1)[0])
+
+
+@torch.no_grad()
+def count(config: str, sizes: list[int]) -> dict:
+    """Facts of one backbone: attention, parameters, and by size the multiply-adds of all, and of mixing.
+
+    Positions are stored as the config has them; images of other sizes resample them, which adds no parameter.
+    """
+    cfg = load_config(SimpleNamespace(config=config, local_rank=0, launcher='none', work_dir=None, data_root=None,
+                                      cfg_options=None, trust_checkpoint=False))
+    with FakeTensorMode():
+        backbone = MODELS.build(cfg.model.backbone).eval()
+        row = dict(config=config, attention=type(backbone.blocks[0].attn).__name__,
+                   parameters=sum(p.numel() for p in backbone.parameters()), total={}, mixing={})
+        images = {size: torch.empty(1, 3, size, size) for size in sizes}
+        for size, image in images.items():
+            row['total'][str(size)] = multiply_adds(lambda image=image: backbone(image))
+        for block in backbone.blocks:
+            block.attn = NoMixing(block.attn)
+        for size, image in images.items():
+            rest = multiply_adds(lambda image=image: backbone(image))
+            row['mixing'][str(size)] = row['total'][str(size)] - rest
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """A row a backbone; for each size its multiply-adds, those of mixing, and the saving against the first row."""
+    sizes, first = list(rows[0]['total']), rows[0]
+    header = ['attention', 'parameters (M)']
+    for size in sizes:
+        header += [f'{size} px: 10⁹ multiply-adds', 'of these mixing', 'saved']
+    return markdown_table(header, [
+        [row['attention'].removesuffix('Attention'), f'{row["parameters"] / 1e6:.2f}',
+         *(cell for size in sizes for cell in (
+             f'{row["total"][size] / 1e9:,.2f}', f'{row["mixing"][size] / 1e9:,.2f}',
+             f'{100 * (1 - row["total"][size] / first["total"][size]):.1f} %'))] for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('configs', nargs='*', default=CONFIGS, help="files or names; DINOv2-L's if unset")
+    parser.add_argument('--sizes', nargs='+', type=int, default=[512, 1024], help='sides of the image in pixels')
+    parser.add_argument('--out', help='keep the figures in this JSON file')
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    with one_message():
+        rows = [count(config, args.sizes) for config in args.configs]
+    print(table(rows))
+    if args.out:
+        save(args.out, dict(rows=rows))
+
+
+if __name__ == '__main__':
+    main()
