@@ -451,6 +451,7 @@ def test_an_ambiguous_family_is_asked_for(source, family, choices):
     with pytest.raises(ValueError, match='choose with --family') as error:
         convert(original(source, family)[0])
     assert re.findall(r'^  (\w+): ', str(error.value), re.M) == choices.split()
+    assert ('norm eps 1e-12' in str(error.value)) == ('ViT' in source)  # as the library runs them
 
 
 @pytest.mark.parametrize(('source', 'family'), [

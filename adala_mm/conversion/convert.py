@@ -225,7 +225,8 @@ def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source
                          f'{known["normalise"]}, which is no known family: choose the closest with --family'
                          if known else f'no family of {source.name} has {seen}: choose one with --family')
     raise ValueError('the weights do not show of which family they are; choose with --family:\n'
-                     + '\n'.join(f'  {name}: {row}' for name, row in fitting.items()))
+                     + '\n'.join(f'  {name}: {replace(row, norm_eps=source.norm_eps or row.norm_eps)}'
+                                 for name, row in fitting.items()))
 
 
 def same_facts(family: Family, known: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ with read_base():
     from .._base_.models.mask2former import *
     from .._base_.schedules.stage3_mask2former import *
 
-backbone.update(img_size=1024, out_indices=[11] * 4)
+backbone.update(out_indices=[11] * 4)
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov3b_in22k/epoch_30.pth'))
 model.update(backbone=backbone)
 del backbone  # from here on it is model['backbone']
