@@ -198,6 +198,22 @@ def test_the_table_of_flops_is_counted():
     assert tool.count(name, [512, 1024]) == rows[name]
 
 
+def test_flops_of_a_backbone_with_rotation():
+    """DINOv3-B by hand: 12 blocks of 12 C², patches of 16 x 16 pixels, a class and four register tokens."""
+    row = load_tool('analysis_tools/count_flops').count('mask2former_dinov3b_ade20k', [512])
+    width, patches = 768, 32 ** 2
+    network = 12 * 12 * (patches + 5) * width ** 2 + patches * 768 * width
+    assert row['total']['512'] - row['mixing']['512'] == network
+    assert row['mixing']['512'] == pytest.approx(12 * 2 * (patches + 5) * 64 * width, rel=0.01)  # and denominators
+
+
+def test_flops_are_those_of_plain_vits(monkeypatch):
+    tool = load_tool('analysis_tools/count_flops')
+    monkeypatch.setattr(sys, 'argv', ['count_flops', 'upernet_l2vitt_ade20k'])
+    with pytest.raises(SystemExit, match='upernet_l2vitt_ade20k: only AdaLAViT is counted, .* adala_mm.L2ViT'):
+        tool.main()
+
+
 def test_costs_of_attentions_alone(tmp_path):
     """Figure 3: softmax by its formula holds two N x N matrices, by the fused kernel none; both multiply alike."""
     tool = load_tool('analysis_tools/attention_costs')
