@@ -166,11 +166,36 @@ def test_figures_name_what_there_is():
                 assert find_config(name), (number, name)
 
 
-@pytest.mark.parametrize('vfm', make_paper.VFMS)
-def test_figure_10_finds_its_checkpoints(vfm):
-    """The loop over epochs of stage 2: each one's checkpoint is written, and none is deleted."""
-    hook = make_paper.read(f'stage2_{vfm}_in22k').default_hooks.checkpoint
-    assert hook.interval == 1 and hook.max_keep_ckpts == -1
+def test_figure_10_finds_its_checkpoints():
+    """Its command of stage 2 keeps what its loop reads; a run without the option keeps the last three."""
+    _, _, _, (training, loop), _ = make_paper.facts()['figures'][9]
+    name, options = re.fullmatch(r'bash tools/dist_train.sh (\w+) 8 --cfg-options (.+)', training).groups()
+    cfg = make_paper.read(name).copy()
+    assert cfg.default_hooks.checkpoint.interval == 1 and cfg.default_hooks.checkpoint.max_keep_ckpts == 3
+    cfg.merge_from_dict({key: yaml.safe_load(value) for key, value in (word.split('=') for word in options.split())})
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == -1
+    assert f'checkpoint=work_dirs/{name}/epoch_$e.pth' in loop
+    assert max(map(int, re.match(r'for e in ([\d ]+);', loop)[1].split())) == cfg.train_cfg.max_epochs
+
+
+def test_gpu_hours_of_figures():
+    """Figure 10 trains stage 3 nine times; figures that train nothing have none."""
+    loop = make_paper.facts()['figures'][9][3][1]
+    assert make_paper.trained_by(loop) == ['mask2former_dinov2l_ade20k'] * 9
+    assert make_paper.figure_hours([]) == '-'
+    stage2 = make_paper.hours('stage2_dinov2l_in22k')[1]
+    task = make_paper.hours('mask2former_dinov2l_ade20k')[1]
+    assert make_paper.figure_hours(['stage2_dinov2l_in22k', 'mask2former_dinov2l_ade20k']) == f'> {stage2 + task:,.0f}'
+
+
+def test_figures_draw_the_runs_that_they_train():
+    for number, _, configs, commands, _ in make_paper.facts()['figures']:
+        trained = {run for config in configs for run in make_paper.chain(config)}
+        drawn = {name for line in commands if 'plot_alignment' in line for name in re.findall(r'work_dirs/(\w+)', line)
+                 if not name.startswith('figure')}
+        assert drawn <= trained, number
+        if number == 8:
+            assert drawn == trained and '*' not in commands[0]
 
 
 def test_counts_of_the_paper():
