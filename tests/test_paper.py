@@ -243,7 +243,7 @@ def test_costs_of_attentions_alone(tmp_path):
     """Figure 3: softmax by its formula holds two N x N matrices, by the fused kernel none; both multiply alike."""
     tool = load_tool('analysis_tools/attention_costs')
     args = Namespace(tokens=[64, 1024], dim=64, heads=2)
-    rows = {(row['name'], row['tokens']): row for row in tool.measure(args, torch.device('cpu'))}
+    rows = {(row['name'], row['tokens']): row for rows in tool.measure(args, torch.device('cpu')) for row in rows}
     assert all('mib' in row for row in rows.values()) and len(rows) > 2 * 20
     unfused, fused, linear = (rows[name, 1024] for name in (tool.UNFUSED, tool.SOFTMAX, tool.LINEAR))
     assert unfused['mixing'] == fused['mixing'] == pytest.approx(2 * 1024 ** 2 * 64 / 1e9)
@@ -253,5 +253,30 @@ def test_costs_of_attentions_alone(tmp_path):
     tool.draw(tmp_path / 'costs.png', data)
     assert (tmp_path / 'costs.png').read_bytes().startswith(b'\x89PNG')
     assert tool.table(data).count('\n') == len(rows) // 2 + 1
-    with pytest.raises(ArgumentTypeError, match='50 tokens are no square grid'):
-        tool.square('50')
+    for text in ('50', 'abc', '0'):
+        with pytest.raises(ArgumentTypeError, match=f'{text} tokens are no square grid'):
+            tool.square(text)
+
+
+def test_attentions_that_would_not_fit_are_skipped(monkeypatch):
+    """Both quadratic ones, softmax by its formula and RMT: what they hold is foreseen from smaller lengths."""
+    tool = load_tool('analysis_tools/attention_costs')
+    seen = [dict(tokens=n, mib=3 * n + 2 * n ** 2) for n in (10, 20)]
+    assert tool.forecast(100, seen) == pytest.approx(3 * 100 + 2 * 100 ** 2)
+    assert tool.forecast(100, [dict(tokens=n, mib=3 * n) for n in (10, 20)]) == pytest.approx(300)
+    assert tool.forecast(100, [*seen[:1], dict(tokens=20, note='failed')]) == 0
+    quadratic = {tool.UNFUSED, 'RMT'}
+    chosen = {name: cfg for name, cfg in tool.attentions().items() if name in quadratic | {tool.LINEAR}}
+    monkeypatch.setattr(tool, 'attentions', lambda: chosen)
+    monkeypatch.setattr(tool, 'total_memory', lambda device: 16 * 2 ** 20)
+    rows, = tool.measure(Namespace(tokens=[1024], dim=64, heads=2), torch.device('cpu'))
+    assert {row['name'] for row in rows if row.get('note', '').startswith('skipped: ')} == quadratic
+
+
+def test_channels_are_shared_by_heads(tmp_path, monkeypatch, capsys):
+    tool = load_tool('analysis_tools/attention_costs')
+    monkeypatch.setattr(sys, 'argv', ['attention_costs', '--dim', '100', '--heads', '16', '--out', str(tmp_path)])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert '--dim 100 --heads 16: heads share the channels equally' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -5,8 +5,9 @@
 The layers are those that the configs build, projections included, the paper's baselines with its numbers
 (configs/_base_/attentions.py). Multiply-adds are counted from shapes. Memory is measured in a forward pass of one
 sequence without gradients: the most that is held at a time beyond weights and input, on a GPU by PyTorch's allocator,
-on a CPU by summing up the allocations that its profiler sees. Softmax is there twice, with the fused kernel that
-PyTorch takes, and by its formula with the N x N matrix. Writes attention_costs.json and attention_costs.png.
+on a CPU by summing up the allocations that its profiler sees. What would need more than half of the device's memory,
+as it grew from one length to the next, is skipped. Softmax is there twice, with the fused kernel that PyTorch takes,
+and by its formula with the N x N matrix. Writes attention_costs.json, after each length, and attention_costs.png.
 """
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from adala_mm.utils.timing import default_device, hardware, peak_memory, save, s
 UNFUSED = 'softmax, N x N matrix'
 SOFTMAX = 'softmax, fused kernel'
 LINEAR = 'linear (ViT-AdaLA)'
+PROBES = (64, 256)
 PANELS = {'mib': 'memory of a forward pass (MiB)', 'mixing': 'multiply-adds (10⁹), without the four projections'}
 
 
@@ -54,9 +56,22 @@ def layer(cfg: dict, tokens: int, args: argparse.Namespace) -> nn.Module:
     return build_attention(cfg, args.dim, args.heads, grid=(side, side), num_prefix=0).eval().requires_grad_(False)
 
 
+def forecast(tokens: int, before: list[dict]) -> float:
+    """MiB at a length, as a N + b N² through the last two of the rows of smaller lengths; 0 with fewer."""
+    rates = [(row['tokens'], row['mib'] / row['tokens']) for row in before if 'mib' in row][-2:]
+    if len(rates) < 2:
+        return 0
+    (short, first), (long, second) = rates
+    return tokens * (second + max((second - first) / (long - short), 0) * (tokens - long))
+
+
 @torch.no_grad()
-def cost(name: str, cfg: dict, tokens: int, args: argparse.Namespace, device: torch.device) -> dict:
-    """Counted multiply-adds and measured memory of one layer at one length; a ``note`` where it cannot run."""
+def cost(name: str, cfg: dict, tokens: int, args: argparse.Namespace, device: torch.device,
+         before: list[dict]) -> dict:
+    """Counted multiply-adds and measured memory of one layer at one length; a ``note`` where it cannot run.
+
+    ``before`` are its rows of smaller lengths, whose growth says whether this length would fit.
+    """
     row, side = dict(name=name, tokens=tokens), isqrt(tokens)
 
     def forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -67,8 +82,8 @@ def cost(name: str, cfg: dict, tokens: int, args: argparse.Namespace, device: to
             module, x = layer(cfg, tokens, args), torch.empty(1, tokens, args.dim)
             row['multiply_adds'] = multiply_adds(lambda: forward(module, x)) / 1e9
             row['mixing'] = row['multiply_adds'] - 4 * tokens * args.dim ** 2 / 1e9
-        if name == UNFUSED and 3 * args.heads * tokens ** 2 * 4 > total_memory(device) / 2:
-            return row | dict(note='skipped: the N x N matrices would not fit')
+        if (mib := forecast(tokens, before)) * 2 ** 20 > total_memory(device) / 2:
+            return row | dict(note=f'skipped: {mib / 1024:,.0f} GiB')
         module, x = layer(cfg, tokens, args).to(device), torch.randn(1, tokens, args.dim, device=device)
         with sdpa_kernel(SDPBackend.MATH) if name == UNFUSED else contextlib.nullcontext():
             return row | dict(mib=peak_memory(lambda: forward(module, x), device) / 2 ** 20)
@@ -78,11 +93,17 @@ def cost(name: str, cfg: dict, tokens: int, args: argparse.Namespace, device: to
         return row | dict(note=f'failed: {str(error).splitlines()[0]}')
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    for tokens in sorted(args.tokens):
-        for name, cfg in attentions().items():
-            yield cost(name, cfg, tokens, args, device)
-        print(f'{tokens} tokens: done', flush=True)
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+    """Rows of one length at a time; those of `PROBES` that nobody asked for only say how memory grows."""
+    layers, most = attentions(), max(args.tokens)
+    before = {name: [] for name in layers}
+    for tokens in sorted({*args.tokens, *(probe for probe in PROBES if probe < most)}):
+        rows = [cost(name, cfg, tokens, args, device, before[name]) for name, cfg in layers.items()]
+        for row in rows:
+            before[row['name']].append(row)
+        if tokens in args.tokens:
+            print(f'{tokens} tokens: done', flush=True)
+            yield rows
 
 
 def line(data: dict, name: str, key: str) -> tuple[list[int], list[float]]:
@@ -152,9 +173,10 @@ def table(data: dict) -> str:
 
 
 def square(text: str) -> int:
-    if isqrt(int(text)) ** 2 != int(text):
+    tokens = int(text) if text.isdecimal() else 0
+    if tokens < 1 or isqrt(tokens) ** 2 != tokens:
         raise argparse.ArgumentTypeError(f'{text} tokens are no square grid; take 64, 256, 1024 ...')
-    return int(text)
+    return tokens
 
 
 def main() -> None:
@@ -166,8 +188,12 @@ def main() -> None:
     parser.add_argument('--heads', type=int, default=16)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'), metavar='DIR')
     args = parser.parse_args()
-    data = dict(rows=list(measure(args, device)), settings=settings(args), machine=hardware(device))
-    save(args.out / 'attention_costs.json', data)
+    if args.heads < 1 or args.dim < 1 or args.dim % args.heads:
+        parser.error(f'--dim {args.dim} --heads {args.heads}: heads share the channels equally; take 1024 and 16')
+    data = dict(rows=[], settings=settings(args), machine=hardware(device))
+    for rows in measure(args, device):
+        data['rows'] += rows
+        save(args.out / 'attention_costs.json', data)
     draw(args.out / 'attention_costs.png', data)
     print(table(data))
 
