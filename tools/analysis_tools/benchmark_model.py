@@ -1,7 +1,7 @@
 """Speed and memory of whole ViTs at growing image sizes: softmax attention against linear or any other one.
 
-    python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all | paper] [--dtype fp32 bf16]
-        [--compile [MODE ...]] [--cuda-graph] [--best-batch]
+    python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all | paper]
+        [--dtype fp32 bf16] [--compile [MODE ...]] [--cuda-graph] [--best-batch]
     python tools/analysis_tools/benchmark_model.py --configs CONFIG ... [--count-only] [--sizes 512 1024 2048]
 
 Random weights, patch 16, batch 1 unless --best-batch is given. All attentions of a size take turns; times are what one
