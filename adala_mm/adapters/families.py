@@ -95,8 +95,8 @@ def refuse_weights(vit: nn.Module, args: tuple, kwargs: dict, names: tuple[str, 
 
     Some models collect attention weights behind their backs. In a graph there is a mask even if the caller gives none.
     """
-    given = inspect.signature(vit.forward).bind(*args, **kwargs)
-    asked = given.arguments | given.arguments.get('kwargs', {})
+    # Decorators take arguments that the signature has not (return_dict).
+    asked = dict(zip(inspect.signature(vit.forward).parameters, args, strict=False)) | kwargs
     if asked.get('output_attentions') is None:
         asked['output_attentions'] = vit.config.output_attentions
     for name in names:
