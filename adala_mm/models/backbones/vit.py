@@ -265,12 +265,12 @@ class AdaLAViT(BaseModule):
     def layout(self, x: Tensor, hw: tuple[int, int]) -> tuple:
         """What blocks and attentions are told beside tokens: grid, number of prefix tokens, rotation if there is one.
 
-        Of tokens x (B, N, C) on the device of the blocks, and a patch grid (h, w). In training the rotation is drawn
-        anew, if it is disturbed at all: one for all blocks of a call.
+        Of tokens x (B, N, C) on the device of the blocks, and a patch grid (h, w). In training mode of `rotary` the
+        rotation is drawn anew, if it is disturbed at all: one for all blocks of a call.
         """
         if self.rotary is None:
             return hw, self.num_prefix
-        return hw, self.num_prefix, self.rotary(hw, x.device, self.training)
+        return hw, self.num_prefix, self.rotary(hw, x.device)
 
     def run_blocks(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
         """Outputs of all blocks that ``out_indices`` names and of the last one, by block; others are None."""
