@@ -270,7 +270,7 @@ def adala_arguments(vit: nn.Module) -> dict[str, Any]:
         rotary=rotary, swiglu=gated, swiglu_align_to=1 if hidden % 8 else 8,
         class_token=vit.class_token, num_registers=vit.num_prefix - vit.class_token, no_embed_class=vit.no_embed_class,
         pre_norm=isinstance(vit.norm_pre, nn.LayerNorm), act='gelu' if gated else ACTIVATIONS.get(act, act),
-        norm_eps=vit.norm.eps, layer_scale=None if isinstance(block.ls1, nn.Identity) else 1.0,
+        norm_eps=vit.norm.eps, layer_scale=getattr(block.ls1, 'init_values', None),
         drop_path_rate=vit.blocks[-1].drop_path.drop_prob, out_indices=vit.out_indices, out_type=vit.out_type)
 
 
@@ -278,7 +278,7 @@ def mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
     return dict(arch=vit.arch_settings, img_size=vit.img_size, patch_size=vit.patch_embed.projection.kernel_size[0],
                 in_channels=vit.patch_embed.projection.in_channels, out_type=vit.out_type, out_indices=vit.out_indices,
                 final_norm=vit.final_norm, with_cls_token=vit.cls_token is not None,
-                layer_scale_init_value=1.0 if hasattr(vit.layers[0].attn.gamma1, 'weight') else 0.0)
+                layer_scale_init_value=0.0 if isinstance(vit.layers[0].ffn.gamma2, nn.Identity) else 1.0)
 
 
 ARGUMENTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {

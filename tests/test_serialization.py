@@ -13,6 +13,7 @@ import timm
 import torch
 from conftest import ROOT, tiny_vit
 from mmengine.runner.checkpoint import get_state_dict
+from mmpretrain.models.backbones import VisionTransformer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import adala_mm
-from adala_mm import linearize
+from adala_mm import linearize, registry
 from adala_mm.models.attentions.marks import encode
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5)
@@ -39,6 +40,13 @@ MODELS = {
                                            act_layer='quick_gelu', num_classes=0, global_pool='', in_chans=3),
     'timm, dinov3': lambda: created('vit_small_patch16_dinov3', num_classes=0),
     **{name: lambda name=name: build(name) for name in (*HF, 'mmpretrain', 'mmpretrain_no_class', 'adala')},
+    'mmpretrain, no LayerScale': lambda: awaken(VisionTransformer(
+        arch=dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=64), img_size=32, patch_size=8,
+        out_type='raw')),
+    'adala, dinov2': lambda: awaken(registry.MODELS.build(tiny_vit(
+        depth=3, num_registers=2, no_embed_class=True, layer_scale=1e-5))),
+    'adala, dinov3': lambda: awaken(registry.MODELS.build(tiny_vit(
+        depth=3, num_registers=2, rotary={}, swiglu=True, mlp_ratio=8 / 3, layer_scale=1e-5))),
 }
 
 
