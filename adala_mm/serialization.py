@@ -274,6 +274,11 @@ def adala_arguments(vit: nn.Module) -> dict[str, Any]:
         drop_path_rate=vit.blocks[-1].drop_path.drop_prob, out_indices=vit.out_indices, out_type=vit.out_type)
 
 
+def query_arguments(vit: nn.Module) -> dict[str, Any]:
+    plain = {name: value for name, value in adala_arguments(vit).items() if name not in ('out_indices', 'out_type')}
+    return plain | dict(num_queries=vit.query_embed.num_embeddings, query_blocks=vit.query_blocks)
+
+
 def mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
     return dict(arch=vit.arch_settings, img_size=vit.img_size, patch_size=vit.patch_embed.projection.kernel_size[0],
                 in_channels=vit.patch_embed.projection.in_channels, out_type=vit.out_type, out_indices=vit.out_indices,
@@ -283,6 +288,7 @@ def mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
 
 ARGUMENTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     'adala_mm.models.backbones.vit.AdaLAViT': adala_arguments,
+    'adala_mm.models.backbones.query_vit.QueryViT': query_arguments,
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer': mmpretrain_arguments}
 
 

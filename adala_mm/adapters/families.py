@@ -145,6 +145,7 @@ class Family:
         depth: how many of the blocks, from the first one on, are those of a plain ViT; None if all.
         augments: names of parts that move positions at random in training.
         one_size: whether the model takes images of no other size than it was built for.
+        check: raises an error for an attention that the block of that index cannot have in this model.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Family:
     depth: Callable[[nn.Module], int | None] = lambda vit: None
     augments: tuple[str, ...] = ()
     one_size: Callable[[nn.Module], bool] = lambda vit: False
+    check: Callable[[nn.Module, int, nn.Module], None] = lambda vit, i, attn: None
 
     def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
         """The attention of each block."""
@@ -294,10 +296,11 @@ FAMILIES = (
            ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
            'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
            num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
-    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
+    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT', 'adala_mm.models.backbones.query_vit.QueryViT'),
            ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
            grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
-           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary is not None),
+           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary is not None,
+           check=lambda vit, i, attn: vit.check_attention(i, attn)),
 )
 
 
