@@ -146,6 +146,7 @@ class Family:
             in training; None if they do not turn.
         depth: how many of the blocks, from the first one on, are those of a plain ViT; None if all.
         one_size: whether the model takes images of no other size than it was built for.
+        check: raises an error for an attention that the block of that index cannot have in this model.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Family:
     rotary: Callable[[nn.Module], nn.Module | None] = lambda vit: None
     depth: Callable[[nn.Module], int | None] = lambda vit: None
     one_size: Callable[[nn.Module], bool] = lambda vit: False
+    check: Callable[[nn.Module, int, nn.Module], None] = lambda vit, i, attn: None
 
     def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
         """The attention of each block."""
@@ -303,10 +305,11 @@ FAMILIES = (
            ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
            'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
            num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
-    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
+    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT', 'adala_mm.models.backbones.query_vit.QueryViT'),
            ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
            grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
-           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary),
+           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary,
+           check=lambda vit, i, attn: vit.check_attention(i, attn)),
 )
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from adala_mm.models.backbones.vit import AdaLAViT
 
 LINES = 24  # of a table of keys
-# What a timm or mmpretrain ViT has behind its last block and a backbone has not.
-HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
+# What a timm or mmpretrain ViT has behind its last block, or a `QueryViT` for its head, and a plain backbone has not.
+HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool|query_embed)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
     r'dist_token$': 'distilled DeiT',
@@ -59,13 +59,13 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     """Loads ``init_cfg['checkpoint']`` into ``model``.
 
     Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
-    state dict without its head and pooling keys; ``key`` says where in the file they are, as of `read_state_dict`.
-    Names of DINOv3 in timm are understood as well, and biases of zeros left out of a ViT without them. The
-    patch kernel is resampled to the model's patch size (FlexiViT's pseudo-inverse, as in timm) and, from RGB, to its
-    ``in_channels`` (for one channel the sum, as in timm: what a grey image normalised by one mean and std is to RGB).
-    Position embeddings are resampled to its grid (bicubic, antialiased), and so are the tables over the grid that some
-    attentions have. Parameters that only this attention variant has may be missing; nothing else may, and nothing may
-    be left over.
+    state dict, in both cases without its head, pooling and query keys (`HEAD_KEYS`); ``key`` says where in the file
+    they are, as of `read_state_dict`. Names of DINOv3 in timm are understood as well, and biases of zeros left
+    out of a ViT without them. The patch kernel is resampled to the model's patch size (FlexiViT's pseudo-inverse, as in
+    timm) and, from RGB, to its ``in_channels`` (for one channel the sum, as in timm: what a grey image normalised by
+    one mean and std is to RGB). Position embeddings are resampled to its grid (bicubic, antialiased), and so are the
+    tables over the grid that some attentions have. Parameters that only this attention variant has may be missing;
+    nothing else may, and nothing may be left over.
 
     The grid of the positions in the file is ``init_cfg['grid']``, else the one that the file records (all that are
     written here do). Else it is assumed to be square, or if it cannot be, or stood under the prefix, the model's own.
@@ -99,7 +99,8 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
         raise ValueError(f'{path} holds weights of PE core ({", ".join(sorted(PE_CORE))}), whose rotary positions are '
                          "of another kind than DINOv3's, which AdaLAViT has not; adala_mm.linearize takes timm's model "
                          'as it is')
-    dropped = [key for key in state if HEAD_KEYS.match(key)]
+    own_keys = model.state_dict().keys()
+    dropped = [key for key in state if HEAD_KEYS.match(key) and key not in own_keys]
     linear = recorded_linear(state)
     state = plain_names({key: value for key, value in state.items() if key not in dropped})
     problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
