@@ -29,6 +29,7 @@ VFMS = dict(dinov2l='DINOv2-L', clipl='CLIP-L', siglipl='SigLIP-L', in1kl='IN1K-
 METHODS = dict(softmax='Softmax', hedgehog='Hedgehog', lolcats='LoLCATS', linformer='Linformer', performer='Performer',
                cosformer='cosFormer', nystromformer='Nyströmformer', monarch='Monarch', stage2='ViT-AdaLA (Stage 2)',
                ours='ViT-AdaLA')
+BENCHMARK = 'python tools/analysis_tools/benchmark_model.py --arch L --sizes 512 1024 --attentions paper'
 HEADER = '''\
 <!-- Written by docs/make_paper.py from docs/paper.yml, the configs and the records in docs/results. -->
 # The paper, row by row
@@ -47,7 +48,7 @@ choice, in [configs/adala](../configs/adala/README.md#what-the-paper-leaves-open
 - GPU-hours are one number a command, of one H100 each, 8 of which work at a time: a plain one is the paper's (Table 6,
   epochs of Table 5), ≈ is that of another VFM scaled by multiply-adds or of an alignment of the same length, and
   &gt; is counted from matrix products alone: three times those of a forward pass, at the rate that the paper's time of
-  stage 2 implies.
+  stage 2 implies. A figure has the sum of its commands that train.
 '''
 
 
@@ -121,7 +122,8 @@ def counted() -> dict[str, int]:
 
 
 def forward_pass(name: str) -> float:
-    """Multiply-adds of one image through the model of stage 3, or of training from scratch."""
+    """Multiply-adds of one image through the model of stage 3, or of training from scratch; of no teacher."""
+    name = name.removeprefix('task_')
     if name in counted():
         return counted()[name]
     cfg = read(name)
@@ -230,7 +232,7 @@ def columns() -> str:
         words = dict(ours='', softmax='softmax_').get(method, f'{method}_')
         own = backbones[f'mask2former_dinov2l_{words}ade20k']
         cells = [METHODS[method], f'{own["parameters"] / 1e6:.2f} / {parameters:.2f}']
-        for size, (flops, _) in sizes.items():
+        for size, (flops, *_) in sizes.items():
             total = own['total'][str(size)] / 1e9
             cells += [f'{total:,.2f} / {flops:,.2f}', f'{total - flops:,.2f}', f'{own["mixing"][str(size)] / 1e9:,.2f}']
         rows.append(cells)
@@ -240,11 +242,35 @@ def columns() -> str:
     return markdown_table(header, rows)
 
 
+def measured() -> str:
+    """Peak memory and throughput of DINOv2-L in the paper, by pixels."""
+    header = ['', *(f'{what} at {size} px' for size in (512, 1024) for what in ('paper: GB', 'images/s')), 'ours']
+    return markdown_table(header, [
+        [METHODS[method], *(text for _, memory, rate in sizes.values() for text in (f'{memory:.4f}', f'{rate:.2f}')),
+         'not run'] for method, (_, sizes) in facts()['columns'].items()])
+
+
+def trained_by(line: str) -> list[str]:
+    """Configs that a command line trains, once for each word of the loop that it may be."""
+    loop = re.match(r'for \w+ in ([^;]+);', line)
+    return re.findall(r'dist_train\.sh (\w+)', line) * (len(loop[1].split()) if loop else 1)
+
+
+def figure_hours(runs: list[str]) -> str:
+    """The sum of the runs' GPU-hours, which stands on the least of what they stand on."""
+    found = [hours(run) for run in runs]
+    about = max((mark for mark, _ in found), key=['', '≈ ', '> '].index, default='')
+    return f'{about}{math.fsum(value for _, value in found):,.0f}' if found else '-'
+
+
 def figures() -> str:
-    return markdown_table(['figure', 'what it shows', 'commands', 'ours'], [
-        [str(number), what, '<br>'.join([command(run) for run in dict.fromkeys(
-            run for name in configs for run in chain(name))] + [f'`{line}`' for line in lines]) or 'none', ours]
-        for number, what, configs, lines, ours in facts()['figures']])
+    rows = []
+    for number, what, configs, lines, ours in facts()['figures']:
+        runs = list(dict.fromkeys(run for name in configs for run in chain(name)))
+        shown = '<br>'.join([*map(command, runs), *(f'`{line}`' for line in lines)]) or 'none'
+        rows.append([str(number), what, shown, figure_hours(runs + [run for line in lines for run in trained_by(line)]),
+                     ours])
+    return markdown_table(['figure', 'what it shows', 'commands', 'GPU-hours', 'ours'], rows)
 
 
 def totals() -> str:
@@ -280,8 +306,10 @@ def page() -> str:
                          f'{side_by_side()}\n')
     parts.append('## Columns of Tables 1, 2, 4 and 10 to 12\n\n'
                  '`python tools/analysis_tools/count_flops.py` counts parameters and multiply-adds of DINOv2-L from '
-                 'shapes, in half a minute; [errata](errata.md) explains the differences. Peak memory and throughput: '
-                 f'`python tools/analysis_tools/benchmark_model.py --arch L`, on a GPU, not run.\n\n{columns()}\n')
+                 f'shapes, in half a minute; [errata](errata.md) explains the differences.\n\n{columns()}\n\n'
+                 'Peak memory and throughput are measured on a GPU, one image at a time, with the options of the '
+                 "paper's attentions (`configs/_base_/attentions.py`):\n\n```bash\n"
+                 f'{BENCHMARK}\n```\n\n{measured()}\n')
     parts.append(f'## Figures\n\n{figures()}\n\n### Figure 3\n\n'
                  '![memory and multiply-adds of attention modules over tokens](images/attention_costs.png)\n\n'
                  '*Every attention of adala_mm alone, forward pass of one sequence. Softmax is there twice: with the '

@@ -236,6 +236,17 @@ def test_parts_of_segmentors(bench, options):
     assert timing.head_share_table(data) in text and text.count(' s of CPU |') == 2 * (not options)
 
 
+@pytest.mark.parametrize('name', ['linear_dinov2l_in1k', 'stage1_dinov2l_coco', 'maskrcnn_dinov2l_1024_coco'])
+def test_other_configs_are_no_segmentors(bench, name):
+    with pytest.raises(SystemExit, match=f'{name} is no segmentor'):
+        bench('model', '--configs', name, '--sizes', '32', '--count-only')
+
+
+def test_segmentors_whose_backbone_has_no_size(bench):
+    data, text = bench('model', '--configs', 'upernet_l2vitt_ade20k', '--sizes', '64', '--count-only')
+    assert min(data['rows'][0]['gmac'].values()) > 0 and '`upernet_l2vitt_ade20k`' in text
+
+
 @pytest.mark.parametrize(('linear', 'words'), [(2.0, '0.50x, slower'), (0.5, '2.00x')])
 def test_models_say_which_is_slower(bench, tool, monkeypatch, linear, words):
     monkeypatch.setattr(tool('model'), 'take_turns', lambda calls, *_: {
@@ -259,6 +270,21 @@ def test_all_attentions_have_counts_without_being_run(tool):
     for name in ATTENTIONS.module_dict:
         facts = count('S', 64, name)
         assert facts['gmac'] > 0 and facts['softmax_blocks'] == (2 if name == 'SoftmaxAttention' else 0), name
+
+
+def test_the_papers_attentions_have_its_options(bench, tool, monkeypatch):
+    module, built = tool('model'), {}
+    build = module.build
+    monkeypatch.setattr(module, 'build', lambda arch, size, attention, compile=False: (
+        built.setdefault(attention, build(arch, size, attention)), build(arch, size, attention))[1])
+    monkeypatch.setattr(module, 'take_turns', lambda calls, *_: dict.fromkeys(calls, 1.0))
+    data, _ = bench('model', '--arch', 'S', '--sizes', '32', '--attentions', 'paper')
+    assert [row['attention'] for row in data['rows']] == [
+        'SoftmaxAttention', 'LinearAttention', 'hedgehog', 'lolcats', 'linformer', 'performer', 'cosformer',
+        'nystromformer', 'monarch']
+    layers = {name: model.blocks[0].attn for name, model in built.items()}
+    assert layers['monarch'].num_steps == 3 and layers['linformer'].rank == 32 and all(
+        row['mib'] > 0 for row in data['rows'])
 
 
 def test_compiled_models_and_cuda_graphs(bench, tool, monkeypatch):

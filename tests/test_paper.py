@@ -166,11 +166,36 @@ def test_figures_name_what_there_is():
                 assert find_config(name), (number, name)
 
 
-@pytest.mark.parametrize('vfm', make_paper.VFMS)
-def test_figure_10_finds_its_checkpoints(vfm):
-    """The loop over epochs of stage 2: each one's checkpoint is written, and none is deleted."""
-    hook = make_paper.read(f'stage2_{vfm}_in22k').default_hooks.checkpoint
-    assert hook.interval == 1 and hook.max_keep_ckpts == -1
+def test_figure_10_finds_its_checkpoints():
+    """Its command of stage 2 keeps what its loop reads; a run without the option keeps the last three."""
+    _, _, _, (training, loop), _ = make_paper.facts()['figures'][9]
+    name, options = re.fullmatch(r'bash tools/dist_train.sh (\w+) 8 --cfg-options (.+)', training).groups()
+    cfg = make_paper.read(name).copy()
+    assert cfg.default_hooks.checkpoint.interval == 1 and cfg.default_hooks.checkpoint.max_keep_ckpts == 3
+    cfg.merge_from_dict({key: yaml.safe_load(value) for key, value in (word.split('=') for word in options.split())})
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == -1
+    assert f'checkpoint=work_dirs/{name}/epoch_$e.pth' in loop
+    assert max(map(int, re.match(r'for e in ([\d ]+);', loop)[1].split())) == cfg.train_cfg.max_epochs
+
+
+def test_gpu_hours_of_figures():
+    """Figure 10 trains stage 3 nine times; figures that train nothing have none."""
+    loop = make_paper.facts()['figures'][9][3][1]
+    assert make_paper.trained_by(loop) == ['mask2former_dinov2l_ade20k'] * 9
+    assert make_paper.figure_hours([]) == '-'
+    stage2 = make_paper.hours('stage2_dinov2l_in22k')[1]
+    task = make_paper.hours('mask2former_dinov2l_ade20k')[1]
+    assert make_paper.figure_hours(['stage2_dinov2l_in22k', 'mask2former_dinov2l_ade20k']) == f'> {stage2 + task:,.0f}'
+
+
+def test_figures_draw_the_runs_that_they_train():
+    for number, _, configs, commands, _ in make_paper.facts()['figures']:
+        trained = {run for config in configs for run in make_paper.chain(config)}
+        drawn = {name for line in commands if 'plot_alignment' in line for name in re.findall(r'work_dirs/(\w+)', line)
+                 if not name.startswith('figure')}
+        assert drawn <= trained, number
+        if number == 8:
+            assert drawn == trained and '*' not in commands[0]
 
 
 def test_counts_of_the_paper():
@@ -196,6 +221,22 @@ def test_the_table_of_flops_is_counted():
     assert list(rows) == tool.CONFIGS
     name = 'mask2former_dinov2l_linformer_ade20k'
     assert tool.count(name, [512, 1024]) == rows[name]
+
+
+def test_flops_of_a_backbone_with_rotation():
+    """DINOv3-B by hand: 12 blocks of 12 C², patches of 16 x 16 pixels, a class and four register tokens."""
+    row = load_tool('analysis_tools/count_flops').count('mask2former_dinov3b_ade20k', [512])
+    width, patches = 768, 32 ** 2
+    network = 12 * 12 * (patches + 5) * width ** 2 + patches * 768 * width
+    assert row['total']['512'] - row['mixing']['512'] == network
+    assert row['mixing']['512'] == pytest.approx(12 * 2 * (patches + 5) * 64 * width, rel=0.01)  # and denominators
+
+
+def test_flops_are_those_of_plain_vits(monkeypatch):
+    tool = load_tool('analysis_tools/count_flops')
+    monkeypatch.setattr(sys, 'argv', ['count_flops', 'upernet_l2vitt_ade20k'])
+    with pytest.raises(SystemExit, match='upernet_l2vitt_ade20k: only AdaLAViT is counted, .* adala_mm.L2ViT'):
+        tool.main()
 
 
 def test_costs_of_attentions_alone(tmp_path):

@@ -308,7 +308,7 @@ def head_share_table(data: dict) -> str:
                   key=lambda found: list(kinds).index(found[0]))
     return markdown_table(
         ['config', 'softmax / linear blocks', 'pixels', 'whole', *parts, 'all but the backbone'],
-        [[f'`{row["config"]}`', f'{row["softmax_blocks"]} / {row["linear_blocks"]}', f'{row["size"]:,}',
+        [[f'`{row["config"]}`', f'{row.get("softmax_blocks", "")} / {row.get("linear_blocks", "")}', f'{row["size"]:,}',
           kinds[kind].format(whole := sum(row[kind].values())),
           *(percent(row[kind][part] / whole) if part in row[kind] else '' for part in parts),
           percent(1 - row[kind]['backbone'] / whole)] for kind, row in rows])

@@ -14,4 +14,3 @@ model = dict(
     loss_scale=5.0,
     data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **preprocessor))
 del backbone  # from here on it is model['backbone']
-default_hooks['checkpoint'].update(max_keep_ckpts=-1)  # every epoch's, for Figure 10: what it fine-tunes

@@ -16,4 +16,3 @@ model = dict(
 del backbone  # from here on it is model['backbone']
 train_cfg.update(max_epochs=20)
 param_scheduler.update(end=20)
-default_hooks['checkpoint'].update(max_keep_ckpts=-1)  # every epoch's, for Figure 10: what it fine-tunes

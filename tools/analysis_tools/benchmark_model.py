@@ -1,6 +1,6 @@
 """Speed and memory of whole ViTs at growing image sizes: softmax attention against linear or any other one.
 
-    python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all] [--dtype fp32 bf16]
+    python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all | paper] [--dtype fp32 bf16]
         [--compile [MODE ...]] [--cuda-graph] [--best-batch]
     python tools/analysis_tools/benchmark_model.py --configs CONFIG ... [--count-only] [--sizes 512 1024 2048]
 
@@ -34,6 +34,7 @@ from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
 from adala_mm.registry import ATTENTIONS, MODELS
 from adala_mm.utils.cli import find_config, one_message
+from adala_mm.utils.compose import CONFIGS
 from adala_mm.utils.cost import by_part, flop_counter, multiply_adds
 from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
@@ -69,8 +70,15 @@ SEGMENTOR_SIZES = [512, 1024, 2048]
 Model = tuple[AdaLAViT, bool]  # and whether its launches are recorded in a CUDA graph
 
 
+@functools.cache
+def paper_attentions() -> dict[str, dict]:
+    """The paper's baselines by name, with its options."""
+    return {name: cfg.to_dict() for name, cfg in Config.fromfile(CONFIGS / '_base_/attentions.py').items()}
+
+
 def build(arch: str, size: int, attention: str, compile: bool | str = False) -> AdaLAViT:
-    model = AdaLAViT(img_size=size, **ARCHS[arch], attention=dict(type=attention), compile=compile)
+    model = AdaLAViT(img_size=size, **ARCHS[arch], compile=compile,
+                     attention=paper_attentions().get(attention) or dict(type=attention))
     return model.eval().requires_grad_(False)
 
 
@@ -182,10 +190,18 @@ def best_batches(models: dict[str, Model], image: Tensor, seconds: dict[str, flo
 
 
 def segmentor(path: str, size: int) -> nn.Module:
-    """The network of a config for square images, with random weights."""
+    """The network of a config for square images, with random weights.
+
+    Raises:
+        ValueError: if the config is no segmentor.
+    """
     cfg = Config.fromfile(path)
+    if 'decode_head' not in cfg.get('model', {}):
+        raise ValueError(f'{Path(path).stem} is no segmentor; --configs measures backbone, neck and decode head')
     import_modules_from_strings(f'{cfg.default_scope}.models')
-    cfg.model.backbone.update(img_size=size, init_cfg=None)
+    cfg.model.backbone.init_cfg = None
+    if 'img_size' in cfg.model.backbone:  # elsewhere positions do not depend on it
+        cfg.model.backbone.img_size = size
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return MODELS.build(cfg.model).eval().requires_grad_(False)
 
@@ -205,7 +221,8 @@ def count_parts(path: str, size: int) -> dict:
         model = segmentor(path, size)
         with symbolic_sizes(model), flop_counter() as counter:
             parts = run_parts(model, torch.empty(1, 3, size, size), counter.get_total_flops)
-    return dict(config=Path(path).stem, size=size, **model.backbone.block_counts,
+    blocks = getattr(model.backbone, 'block_counts', {})  # L2ViT has stages of both kinds instead
+    return dict(config=Path(path).stem, size=size, **blocks,
                 gmac={name: flops / 2e9 for name, flops in parts.items()})
 
 
@@ -254,7 +271,8 @@ def main() -> None:
     parser.add_argument('--arch', nargs='+', choices=ARCHS, help='T S B L; S B L, with --quick S')
     parser.add_argument('--sizes', nargs='+', type=int, help='sides of the image in pixels, instead of 224 ... 2048')
     parser.add_argument('--attentions', nargs='+', metavar='NAME', default=['LinearAttention'],
-                        help='registered names to be measured with softmax attention, or all')
+                        help='to be measured with softmax attention: registered names, or all of them; names of '
+                        'configs/_base_/attentions.py, or paper: linear attention and all of these')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'])
     add_compile_option(parser, 'compiled models too,')
     parser.add_argument('--cuda-graph', action='store_true', help='launches recorded in a CUDA graph, too')
@@ -265,10 +283,12 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, help='of measurements for each size; 3, with --quick 1')
     parser.add_argument('--out', default='work_dirs/benchmarks/model.json')
     args = parser.parse_args()
-    names = known if 'all' in args.attentions else [name.removeprefix('adala_mm.') for name in args.attentions]
-    if unknown := set(names) - set(known):
-        parser.error(f'{", ".join(sorted(unknown))}: no registered attention; there are {", ".join(known)}')
-    args.attentions = [SOFTMAX, *(name for name in names if name != SOFTMAX)]
+    groups = dict(all=known, paper=['LinearAttention', *paper_attentions()])
+    names = [name.removeprefix('adala_mm.') for word in args.attentions for name in groups.get(word, [word])]
+    if unknown := set(names) - {*known, *paper_attentions()}:
+        parser.error(f'{", ".join(sorted(unknown))}: no registered attention; there are {", ".join(known)}, and with '
+                     f'the options of the paper {", ".join(paper_attentions())}')
+    args.attentions = list(dict.fromkeys([SOFTMAX, *names]))
     args.seconds = args.seconds or (1.0 if args.quick else 3.0)
     # Each attention compiles the block anew; beyond the limit PyTorch would silently run what it was to compile.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(known))

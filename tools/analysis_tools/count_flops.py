@@ -18,6 +18,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adala_mm.models.backbones import AdaLAViT
 from adala_mm.utils.cli import load_config, one_message
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.tables import markdown_table
@@ -35,7 +36,7 @@ class NoMixing(nn.Module):
         super().__init__()
         self.qkv, self.proj = attention.qkv, attention.proj
 
-    def forward(self, x: torch.Tensor, hw: tuple[int, int], num_prefix: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *layout: object) -> torch.Tensor:
         return self.proj(self.qkv(x).chunk(3, dim=-1)[0])
 
 
@@ -44,9 +45,15 @@ def count(config: str, sizes: list[int]) -> dict:
     """Facts of one backbone: attention, parameters, and by size the multiply-adds of all, and of mixing.
 
     Positions are stored as the config has them; images of other sizes resample them, which adds no parameter.
+
+    Raises:
+        ValueError: if the backbone is another than AdaLAViT, whose blocks can do without mixing.
     """
     cfg = load_config(SimpleNamespace(config=config, local_rank=0, launcher='none', work_dir=None, data_root=None,
                                       cfg_options=None, trust_checkpoint=False))
+    kind = MODELS.get(cfg.model.backbone.type)
+    if kind is None or not issubclass(kind, AdaLAViT):
+        raise ValueError(f'{config}: only AdaLAViT is counted, and the backbone is {cfg.model.backbone.type}')
     with FakeTensorMode():
         backbone = MODELS.build(cfg.model.backbone).eval()
         row = dict(config=config, attention=type(backbone.blocks[0].attn).__name__,

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -166,7 +167,7 @@ class L2ViT(BaseModule):
         self.out_type = out_type
 
         self.downsamples = nn.ModuleList([Stem(dims[0]), *(Downsample(*dims[i:i + 2]) for i in range(3))])
-        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist())
+        rates = iter(np.linspace(0, drop_path_rate, sum(self.depths)).tolist())
         self.stages = nn.ModuleList(nn.ModuleList(
             GlobalBlock(dims[i], heads[i], denom_floor, next(rates)) if j % 2 else
             LocalBlock(dims[i], heads[i], window_size, next(rates)) for j in range(self.depths[i])) for i in range(4))
