@@ -222,14 +222,14 @@ def _distance(got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 def _learning(model: nn.Module, learners: list[nn.Parameter], pairs: list[Pair], stage: int) -> Iterator[None]:
     """Stage 1 trains attentions alone, without the model's own dropouts in them: the teacher has none.
 
-    In neither stage positions move, as DINOv3's do in training: the teacher's do not.
+    In neither stage rotary positions move, as those of DINOv3 may in training: the teacher's do not.
     """
     vit, family = find_vit(model)
     with restored(model):
         model.requires_grad_(False)
         model.train(stage == 2)
-        for name in family.augments:
-            vit.get_submodule(name).eval()
+        if (positions := family.rotary(vit)) is not None:
+            positions.eval()
         for parameter in learners:
             parameter.requires_grad_(True)
         for new, softmax in pairs if stage == 1 else ():

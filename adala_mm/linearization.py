@@ -69,13 +69,14 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
     if cfg.get('type') == 'auto':
         cfg = advised(**{'grid': grid} | {key: value for key, value in cfg.items() if key != 'type'})
     replaced = {i: family.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
-    if family.rotary(vit):
-        for attn in replaced.values():
+    for i, attn in replaced.items():
+        if family.rotary(vit) is not None:
             require_rotation(attn)
+        family.check(vit, i, attn)
     for i, attn in replaced.items():  # only now that all have been built
         setattr(family.blocks_of(vit)[i], family.attention, attn)
     if replaced and new_layout:
-        family.listen(vit, layout)
+        family.listen(model, vit, layout)
     model.num_linear_blocks = sum(is_linear(attn) for attn in family.attentions_of(vit))
     say(f'{type(vit).__name__}: {model.num_linear_blocks} of {depth} blocks linear')
     return model

@@ -37,7 +37,8 @@ TRANSFORMERS = tuple(dict.fromkeys([
 def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None = None) -> None:
     """Writes a linearized model to a safetensors file: weights, attention of each block, and how to build its base.
 
-    No library takes the file for the softmax model: see `adala_mm.models.attentions.marks`. The base is built again and
+    No library takes the file for the softmax model: see `adala_mm.models.attentions.marks`. Weights that several names
+    share (tied embeddings) are written once, and are shared again in what `load` builds. The base is built again and
     compared with ``model``, so what the file says of it is true. If it cannot be built, which a warning tells, `load`
     has to be given a model.
 
@@ -55,7 +56,7 @@ def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None =
     """
     from safetensors.torch import save as to_bytes
     model = unwrapped(model)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    state = dict(model.state_dict())
     for name, layer in model.named_modules():
         if isinstance(layer, Attention) and not layer.is_softmax and not isinstance(layer, Adapter):
             add_mark(state, f'{name}.' if name else '', layer.adala_mm, last_of(layer.proj, layer))
@@ -68,8 +69,10 @@ def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None =
     if problem:
         say(f'{path}: {type(model).__name__} cannot be built from what it tells of itself ({problem}): load will need '
             'one, as in load(path, model), unless you give save its arguments as model_args')
-    about = {'base': None if problem else base, 'problem': problem, 'version': adala_mm.__version__}
-    write_atomically(path, to_bytes(state, {'format': MARK, MARK: json.dumps(about)}))
+    ties = ties_of(state)
+    about = {'base': None if problem else base, 'problem': problem, 'ties': ties, 'version': adala_mm.__version__}
+    write_atomically(path, to_bytes(apart({name: value for name, value in state.items() if name not in ties}),
+                                    {'format': MARK, MARK: json.dumps(about)}))
 
 
 @overload
@@ -90,7 +93,7 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
         path: a file of `save`; a folder that transformers' ``save_pretrained`` or timm's ``save_for_hf`` wrote of a
             linearized model; or, if ``model`` is given, any file of its ``state_dict``.
         model: the softmax model of the same making, for a base that the file cannot tell. It is changed in place, and
-            stays on its device and in its dtype.
+            stays on its device and in its dtype; what it shares between names stays shared.
         attentions: attention classes of your own that the model has and that are not registered.
 
     Raises:
@@ -99,7 +102,7 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
             not fit.
     """
     path = Path(path).expanduser()
-    state, base = read_folder(path) if path.is_dir() else read_file(path)
+    state, base, ties = read_folder(path) if path.is_dir() else read_file(path)
     marks = {name[:-len(MARK)]: decode(value) for name, value in state.items() if name.endswith(f'.{MARK}')}
     if not marks:
         raise ValueError(f'{path} holds no linearized model: nothing in it has a key .{MARK}. Its own library loads it')
@@ -116,6 +119,8 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
     try:
         if own and base['library'] == 'transformers' and state.keys() - model.state_dict().keys():
             model, state = renamed(model, kinds, state, softmax_names)
+        else:
+            fill_in(state, ties_of(model.state_dict()))
         vit, family = find_vit(model)
         for prefix, layer in zip(prefixes(model), family.attentions_of(vit), strict=True):
             if f'{prefix}{MARK}' in state:
@@ -123,6 +128,8 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
         if own and len(dtypes) == 1:
             model.to(*dtypes)
         model.load_state_dict(state, assign=own and len(dtypes) > 1)
+        if own:
+            tie(model, ties)
     except RuntimeError as error:
         first = '\n'.join(str(error).splitlines()[:4])  # it has a line for each parameter
         raise ValueError(f'{path} does not fit {type(model).__name__}, or was written with another version of its '
@@ -270,31 +277,40 @@ def adala_arguments(vit: nn.Module) -> dict[str, Any]:
         rotary=rotary, swiglu=gated, swiglu_align_to=1 if hidden % 8 else 8,
         class_token=vit.class_token, num_registers=vit.num_prefix - vit.class_token, no_embed_class=vit.no_embed_class,
         pre_norm=isinstance(vit.norm_pre, nn.LayerNorm), act='gelu' if gated else ACTIVATIONS.get(act, act),
-        norm_eps=vit.norm.eps, layer_scale=None if isinstance(block.ls1, nn.Identity) else 1.0,
+        norm_eps=vit.norm.eps, layer_scale=getattr(block.ls1, 'init_values', None),
         drop_path_rate=vit.blocks[-1].drop_path.drop_prob, out_indices=vit.out_indices, out_type=vit.out_type)
+
+
+def query_arguments(vit: nn.Module) -> dict[str, Any]:
+    plain = {name: value for name, value in adala_arguments(vit).items() if name not in ('out_indices', 'out_type')}
+    return plain | dict(num_queries=vit.query_embed.num_embeddings, query_blocks=vit.query_blocks)
 
 
 def mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
     return dict(arch=vit.arch_settings, img_size=vit.img_size, patch_size=vit.patch_embed.projection.kernel_size[0],
                 in_channels=vit.patch_embed.projection.in_channels, out_type=vit.out_type, out_indices=vit.out_indices,
                 final_norm=vit.final_norm, with_cls_token=vit.cls_token is not None,
-                layer_scale_init_value=1.0 if hasattr(vit.layers[0].attn.gamma1, 'weight') else 0.0)
+                layer_scale_init_value=0.0 if isinstance(vit.layers[0].ffn.gamma2, nn.Identity) else 1.0)
 
 
 ARGUMENTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     'adala_mm.models.backbones.vit.AdaLAViT': adala_arguments,
+    'adala_mm.models.backbones.query_vit.QueryViT': query_arguments,
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer': mmpretrain_arguments}
 
 
 # --- what a file says -------------------------------------------------------------------------------------------------
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
-    """Tensors, and the base or why there is none."""
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str, dict[str, str]]:
+    """Tensors; the base or why there is none; and which names are those of others."""
     state, about = dict(load_checkpoint(path)), json.loads(file_notes(path).get(MARK, '{}'))
-    return state, about.get('base') or about.get('problem') or 'it was not written by adala_mm.save'
+    ties = about.get('ties')
+    ties = {str(name): str(other) for name, other in ties.items()} if isinstance(ties, dict) else {}
+    fill_in(state, ties)
+    return state, about.get('base') or about.get('problem') or 'it was not written by adala_mm.save', ties
 
 
-def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
+def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str, dict[str, str]]:
     """The same for a folder of transformers or of timm."""
     config = path / 'config.json'
     if not config.is_file():
@@ -302,12 +318,50 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | str]:
     state = dict(load_checkpoint(path))
     about = json.loads(config.read_text(encoding='utf-8'))
     if 'architecture' in about:
-        return state, {'library': 'timm', 'name': about['architecture'], 'args': about.get('model_args', {})}
+        return state, {'library': 'timm', 'name': about['architecture'], 'args': about.get('model_args', {})}, {}
     name, = about.get('architectures') or ['']
     module = next((module for module in TRANSFORMERS if hasattr(importlib.import_module(module), name)), None)
     if module is None:
-        return state, f'config.json names the class {name!r}'
-    return state, {'library': 'transformers', 'name': f'{module}.{name}', 'args': about}
+        return state, f'config.json names the class {name!r}', {}
+    return state, {'library': 'transformers', 'name': f'{module}.{name}', 'args': about}, {}
+
+
+# --- weights with several names ---------------------------------------------------------------------------------------
+
+def ties_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are one with a former one in memory, each with the first name of it."""
+    first: dict[tuple, str] = {}
+    names = {name: first.setdefault((value.device, value.data_ptr(), value.dtype, value.shape, value.stride()), name)
+             for name, value in state.items() if isinstance(value, Tensor) and value.data_ptr()}
+    return {name: other for name, other in names.items() if name != other}
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous, each in memory of its own, which safetensors asks for."""
+    taken, alone = set(), {}
+    for name, value in state.items():
+        value = value.contiguous()
+        place = value.device, value.untyped_storage().data_ptr()
+        alone[name] = value.clone() if place in taken else value
+        taken.add(place)
+    return alone
+
+
+def fill_in(state: dict[str, Tensor], ties: Mapping[str, str]) -> None:
+    """Puts what one of the names in ``ties`` has under those that are missing, in place."""
+    for name, other in [*((other, name) for name, other in ties.items()), *ties.items()]:
+        if name not in state and other in state:
+            state[name] = state[other]
+
+
+def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Gives parameters and buffers under the names in ``ties`` to the others as well."""
+    names = model.state_dict().keys()
+    for name, other in ties.items():
+        if not {name, other} <= names:  # transformers has renamed and tied them
+            continue
+        (owner, _, leaf), (source, _, wanted) = name.rpartition('.'), other.rpartition('.')
+        setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(source), wanted))
 
 
 def renamed(model: nn.Module, kinds: dict[int, dict[str, Any]], state: dict[str, Tensor],

@@ -245,7 +245,7 @@ def test_features_fit_the_head(name, monkeypatch):
     if facts['stage'] == 'eomt':
         side, vit = cfg.crop_size[0], cfg.model.backbone
         classes, masks = model.decode_head(model.backbone(torch.empty(1, 3, side, side, device='meta')))
-        assert len(classes) == len(masks) == vit.query_blocks + 1 and vit.img_size == side
+        assert len(classes) == len(masks) == vit.query_blocks + 1 and vit.img_size == 512
         assert {tuple(c.shape) for c in classes} == {(1, vit.num_queries, cfg.model.decode_head.num_classes + 1)}
         assert {tuple(m.shape) for m in masks} == {(1, vit.num_queries, side // 4, side // 4)}
         return

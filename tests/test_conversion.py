@@ -571,6 +571,10 @@ def plain(**options):
     return timm_model('deit', **options).state_dict()
 
 
+def small(name: str) -> dict[str, torch.Tensor]:
+    return timm.create_model(name, depth=1).state_dict()
+
+
 ONE = torch.ones(1)
 REFUSED = {
     'NaFlex of timm': (lambda: timm.create_model('naflexvit_base_patch16_siglip', depth=1, embed_dim=64,
@@ -581,6 +585,9 @@ REFUSED = {
                              | {'encoder.layer.0.mlp.weights_in.weight': ONE}, 'SwiGLU'),
     'SwiGLU, mmpretrain': (lambda: original('mmpretrain', 'dinov2')[0] | {'layers.0.ffn.w12.bias': ONE}, 'SwiGLU'),
     'EVA': (lambda: plain() | {'rope.freqs': ONE}, 'rotary'),
+    'EVA-02, packed': (lambda: small('eva02_tiny_patch14_224'), r'mlp\.fc1\.weight: rotary positions other than'),
+    'EVA-02, two matrices': (lambda: small('eva02_base_patch14_224'), r'mlp\.fc1_g\.weight: rotary positions other'),
+    'PE core': (lambda: small('vit_pe_core_tiny_patch16_384'), r'attn_pool\.latent.*PE core has rotary positions'),
     'BEiT': (lambda: original('mmpretrain', 'deit')[0] | {'layers.0.attn.relative_position_bias_table': ONE},
              'relative positions'),
     'norms of q and k': (lambda: plain() | {'blocks.0.attn.q_norm.weight': ONE}, 'queries and keys are normalised'),
@@ -588,12 +595,17 @@ REFUSED = {
     'DeiT III': (lambda: VisionTransformer(img_size=64, embed_dim=WIDTH, depth=1, num_heads=3, no_embed_class=True,
                                            init_values=1e-6, num_classes=0).state_dict(),
                  'LayerScale.*positions for patches only is of no known family'),
+    'I-JEPA': (lambda: transformers_model('deit', 'IJepa').state_dict(),
+               'no class token.*is of no known family of transformers, ViT.*none fits as --family'),
+    'Depth Anything': (lambda: {f'backbone.{key}': value for key, value in original('transformers, DINOv2', 'dinov2')[
+        0].items()} | {'neck.x': ONE}, 'no known source.*under backbone.* is of transformers, DINOv2: --key backbone$'),
     'OpenCLIP around timm': (lambda: {f'visual.trunk.{key}': value for key, value in plain().items()},
                              r'visual\.trunk\.state_dict'),
     'ours': (lambda: {f'backbone.{key}': value for key, value in plain().items()}, 'our own keys already'),
     'linearized': (lambda: linearize(timm_model('deit')).state_dict(),
                    r'linearized model .with keys such as blocks\.0\.attn\.adala_mm.*init_cfg.*adala_mm\.load'),
-    'ResNet': (lambda: {'conv1.weight': ONE, 'layer1.0.conv1.weight': ONE}, 'no known source.*layer1.0.conv1.weight'),
+    'ResNet': (lambda: {'conv1.weight': ONE, 'layer1.0.conv1.weight': ONE},
+               r'no known source \(timm; official DINOv2; .*\).*layer1.0.conv1.weight$'),
     'two towers': (lambda: plain() | openai_clip(), 'several models.*timm.*OpenAI'),
     'grey-scale': (lambda: plain() | {'patch_embed.proj.weight': torch.ones(WIDTH, 1, 16, 16)}, 'patch_embed.*RGB'),
     'gap': (lambda: without(timm_model('deit').state_dict(), 'blocks.1') | {'blocks.2.norm1.weight': torch.ones(WIDTH)},
@@ -606,6 +618,29 @@ def test_refused_with_a_reason(case):
     make, message = REFUSED[case]
     with pytest.raises(ValueError, match=f'(?s){message}'):
         convert(make(), 'deit' if case in ('grey-scale', 'gap') else None)
+
+
+@pytest.mark.parametrize('family', [None, 'openclip'])
+@pytest.mark.parametrize(('name', 'source', 'weights'), [
+    ('vit_pe_core_tiny_patch16_384', 'timm', 'openclip'), ('vit_pe_spatial_tiny_patch16_512', 'timm', 'openclip'),
+    ('vit_medium_patch16_rope_reg1_gap_256', 'timm, DINOv3', 'dinov3')])
+def test_a_name_of_timm_with_other_rotary_positions_is_refused(name, source, weights, family):
+    with pytest.raises(ValueError, match=f'^{name} has rotary positions of another kind.*Cat.*linearize'):
+        convert(original(source, weights)[0], family, name=name)
+
+
+def test_a_family_that_the_source_has_not_is_no_way_out():
+    with pytest.raises(ValueError, match='no class token.*is of no known family of transformers, ViT'):
+        convert(transformers_model('deit', 'IJepa').state_dict(), 'siglip')
+
+
+@pytest.mark.parametrize('gated', [False, True])
+def test_a_classifier_on_dinov3_of_transformers(gated):
+    inside = {f'dinov3_vit.{key}': value for key, value in transformers_dinov3(gated).state_dict().items()}
+    state = inside | {'classifier.weight': torch.ones(5, WIDTH), 'classifier.bias': torch.ones(5)}
+    converted = convert(state)
+    assert ('dropped', 2, 'classifier or projection: classifier.weight, classifier.bias') in converted.report
+    assert compare(converted, state, torch.randn(1, 3, 64, 64))[1] < 1e-4
 
 
 def test_unusual_width_asks_for_heads():

@@ -14,6 +14,8 @@ from mmseg.structures import SegDataSample
 from test_check import check, red
 from test_pipeline import Recorder, ade20k, apart, assert_equal, cityscapes
 
+import adala_mm
+from adala_mm import linearize
 from adala_mm.models.backbones import QueryViT
 from adala_mm.models.heads import EncoderMaskHead
 from adala_mm.preflight import memory
@@ -141,6 +143,32 @@ def test_files_of_a_vit_start_it(tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
     assert torch.equal(model.query_embed.weight, queries) and queries.std() > 0.5
     assert model.get_layer_depth('query_embed.weight') == (5, 6) != model.get_layer_depth('pos_embed')
+
+
+def test_its_files_start_a_plain_vit_without_queries_and_another_one_with_them(tmp_path):
+    model, path = segmentor(), tmp_path / 'segmentor.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    plain = MODELS.build(tiny_vit(depth=4, attention=MIXED, init_cfg=init_cfg))
+    again = query_vit(init_cfg=init_cfg)
+    for vit in (plain, again):
+        vit.init_weights()
+        assert all(torch.equal(model.backbone.state_dict()[key], value) for key, value in vit.state_dict().items())
+    assert set(again.state_dict()) - set(plain.state_dict()) == {'query_embed.weight'}
+
+
+@torch.no_grad()
+def test_it_is_linearized_but_for_tables_in_blocks_with_queries(tmp_path):
+    model = query_vit(attention=SOFTMAX, layer_scale=1e-5, num_registers=2)
+    with pytest.raises(ValueError, match='LinformerAttention in block 2 has tables over tokens.*the last 2 blocks'):
+        linearize(model, 'linformer')
+    linear, image = linearize(model, 'linformer', keep_softmax=[2, 3]).eval(), torch.randn(2, 3, 32, 32)
+    linearize(linear, 'hedgehog', keep_softmax=[2], inplace=True)
+    adala_mm.save(linear, tmp_path / 'a.safetensors')
+    twin = adala_mm.load(tmp_path / 'a.safetensors')
+    assert type(twin) is QueryViT and twin.block_counts == dict(softmax_blocks=1, linear_blocks=3)
+    for found, wanted in zip(twin(image), linear(image), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

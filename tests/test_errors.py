@@ -92,7 +92,7 @@ def test_these_command_lines_work(data):
     assert len(list(Path('work_dirs').glob('*/epoch_1.pth'))) == 4
 
 
-@pytest.mark.parametrize('name', ['train', 'test'])
+@pytest.mark.parametrize('name', ['train', 'test', 'check'])
 def test_missing_config(name, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [name, 'configs/adala/mask2former.py', *(['a.pth'] if name == 'test' else [])])
     with pytest.raises(SystemExit, match='^error: no config at configs/adala/mask2former.py'):

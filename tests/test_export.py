@@ -311,7 +311,7 @@ def test_a_linearized_classifier_of_transformers(tmp_path):
 def test_classifiers_of_transformers_resize_their_positions(tmp_path):
     from test_transformers import AROUND, eomt
     target = export.of_linearized(linearize(AROUND['classifier'][0]()), 'model', size=(24, 40))
-    compared(target, export.export_torch(target, tmp_path / 'model.pt2'))
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2', dynamic=False), dynamic=False)
     with pytest.raises(ValueError, match='EomtForUniversalSegm.* takes images of 32 x 32 only: say --fixed-size$'):
         export.of_linearized(linearize(eomt()))
     target = export.of_linearized(linearize(eomt()), fixed=True)
@@ -336,7 +336,7 @@ def test_a_classifier(tmp_path):
     run = export.export_onnx(target, tmp_path / 'model.onnx')
     compared(target, run)
     assert target.outputs == ('logits',) and run(torch.randn(2, 3, 32, 48))[0].shape == (2, 5)
-    compared(target, export.export_torch(target, tmp_path / 'model.pt2'))
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2', dynamic=False), dynamic=False)
 
 
 @pytest.fixture(scope='module')
@@ -424,6 +424,12 @@ def test_softmax_for_transformers(family, tmp_path):
     assert 'dinov2' not in family or 'encoder.layer.0.attention.output.dense.weight' in keys
 
 
+def test_graph_of_a_vit_with_queries(tmp_path):
+    target = make(tiny_vit(type='adala_mm.QueryViT', attention=LINEAR, num_queries=3, query_blocks=1))
+    assert target.outputs == ('features', 'queries')
+    compared(target, export.export_torch(target, tmp_path / 'model.pt2', dynamic=False), dynamic=False)
+
+
 def test_what_timm_and_transformers_cannot_hold(tmp_path):
     plain = make(tiny_vit(attention=LINEAR))
     with pytest.raises(ValueError, match='act gelu and norm eps 1e-06 is no model of transformers among dinov2'):
@@ -431,8 +437,12 @@ def test_what_timm_and_transformers_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match='is not of the family clip_openai but of augreg or deit'):
         export.export_timm(plain, tmp_path / 'model.safetensors', 'clip_openai')
     pyramid = export.assemble(config(dict(type='adala_mm.L2ViT')))
-    with pytest.raises(ValueError, match='L2ViT is no plain ViT'):
-        export.export_timm(pyramid, tmp_path / 'model.safetensors')
+    queries = make(tiny_vit(type='adala_mm.QueryViT', attention=LINEAR, query_blocks=1))
+    for target, name in ((pyramid, 'L2ViT'), (queries, 'QueryViT')):
+        with pytest.raises(ValueError, match=f'{name} is no plain ViT.*pt2 hold any'):
+            export.export_timm(target, tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match='QueryViT is no plain ViT'):
+        export.export_transformers(queries, tmp_path / 'model')
     assert not list(tmp_path.iterdir())
 
 

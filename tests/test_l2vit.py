@@ -711,7 +711,7 @@ def test_classification_pipelines_and_batch(tmp_path):
 
 @pytest.mark.parametrize('name', DETECTORS)
 def test_detectors_have_the_published_recipe(name, monkeypatch):
-    """That of the authors' configs, and Swin's: drop path, optimizer, steps; mmdet's model but for the backbone."""
+    """That of the authors' configs: drop path, optimizer, steps; mmdet's model but for the backbone."""
     monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
     _, vit, length, _ = name.split('_')
     size, cfg, model = vit[-1], config(name), model_of(name)

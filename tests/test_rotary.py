@@ -16,7 +16,7 @@ from adala_mm import align, export, linearize
 from adala_mm.export import graphs
 from adala_mm.export.parity import shapes
 from adala_mm.export.weights import export_timm
-from adala_mm.models.attentions import Attention, build_attention
+from adala_mm.models.attentions import Attention, LinearAttention, build_attention
 from adala_mm.models.backbones.weights import positions_for
 from adala_mm.ops import RotaryPositions, turn
 from adala_mm.registry import ATTENTIONS, MODELS
@@ -168,6 +168,7 @@ def test_coordinates_are_disturbed_in_training_as_in_timm():
     for training in (True, False):
         theirs.train(training)
         ours.train(training)
+        assert 'rotary' not in str(ours.state_dict().keys())
         torch.manual_seed(3)
         sin, cos = theirs.get_embed((3, 5)).chunk(2, dim=-1)
         torch.manual_seed(3)
@@ -212,7 +213,7 @@ def test_only_softmax_depends_on_differences_of_places_alone(kind, invariant):
     here, there = positions((16, 16)), RotaryPositions(64)
     there.disturbed = lambda axes: [axis + 0.5 for axis in axes]
     with torch.no_grad():
-        wanted, found = (layer(x, (16, 16), 0, rotation) for rotation in (here, there((16, 16), training=True)))
+        wanted, found = (layer(x, (16, 16), 0, rotation) for rotation in (here, there((16, 16))))
     moved = ((found - wanted).norm() / wanted.norm()).item()
     assert moved < 1e-5 if invariant else moved > 0.05, moved
 
@@ -248,6 +249,61 @@ def test_layers_that_would_leave_positions_out_are_refused():
         assert linearize(model, OwnMix).num_linear_blocks == 2
     for model in (MODELS.build(tiny_vit()), narrow(use_rot_pos_emb=False, use_abs_pos_emb=True)):
         assert linearize(model, OwnAttend).num_linear_blocks == 2
+
+
+class OwnForward(ATTENTIONS.get('LoLCATSAttention')):
+    """Both methods without rotary positions in mind, around a layer that does have them in mind."""
+
+    def attend(self, x, hw, num_prefix):
+        return super().attend(x, hw, num_prefix)
+
+    def forward(self, x, hw, num_prefix):
+        return super().forward(x, hw, num_prefix)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('base', NAMES)
+def test_layers_that_take_no_rotation_run_without(base):
+    attend = ATTENTIONS.get(base).attend
+    kind = type('Old', (ATTENTIONS.get(base),), {
+        'attend': lambda self, x, hw, num_prefix: 2 * attend(self, x, hw, num_prefix)})
+    layers = [build_attention({'type': layer}, 32, 4, grid=(3, 5), num_prefix=1).eval() for layer in (kind, base)]
+    layers[0].load_state_dict(layers[1].state_dict(), strict=False)
+    old, plain = layers
+    x = torch.randn(2, 16, 32)
+    torch.testing.assert_close(old.attend(x, (3, 5), 1), 2 * plain.attend(x, (3, 5), 1))
+    assert old(x, (3, 5), 1).shape == x.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', [OwnAttend, OwnForward])
+def test_vits_without_rotary_positions_take_layers_that_know_none(kind):
+    image = torch.randn(2, 3, 24, 40)
+    for model in (awake(MODELS.build(tiny_vit())), narrow(use_rot_pos_emb=False, use_abs_pos_emb=True)):
+        student = linearize(model, kind)
+        assert student.forward_features(image).shape == model.forward_features(image).shape
+    assert MODELS.build(tiny_vit(attention=dict(type=kind)))(image)[0].isfinite().all()
+
+
+class Doubled(LinearAttention):
+    def attend(self, x, *layout):
+        return 2 * super().attend(x, *layout)
+
+    def forward(self, x, hw, num_prefix, *rotation):
+        return super().forward(x, hw, num_prefix, *rotation)
+
+
+@torch.no_grad()
+def test_layers_that_hand_on_all_that_they_are_told_turn():
+    layer = build_attention({'type': Doubled}, 32, 4)
+    plain = build_attention({'type': 'LinearAttention'}, 32, 4)
+    plain.load_state_dict(layer.state_dict())
+    for proj in (layer.proj, plain.proj):
+        nn.init.zeros_(proj.bias)
+    x, rotation = torch.randn(2, 16, 32), RotaryPositions(8)((3, 5))
+    torch.testing.assert_close(layer(x, (3, 5), 1, rotation), 2 * plain(x, (3, 5), 1, rotation))
+    own(attention=dict(type=Doubled))
+    linearize(narrow(), Doubled)
 
 
 @pytest.mark.parametrize(('target', 'attention', 'trainable'), [
@@ -291,6 +347,48 @@ def test_stage_2_with_the_loss_of_stage_1(tmp_path):
     assert losses['loss'].item() < 1e-10 and losses['attention_mse'].item() < 1e-10
 
 
+def a_window_of_all(rotary: dict, path) -> tuple[dict, dict]:
+    """Configs of a teacher and of a student that is its teacher by another name."""
+    init_cfg, _ = softmax_file(path)
+    teacher = dict(tiny_vit(num_registers=4, layer_scale=1.0, qkv_bias=False, rotary=rotary), init_cfg=init_cfg)
+    return teacher, dict(teacher, attention=dict(type='adala_mm.WindowAttention', window_size=9))
+
+
+DISTURBED = dict(shift=0.5, jitter=2.0, rescale=2.0)
+
+
+def test_positions_stay_where_they_are_in_feature_alignment(tmp_path):
+    teacher, student = a_window_of_all(DISTURBED, tmp_path / 'softmax.pth')
+    model = MODELS.build(dict(type='adala_mm.FeatureAlignment', teacher=teacher, backbone=student))
+    model.init_weights()
+    model.eval()
+    assert model.train()(torch.randn(2, 3, 24, 40), mode='loss')['rel_error'] < 1e-5
+    assert model.backbone.training and model.backbone.blocks.training
+
+
+def test_positions_stay_where_they_are_in_the_alignment_of_a_task_model(tmp_path):
+    teacher, student = a_window_of_all(DISTURBED, tmp_path / 'softmax.pth')
+    whole, path = MODELS.build(dict(type='mmpretrain.ImageClassifier', backbone=teacher)), tmp_path / 'model.pth'
+    whole.backbone.init_weights()
+    torch.save(whole.state_dict(), path)
+    model = MODELS.build(dict(type='adala_mm.TaskModelAlignment', task_model='mmpretrain.ImageClassifier',
+                              teacher=dict(type='Pretrained', checkpoint=str(path)), backbone=student))
+    model.init_weights()
+    assert model.train()(torch.randn(2, 3, 24, 40), mode='loss')['rel_error'] < 1e-5
+
+
+@pytest.mark.parametrize('make', [lambda: own(rotary=DISTURBED), lambda: narrow(
+    **{f'rope_{name}_coords': value for name, value in DISTURBED.items()})], ids=['ours', 'timm'])
+def test_positions_stay_where_they_are_in_align(make):
+    teacher, images = awake(make()), torch.randn(2, 3, 24, 40)
+    student = linearize(teacher, dict(type='adala_mm.WindowAttention', window_size=9)).train()
+    with torch.no_grad():
+        assert not torch.allclose(student.forward_features(images), teacher.forward_features(images), rtol=0.1)
+    for stage in (1, 2):
+        (record,) = align(student, teacher, [images], stage=stage, steps=1, lr=1e-12)
+        assert record['rel_error'] < 1e-5 and all(module.training for module in student.modules()), stage
+
+
 @pytest.mark.parametrize('stage', [1, 2])
 def test_align_save_and_load(stage, tmp_path):
     teacher = awake(own(swiglu=True, mlp_ratio=2.7, rotary=dict(base=50.0, rescale=2.0)))
@@ -301,7 +399,7 @@ def test_align_save_and_load(stage, tmp_path):
     adala_mm.save(student, tmp_path / 'student.safetensors')
     twin, images = adala_mm.load(tmp_path / 'student.safetensors').eval(), torch.randn(2, 3, 40, 24)
     assert torch.equal(twin.forward_features(images), student.eval().forward_features(images))
-    assert vars(twin.rotary) == vars(teacher.rotary)
+    assert all(getattr(twin.rotary, name) == getattr(teacher.rotary, name) for name in ('base', 'rescale', 'shift'))
 
 
 def test_what_is_recomputed_is_turned_alike():
@@ -342,15 +440,37 @@ def test_blocks_compile_in_one_piece():
 
 def test_other_files_are_named(tmp_path):
     init_cfg, _ = softmax_file(tmp_path / 'rotary.pth')
-    with pytest.raises(ValueError, match=r'(?s)missing +pos_embed +- +\(1, 21, 32\)'):
+    with pytest.raises(ValueError, match=r'(?s)missing +pos_embed +- +\(1, 21, 32\).*say rotary=dict\(\)'):
         own(rotary=None, init_cfg=init_cfg).init_weights()
     init_cfg, _ = softmax_file(tmp_path / 'plain.pth', rotary=None)
-    with pytest.raises(ValueError, match=r'(?s)unexpected +pos_embed +\(1, 21, 32\)'):
-        own(init_cfg=init_cfg).init_weights()
+    for options in ({}, dict(num_registers=2)):  # the grid of positions that are not wanted is no matter
+        with pytest.raises(ValueError, match=r'(?s)unexpected +pos_embed +\(1, 21, 32\).*: leave out rotary'):
+            own(init_cfg=init_cfg, **options).init_weights()
     init_cfg, _ = softmax_file(tmp_path / 'small.pth')
     own(img_size=48, init_cfg=init_cfg).init_weights()  # of any size
     with pytest.raises(ValueError, match=r'init_cfg\.grid=\(4, 4\) .* rotary positions.*leave it out'):
         own(init_cfg=dict(init_cfg, grid=(4, 4))).init_weights()
+
+
+@pytest.mark.parametrize(('changes', 'options'), [
+    (dict(num_reg_tokens=0), dict(num_registers=0)), (dict(num_reg_tokens=1, class_token=False), dict(num_registers=1)),
+    (dict(num_reg_tokens=0, use_abs_pos_emb=True), dict(num_registers=0, rotary=None))], ids=str)
+def test_names_of_other_rotary_vits_of_timm_are_not_taken_for_dinov3(changes, options, tmp_path):
+    theirs = narrow(**changes, rope_type='cat', rope_rotate_half=False)
+    with pytest.raises(ValueError, match=r'(?s)does not fit this ViT.*unexpected +blocks\.\*\.gamma_1'):
+        loaded(theirs, tmp_path / 'timm.pth', class_token=changes.get('class_token', True), **options)
+
+
+@pytest.mark.parametrize('path', ['timm://vit_pe_core_tiny_patch16_384', 'pe.pth', 'timm://vit_small_patch16_rope_224'])
+def test_rotary_positions_that_no_weight_shows_are_refused(path, tmp_path, monkeypatch):
+    theirs, local = create_model('vit_pe_core_tiny_patch16_384', depth=2), tmp_path / 'pe.pth'
+    state = theirs.state_dict()
+    torch.save(state if path == 'pe.pth' else {key: state[key] for key in state if 'attn_pool' not in key}, local)
+    monkeypatch.setattr('adala_mm.utils.checkpoint.local_file', lambda path: local)
+    model = own(img_size=384, patch_size=16, embed_dim=192, num_heads=3, num_registers=0, layer_scale=None,
+                pre_norm=True, qkv_bias=True, rotary=None, init_cfg=dict(type='Pretrained', checkpoint=path))
+    with pytest.raises(ValueError, match="rotary positions .*of another kind than DINOv3's.*linearize"):
+        model.init_weights()
 
 
 def test_a_whole_model_of_another_size():

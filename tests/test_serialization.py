@@ -13,6 +13,7 @@ import timm
 import torch
 from conftest import ROOT, tiny_vit
 from mmengine.runner.checkpoint import get_state_dict
+from mmpretrain.models.backbones import VisionTransformer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import adala_mm
-from adala_mm import linearize
+from adala_mm import linearize, registry
 from adala_mm.models.attentions.marks import encode
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5)
@@ -39,6 +40,13 @@ MODELS = {
                                            act_layer='quick_gelu', num_classes=0, global_pool='', in_chans=3),
     'timm, dinov3': lambda: created('vit_small_patch16_dinov3', num_classes=0),
     **{name: lambda name=name: build(name) for name in (*HF, 'mmpretrain', 'mmpretrain_no_class', 'adala')},
+    'mmpretrain, no LayerScale': lambda: awaken(VisionTransformer(
+        arch=dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=64), img_size=32, patch_size=8,
+        out_type='raw')),
+    'adala, dinov2': lambda: awaken(registry.MODELS.build(tiny_vit(
+        depth=3, num_registers=2, no_embed_class=True, layer_scale=1e-5))),
+    'adala, dinov3': lambda: awaken(registry.MODELS.build(tiny_vit(
+        depth=3, num_registers=2, rotary={}, swiglu=True, mlp_ratio=8 / 3, layer_scale=1e-5))),
 }
 
 
@@ -198,6 +206,46 @@ def test_models_that_tell_no_base(tmp_path, caplog):
         adala_mm.load(tmp_path / 'a.pth')
 
 
+def captioner() -> nn.Module:
+    """Of transformers, whose decoder has one matrix for words that it reads and that it writes."""
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+    vit = ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8,
+                    intermediate_size=64)
+    words = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
+    return awaken(VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, words)))
+
+
+@torch.no_grad()
+def test_tied_weights_of_a_model_that_load_is_given(tmp_path):
+    model, words = linearize(captioner()), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    adala_mm.save(model, tmp_path / 'a.safetensors')
+    tied = {'decoder.lm_head.weight', 'decoder.transformer.wte.weight'}
+    assert len(tied & load_file(tmp_path / 'a.safetensors').keys()) == 1
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    model.save_pretrained(tmp_path / 'folder')
+    for path in ('a.safetensors', 'a.pth', 'folder'):
+        twin = adala_mm.load(tmp_path / path, captioner())
+        assert torch.equal(twin(IMAGES, words).logits, model(IMAGES, words).logits)
+        assert twin.decoder.lm_head.weight is twin.decoder.transformer.wte.weight
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_tied_weights_are_tied_again(dtype, tmp_path):
+    """Also those of linear attentions, and with more than one dtype; parts of one memory are not whole weights."""
+    model = linearize(created(), 'hedgehog', keep_softmax=[0])
+    model.blocks[1].mlp.fc1.weight = model.blocks[2].mlp.fc1.weight
+    model.blocks[1].attn.proj.bias = model.blocks[2].attn.proj.bias
+    model.blocks[0].norm1.weight.data, model.blocks[0].norm1.bias.data = torch.randn(64).chunk(2)
+    model.head.to(dtype)
+    adala_mm.save(model, tmp_path / 'a.safetensors')
+    twin = adala_mm.load(tmp_path / 'a.safetensors')
+    assert torch.equal(twin.forward_features(IMAGES), model.forward_features(IMAGES))
+    assert twin.blocks[1].mlp.fc1.weight is twin.blocks[2].mlp.fc1.weight
+    assert twin.blocks[1].attn.proj.bias is twin.blocks[2].attn.proj.bias
+    assert twin.blocks[0].mlp.fc1.weight is not twin.blocks[2].mlp.fc1.weight and twin.head.weight.dtype == dtype
+
+
 @torch.no_grad()
 def test_arguments_that_the_model_does_not_tell(tmp_path, caplog):
     caplog.set_level(logging.INFO, 'adala_mm')
@@ -283,15 +331,15 @@ def test_page_for_transformers(tmp_path, monkeypatch):
 
 # --- files that lie ---------------------------------------------------------------------------------------------------
 
-def rewritten(path, about: dict | None = None, kind: dict | None = None) -> None:
+def rewritten(path, about: dict | None = None, kind: dict | None = None, **more) -> None:
     """The file with another story of itself."""
     with safe_open(path, 'pt') as file:
         metadata = file.metadata()
     state = load_file(path)
     if kind is not None:
         state['blocks.0.attn.adala_mm'] = encode(kind)
-    if about is not None:
-        metadata['adala_mm'] = json.dumps({'base': about})
+    if about is not None or more:
+        metadata['adala_mm'] = json.dumps({'base': about or json.loads(metadata['adala_mm'])['base'], **more})
     save_file(state, path, metadata)
 
 
@@ -307,6 +355,15 @@ def test_files_call_nothing_but_supported_models(base, tmp_path):
     rewritten(path, base)
     with pytest.raises(ValueError, match='file asks for|does not tell how'):
         adala_mm.load(path)
+
+
+@pytest.mark.parametrize('ties', [{'blocks.0.forward': 'head.forward'}, ['head']], ids=str)
+@torch.no_grad()
+def test_files_tie_nothing_but_weights(ties, tmp_path):
+    model, path = linearize(created()), tmp_path / 'a.safetensors'
+    adala_mm.save(model, path)
+    rewritten(path, ties=ties)
+    assert torch.equal(adala_mm.load(path)(IMAGES), model(IMAGES))
 
 
 def test_files_name_no_foreign_attention(tmp_path):

@@ -123,6 +123,31 @@ def test_what_vits_of_transformers_are_asked_for():
             net(IMAGES, **option)
 
 
+@pytest.mark.parametrize('kind', ['SiglipVisionModel', 'SiglipForImageClassification', 'SiglipModel'])
+@torch.no_grad()
+def test_a_refusal_leaves_nothing_behind(kind):
+    """Of what transformers puts in place of softmax attentions while it collects their weights."""
+    vision = dict(SMALL, **MLP)
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50, **MLP)
+    options = vision if kind == 'SiglipVisionModel' else dict(vision_config=vision, text_config=text)
+    model = linearize(awaken(model_of(kind, **options, attn_implementation='eager')), keep_softmax=[0])
+    words = dict(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4))
+    words = words if kind == 'SiglipModel' else {}
+
+    for asked in (dict(output_attentions=True), {}):
+        with pytest.raises(ValueError, match='output_attentions needs attention weights'):
+            model(pixel_values=IMAGES, **words, **asked)
+        assert not any('forward' in vars(module) for module in model.modules())
+        model.config.output_attentions = True
+    model.config.output_attentions = False
+    other = copy.deepcopy(model)
+    attention = next(module for name, module in other.named_modules() if name.endswith('layers.0.self_attn')
+                     and 'vision' in name)
+    nn.init.normal_(attention.v_proj.weight)
+    assert not torch.allclose(other(pixel_values=IMAGES, **words)[0], model(pixel_values=IMAGES, **words)[0])
+    assert other.bfloat16()(pixel_values=IMAGES.bfloat16(), **words)[0].isfinite().all()
+
+
 @pytest.mark.parametrize('family', ['hf_vit', 'hf_dinov3'])
 @torch.no_grad()
 def test_implementations_and_precisions(family):

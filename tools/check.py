@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Plan, preflight, write_finding
-from adala_mm.utils.cli import base_parser, load_config, scale_learning_rate
+from adala_mm.utils.cli import base_parser, load_config, message_for_files, scale_learning_rate
 from adala_mm.utils.records import cores
 
 
@@ -34,6 +34,7 @@ def positive(text: str) -> float:
     return value
 
 
+@message_for_files()
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',

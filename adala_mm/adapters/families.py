@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,16 +90,16 @@ class Transformers(Adapter):
 ASK_FOR_WEIGHTS = ('attention_mask', 'causal_attention_mask', 'head_mask', 'output_attentions')
 
 
-def refuse_weights(vit: nn.Module, args: tuple, kwargs: dict) -> None:
+def refuse_weights(vit: nn.Module, args: tuple, kwargs: dict, names: tuple[str, ...] = ASK_FOR_WEIGHTS) -> None:
     """Hook of the whole model, for what transformers does not tell its attentions.
 
     Some models collect attention weights behind their backs. In a graph there is a mask even if the caller gives none.
     """
-    given = inspect.signature(vit.forward).bind(*args, **kwargs)
-    asked = given.arguments | given.arguments.get('kwargs', {})
+    # Decorators take arguments that the signature has not (return_dict).
+    asked = dict(zip(inspect.signature(vit.forward).parameters, args, strict=False)) | kwargs
     if asked.get('output_attentions') is None:
         asked['output_attentions'] = vit.config.output_attentions
-    for name in ASK_FOR_WEIGHTS:
+    for name in names:
         refuse(name, asked.get(name))
 
 
@@ -141,10 +142,11 @@ class Family:
         grid: patch grid (h, w) of the images that the model was built for, or None.
         num_prefix: number of class and register tokens.
         features: final normalised tokens (B, N, C) of images (B, 3, H, W).
-        rotary: whether its attentions turn queries and keys by the places of patches.
+        rotary: the part that says by what its attentions turn queries and keys of patches, which some move at random
+            in training; None if they do not turn.
         depth: how many of the blocks, from the first one on, are those of a plain ViT; None if all.
-        augments: names of parts that move positions at random in training.
         one_size: whether the model takes images of no other size than it was built for.
+        check: raises an error for an attention that the block of that index cannot have in this model.
     """
 
     name: str
@@ -157,10 +159,10 @@ class Family:
     grid: Callable[[nn.Module], tuple[int, int] | None]
     num_prefix: Callable[[nn.Module], int]
     features: Callable[[nn.Module, Tensor], Tensor]
-    rotary: Callable[[nn.Module], bool] = lambda vit: False
+    rotary: Callable[[nn.Module], nn.Module | None] = lambda vit: None
     depth: Callable[[nn.Module], int | None] = lambda vit: None
-    augments: tuple[str, ...] = ()
     one_size: Callable[[nn.Module], bool] = lambda vit: False
+    check: Callable[[nn.Module, int, nn.Module], None] = lambda vit, i, attn: None
 
     def attentions_of(self, vit: nn.Module) -> list[nn.Module | None]:
         """The attention of each block."""
@@ -169,14 +171,23 @@ class Family:
     def blocks_of(self, vit: nn.Module) -> nn.ModuleList:
         return find_part(vit, self.blocks)[:self.depth(vit)]
 
-    def listen(self, vit: nn.Module, layout: Layout) -> None:
-        """Hooks by which the layers know with what the model has been called."""
+    def listen(self, model: nn.Module, vit: nn.Module, layout: Layout) -> None:
+        """Hooks by which the layers of the ``vit`` in ``model`` know with what it has been called."""
         if self.patches is not None:
             vit.get_submodule(self.patches).register_forward_hook(layout)
             for block in self.blocks_of(vit):
                 block.register_forward_pre_hook(layout.enter, with_kwargs=True)
         if self.adapter is Transformers:
             vit.register_forward_pre_hook(refuse_weights, with_kwargs=True)
+            # Their collectors of weights replace `forward` of softmax blocks, and an error inside would leave it so.
+            for shell in self.shells_of(model, vit):
+                shell.register_forward_pre_hook(partial(refuse_weights, names=('output_attentions',)), with_kwargs=True)
+
+    def shells_of(self, model: nn.Module, vit: nn.Module) -> list[nn.Module]:
+        """Models of the same file as the attentions in which the ViT lies: these hand on to it what they are asked."""
+        files = {name.rpartition('.')[0] for name in self.attentions}
+        return [module for module in model.modules() if module is not vit and vit in module.modules()
+                and any(name.rpartition('.')[0] in files for name in _classes_of(module))]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether this is one of the models; in transformers 4 some are shells around another of them."""
@@ -238,7 +249,7 @@ def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapt
     return Family(name, models, attentions, adapter, ('blocks',), 'attn', 'patch_embed.proj',
                   grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
                   features=lambda vit, images: vit.forward_features(images),
-                  rotary=lambda vit: getattr(vit, 'rope', None) is not None,
+                  rotary=lambda vit: getattr(vit, 'rope', None),
                   one_size=lambda vit: not getattr(vit, 'dynamic_img_size', True))
 
 
@@ -274,7 +285,7 @@ FAMILIES = (
         'DINOv3ViTModel, DINOv3ViTBackbone', _hf('dinov3_vit', 'DINOv3ViTModel', 'DINOv3ViTBackbone'),
         _hf('dinov3_vit', 'DINOv3ViTAttention'), ('layer', 'model.layer'), patches='embeddings.patch_embeddings',
         num_prefix=lambda vit: 1 + vit.config.num_register_tokens, features=_backbone_features,
-        augments=('rope_embeddings',), rotary=lambda vit: True),
+        rotary=lambda vit: vit.rope_embeddings),
     _transformers(
         'CLIPVisionModel', _hf('clip', 'CLIPVisionModel', 'CLIPVisionTransformer'), _hf('clip', 'CLIPAttention'),
         ('encoder.layers',), attention='self_attn', patches='embeddings.patch_embedding', num_prefix=lambda vit: 1,
@@ -294,10 +305,11 @@ FAMILIES = (
            ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
            'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
            num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
-    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT',),
+    Family('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT', 'adala_mm.models.backbones.query_vit.QueryViT'),
            ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
            grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
-           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary is not None),
+           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary,
+           check=lambda vit, i, attn: vit.check_attention(i, attn)),
 )
 
 

@@ -19,6 +19,7 @@ from adala_mm.conversion.keys import recognise, refuse, rename, require, some
 from adala_mm.conversion.source import Source
 from adala_mm.models.backbones.vit import AdaLAViT
 from adala_mm.utils.checkpoint import recorded_grid
+from adala_mm.utils.timm_models import refuse_other_rotary
 
 PATCH_METHODS = ('flexi', 'bicubic')
 # Heads by (width, width of the MLP) of the published plain ViTs; no weight shows them.
@@ -72,6 +73,8 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
         ValueError: for weights of no source or of several, unexplained, missing or mis-shaped keys, an architecture
             that `AdaLAViT` is not, and for a family that is ambiguous, unknown or another one.
     """
+    if name is not None:
+        refuse_other_rotary(name)
     refuse(state)
     source, prefix = recognise(state)
     ours, report = rename(state, source, prefix)
@@ -198,15 +201,16 @@ def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source
                  'positions for patches only': class_token and not rotary and (registers or bare)}
     fitting = {name: row for name, row in FAMILIES.items() if row.structure == structure}
     seen = ', '.join(f'{"" if present else "no "}{part}' for part, present in structure.items())
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f'unknown family {family!r}; choose one of {", ".join(FAMILIES)}')
+    if not any(name in source.families for name in fitting):
+        raise ValueError(f'a ViT with {seen} is of no known family of {source.name} weights '
+                         f'({", ".join(source.families)}), so that none fits as --family')
     if family is not None:
-        if family not in FAMILIES:
-            raise ValueError(f'unknown family {family!r}; choose one of {", ".join(FAMILIES)}')
         if family not in fitting:
             raise ValueError(f'these weights are not of the family {family}: they have {seen}. '
-                             f'Families like that: {", ".join(fitting) or "none"}')
+                             f'Families like that: {", ".join(fitting)}')
         return family
-    if not fitting:
-        raise ValueError(f'a ViT with {seen} is of no known family ({", ".join(FAMILIES)})')
     width = ours['patch_embed.proj.weight'].shape[0]
     fitting = {name: row for name, row in fitting.items()
                if name in source.families and (not row.widths or width in row.widths)}
@@ -222,8 +226,7 @@ def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source
         return next(iter(fitting))
     if not fitting:
         raise ValueError(f'timm says act {known["act"]}, norm eps {known["norm_eps"]:g} and mean, std '
-                         f'{known["normalise"]}, which is no known family: choose the closest with --family'
-                         if known else f'no family of {source.name} has {seen}: choose one with --family')
+                         f'{known["normalise"]}, which is no known family: choose the closest with --family')
     raise ValueError('the weights do not show of which family they are; choose with --family:\n'
                      + '\n'.join(f'  {name}: {replace(row, norm_eps=source.norm_eps or row.norm_eps)}'
                                  for name, row in fitting.items()))

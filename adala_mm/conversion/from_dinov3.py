@@ -142,6 +142,7 @@ def _transformers(name: str, gated: bool) -> Source:
                 **{f'{start}layer.#.{theirs}': f'blocks.#.{ours}' for start in ('', 'model.')  # transformers 5: model
                    for theirs, ours in (IN_BLOCK | mlp).items()}},
         drop={'embeddings.mask_token': 'mask token, for pretraining only'},
+        outside={'classifier.*': 'classifier or projection'},
         families=FAMILIES,
         any_size=FAMILIES,
         key_bias=False,

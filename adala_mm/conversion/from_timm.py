@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import timm
-import torch
 from timm.layers import SwiGLU, get_act_layer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.source import Source
+from adala_mm.utils.timm_models import on_meta
 
 if TYPE_CHECKING:
     from adala_mm.conversion.convert import Converted
@@ -28,11 +28,7 @@ def facts(name: str) -> dict[str, Any] | None:
 
     Of a gated MLP the activation is that of `AdaLAViT`, which has no other there.
     """
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(name)
-    except (RuntimeError, ValueError):
-        return None
+    model = on_meta(name)
     if not isinstance(model, (VisionTransformer, Eva)):
         return None
     cfg, block = model.pretrained_cfg, model.blocks[0]

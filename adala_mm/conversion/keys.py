@@ -18,12 +18,14 @@ from adala_mm.conversion.from_transformers_vit import TRANSFORMERS_VIT
 from adala_mm.conversion.source import Source, reason_to_drop
 from adala_mm.models.attentions.marks import MARK
 from adala_mm.utils.checkpoint import recorded_linear
+from adala_mm.utils.timm_models import PE_CORE
 
 SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_VIT, TRANSFORMERS_DINOV2, TRANSFORMERS_CLIP, MMPRETRAIN,
            *DINOV3_SOURCES)
 SWIGLU = 'the gate and the values of its MLP are one matrix (SwiGLU of DINOv2 ViT-g), and those of AdaLAViT are two'
 NAFLEX = ("timm's NaFlexVit, which embeds flattened patches of images of any aspect; convert the same weights as "
           'transformers has them, such as google/siglip2-base-patch16-naflex')
+ROTARY = 'rotary positions other than those of DINOv3 (EVA-02, PE), which AdaLAViT has not'
 POOLED = 'its last norm comes after pooling, so that the backbone has none'
 # What no plain ViT has, by the beginning of a key.
 REFUSED = {re.compile(pattern): reason for pattern, reason in {
@@ -46,11 +48,16 @@ def refuse(state: dict[str, Tensor]) -> None:
         raise ValueError(f'cannot convert weights of a linearized model ({told}), which would pass for softmax. Name '
                          'the file as init_cfg.checkpoint of an AdaLAViT with the same attention'
                          + (', or give it to adala_mm.load' if marked else ''))
+    if PE_CORE <= state.keys():
+        raise ValueError(f'cannot convert weights with {", ".join(sorted(PE_CORE))}: PE core has {ROTARY}')
     for key, value in state.items():
         reason = next((reason for pattern, reason in REFUSED.items() if pattern.match(key)), None)
         if key.endswith('.mlp.fc1.weight'):
             back = state.get(key.replace('fc1', 'fc2'))
-            reason = SWIGLU if back is not None and len(value) == 2 * back.shape[-1] else reason  # gate and value
+            if back is not None and len(value) == 2 * back.shape[-1]:  # gate and value
+                reason = ROTARY if key.replace('mlp.fc1.weight', 'attn.q_bias') in state else SWIGLU
+        elif key.endswith('.mlp.fc1_g.weight') and 'pos_embed' in state:
+            reason = ROTARY
         elif key.startswith('fc_norm.') and 'norm.weight' not in state:
             reason = POOLED
         if reason:
@@ -66,8 +73,11 @@ def recognise(state: dict[str, Tensor]) -> tuple[Source, str]:
     if found:
         raise ValueError('weights of several models in one file: ' + ', '.join(
             f'{source.name} under {prefix + "*"!r}' for source, prefix in found) + '; save one of them')
-    raise ValueError(f'weights of no known source ({", ".join(source.name for source in SOURCES)}); the '
-                     f'{len(state)} keys are {some(state)}')
+    parts = [(part, source.name) for part in dict.fromkeys(key.partition('.')[0] for key in state)
+             for source in SOURCES if source.mark({key[len(part) + 1:] for key in state if key.startswith(f'{part}.')})]
+    inside = ''.join(f'. What stands under {part}.* is of {name}: --key {part}' for part, name in parts)
+    raise ValueError(f'weights of no known source ({"; ".join(source.name for source in SOURCES)}); the '
+                     f'{len(state)} keys are {some(state)}{inside}')
 
 
 def rename(state: dict[str, Tensor], source: Source, prefix: str) -> tuple[dict[str, Tensor], list]:

@@ -149,7 +149,7 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
         backbone.out_indices = sorted(set(backbone.out_indices))
         module = Features(model)
         outputs = tuple(f'features_{i}' for i in backbone.out_indices) if len(backbone.out_indices) > 1 else (
-            'features',)
+            'features', *['queries'] * hasattr(backbone, 'query_embed'))
     else:
         module, outputs = (SegLogits(model), ('seg_logits',)) if 'decode_head' in model_cfg else (
             Logits(model), ('logits',))

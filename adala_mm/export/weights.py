@@ -22,7 +22,7 @@ from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
 from adala_mm.linearization import linearize_blocks
 from adala_mm.models.attentions.marks import add_mark
-from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones import AdaLAViT, QueryViT
 from adala_mm.models.backbones.weights import is_extra
 
 POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
@@ -143,8 +143,9 @@ def linear_head(target: Target) -> nn.Linear | None:
 def describe(target: Target, source: Source, names: tuple[str, ...], family: str | None) -> Converted:
     """The backbone as `adala_mm.conversion` describes one, of the first fitting family of ``names``."""
     vit = target.backbone
-    if not isinstance(vit, AdaLAViT):
-        raise ValueError(f'{type(vit).__name__} is no plain ViT: timm and transformers have no such model')
+    if not isinstance(vit, AdaLAViT) or isinstance(vit, QueryViT):
+        raise ValueError(f'{type(vit).__name__} is no plain ViT: timm and transformers have no such model; .onnx and '
+                         '.pt2 hold any')
     block, patch = vit.blocks[0], vit.patch_size
     if vit.rotary is not None or isinstance(block.mlp, SwiGLU):
         raise ValueError('rotary positions and gated MLPs (DINOv3) are not written for timm and transformers: .onnx '

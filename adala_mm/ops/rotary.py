@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Rotation(NamedTuple):
@@ -39,7 +39,7 @@ def turn(x: Tensor, rotation: Rotation, num_prefix: int = 0) -> Tensor:
     return torch.cat([first, turned], dim=-2) if num_prefix else turned
 
 
-class RotaryPositions:
+class RotaryPositions(nn.Module):
     """Axial rotary positions in normalised coordinates (DINOv3, Siméoni et al. 2025; RoPE: Su et al. 2021).
 
     A patch in row y of h and column x of w lies at ``(2 (y + 1/2) / h - 1, 2 (x + 1/2) / w - 1)``, both in (-1, 1), so
@@ -54,7 +54,8 @@ class RotaryPositions:
     apart; docs/method.md has numbers. The rotations of features by which `MLLAAttention` and `RALAAttention` keep
     differences of places come on top, and do not change that.
 
-    In training, coordinates may be disturbed, once for all images and blocks of a call, in this order:
+    In training mode coordinates may be disturbed, once for all images and blocks of a call, in this order; `eval` holds
+    them still. It is a module for that alone: there is nothing of it in a state dict.
 
     Args:
         head_dim: D, a multiple of 4.
@@ -69,6 +70,7 @@ class RotaryPositions:
 
     def __init__(self, head_dim: int, base: float = 100.0, shift: float | None = None, jitter: float | None = None,
                  rescale: float | None = None) -> None:
+        super().__init__()
         if head_dim % 4:
             raise ValueError(f'{head_dim} channels in a head: rotary positions by row and column need a multiple of 4')
         for name, value, least in (('base', base, 0), ('shift', shift, 0), ('jitter', jitter, 1),
@@ -78,12 +80,12 @@ class RotaryPositions:
                                  + ('above 0' if name == 'base' else f'at least {least}') + ' and finite')
         self.head_dim, self.base, self.shift, self.jitter, self.rescale = head_dim, base, shift, jitter, rescale
 
-    def __call__(self, hw: Sequence[int], device: torch.device | None = None, training: bool = False) -> Rotation:
-        """The rotation of the patches, row-major, of a grid (h, w); drawn anew at each call in ``training``."""
+    def forward(self, hw: Sequence[int], device: torch.device | None = None) -> Rotation:
+        """The rotation of the patches, row-major, of a grid (h, w); drawn anew at each call in training mode."""
         exponents = 2.0 * torch.arange(self.head_dim // 4, device=device, dtype=torch.float32) / (self.head_dim // 2)
         periods = self.base ** exponents  # (F,)
         axes = [2.0 * ((torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side) - 1.0 for side in hw]
-        if training:
+        if self.training:
             axes = self.disturbed(axes)
         angles = [2 * math.pi * axis[:, None] / periods for axis in axes]  # (h, F), (w, F)
 

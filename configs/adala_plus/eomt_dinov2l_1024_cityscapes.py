@@ -9,7 +9,7 @@ with read_base():
     from .._base_.models.encoder_mask import *
     from .._base_.schedules.stage3_mask2former import *
 
-backbone.update(queries, img_size=1024)
+backbone.update(queries)
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_in22k/epoch_30.pth'))
 model.update(backbone=backbone)
 del backbone  # from here on it is model['backbone']

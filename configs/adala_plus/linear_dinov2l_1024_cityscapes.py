@@ -8,7 +8,7 @@ with read_base():
     from .._base_.models.linear_segmentor import *
     from .._base_.schedules.probe_40k import *
 
-backbone.update(trainable=r'^norm\.', img_size=1024)
+backbone.update(trainable=r'^norm\.')
 backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_in22k/epoch_30.pth'))
 model.update(backbone=backbone)
 del backbone  # from here on it is model['backbone']

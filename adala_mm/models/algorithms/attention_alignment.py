@@ -159,7 +159,7 @@ class AttentionAlignment(Alignment):
     have nothing to learn and count in neither loss nor L.
 
     Blocks being independent, each is differentiated before the next is run: memory for activations is that of one
-    block, however deep the network.
+    block, however deep the network. Rotary positions are those of evaluation, for both attentions of a block.
 
     Args:
         backbone: the linear ViT, with ``init_cfg`` naming the pretrained *softmax* checkpoint.

@@ -7,6 +7,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adala_mm.ops import RotaryPositions
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import read_state_dict
 
@@ -22,12 +23,20 @@ class Distillation(BaseModel):
 
     The teacher is kept in a plain dict (`frozen`), not as a submodule. So it is by construction in no optimizer, no
     DDP bucket, no checkpoint, and no ``train()`` call reaches it; it only follows the model's device and dtype.
+    Rotary positions of the student stay where the teacher's are: they are not disturbed in training.
     """
 
     def __init__(self, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
         self.frozen: dict[str, nn.Module] = {}
         self.teacher_ready = False
+
+    def train(self, mode: bool = True) -> Distillation:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, RotaryPositions):
+                module.eval()
+        return self
 
     def freeze(self, name: str, module: nn.Module) -> None:
         """Holds ``module`` as a frozen part of the teacher."""

@@ -52,7 +52,8 @@ class FeatureAlignment(Alignment):
         attention_weight: lambda; adds ``lambda * loss of stage 1`` (not times loss_scale), for all blocks that are not
             softmax. `attention_mse` says what it costs; the teacher's blocks are not compiled then.
 
-    All of the student learns, unless its ``trainable`` says otherwise (``attn\\.qkv\\.`` for the ablation of A.7).
+    All of the student learns, unless its ``trainable`` says otherwise (``attn\\.qkv\\.`` for the ablation of A.7). Its
+    rotary positions are not disturbed (``rotary=dict(rescale=...)``): the teacher's are not.
     Logs ``rel_error = ||student - teacher|| / ||teacher||`` of the batch, the mean over ``layers`` (of what the student
     made of images with hidden patches, if there are any), and the terms, unweighted, if there are several.
 

@@ -118,6 +118,8 @@ class TaskModelAlignment(Distillation):
             backbone learns by default. A neck or head that nothing in the loss reads may not.
         **model: what else the model's config has.
 
+    Rotary positions of the backbone are not disturbed in training: the teacher's are not.
+
     Logs the losses as ``loss_features``, ``loss_pyramid``, ``loss_logits``, ``loss_attention`` and ``task.*``, weights
     included, and ``rel_error = ||student - teacher|| / ||teacher||`` of the features.
 

@@ -76,8 +76,16 @@ class Attention(nn.Module):
         return merge_heads(self.mix(*self.turned(x, hw, num_prefix, rotation), hw, num_prefix))
 
     def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
-        """Attention with its output projection, (B, N, C) to (B, N, C)."""
-        return self.proj(self.attend(x, hw, num_prefix, rotation))
+        """Attention with its output projection, (B, N, C) to (B, N, C).
+
+        `attend` is told a rotation only if there is one: a subclass may have one that takes none.
+        """
+        layout = (hw, num_prefix) if rotation is None else (hw, num_prefix, rotation)
+        return self.project_out(self.attend(x, *layout))
+
+    def project_out(self, attended: Tensor) -> Tensor:
+        """The output projection of (B, N, C)."""
+        return self.proj(attended)
 
     @property
     def adala_mm(self) -> dict[str, Any] | None:

@@ -33,7 +33,8 @@ def require_rotation(attn: Attention) -> None:
     """TypeError for a layer whose own methods do not take rotary positions, and would leave them out."""
     kind = type(attn) if attn.built_from is None else attn.built_from[0]
     for name in ('attend', 'forward'):
-        if 'rotation' not in inspect.signature(getattr(kind, name)).parameters:
+        taken = inspect.signature(getattr(kind, name)).parameters
+        if 'rotation' not in taken and all(p.kind is not p.VAR_POSITIONAL for p in taken.values()):
             raise TypeError(f'{kind.__name__}.{name} takes no rotation, and the ViT has rotary positions: give '
                             f'{name} the argument rotation=None, and let it call turned(x, hw, num_prefix, rotation) '
                             'where it calls project(x)')

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import split_heads
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
-from adala_mm.ops import Rotation
 from adala_mm.registry import ATTENTIONS
 
 TARGETS = ('q', 'k', 'v', 'o')
@@ -71,10 +70,9 @@ class LoLCATSAttention(HedgehogAttention):
         qkv = F.linear(x, self.qkv.weight + self.lora.delta('qkv'), self.qkv.bias)
         return split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
 
-    def forward(self, x: Tensor, hw: tuple[int, int], num_prefix: int, rotation: Rotation | None = None) -> Tensor:
-        attended = self.attend(x, hw, num_prefix, rotation)
+    def project_out(self, attended: Tensor) -> Tensor:
         if self.lora is None:
-            return self.proj(attended)
+            return super().project_out(attended)
         return F.linear(attended, self.proj.weight + self.lora.delta('o'), self.proj.bias)
 
     def merge_lora(self) -> None:

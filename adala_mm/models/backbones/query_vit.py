@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from adala_mm.models.attentions import Attention
 from adala_mm.models.backbones.vit import CUDA_GRAPH_MODES, AdaLAViT, compile_mode
 from adala_mm.registry import MODELS
 
@@ -33,15 +34,17 @@ class QueryViT(AdaLAViT):
         if (mode := compile_mode(vit.get('compile', False))) in CUDA_GRAPH_MODES:
             raise ValueError(f'compile={mode!r} compiles all blocks as one function, which queries join halfway: '
                              'choose True')
+        self.query_blocks = query_blocks  # before the blocks, whose attentions are checked as they are built
         super().__init__(**vit)
         if not 0 < query_blocks < len(self.blocks):
             raise ValueError(f'query_blocks={query_blocks} must be less than depth={len(self.blocks)}, and at least 1')
-        self.query_blocks = query_blocks
-        for i, block in enumerate(self.blocks[-query_blocks:], len(self.blocks) - query_blocks):
-            if block.attn.needs:
-                raise ValueError(f'{type(block.attn).__name__} in block {i} has tables over tokens, which have no rows '
-                                 f'for queries: list another attention for the last {query_blocks} blocks')
         self.query_embed = nn.Embedding(num_queries, self.embed_dim)
+
+    def check_attention(self, i: int, attn: Attention) -> None:
+        super().check_attention(i, attn)
+        if attn.needs and i >= len(self.blocks) - self.query_blocks:
+            raise ValueError(f'{type(attn).__name__} in block {i} has tables over tokens, which have no rows for '
+                             f'queries: choose another attention for the last {self.query_blocks} blocks')
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W) to a map (B, C, h, w) and queries (B, Q, C), both after the final LayerNorm.
@@ -54,7 +57,7 @@ class QueryViT(AdaLAViT):
         _, num_prefix, *rotation = layout = self.layout(x, hw)
         x = before(x, layout, (), self.with_cp)[-1]
         count = self.query_embed.num_embeddings
-        x = torch.cat([self.query_embed.weight.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.query_embed.weight.expand(x.shape[0], -1, -1), x], dim=1)
         wanted = range(self.query_blocks) if self.training else ()
         outputs = [x] * self.training + [
             out for out in after(x, (hw, count + num_prefix, *rotation), wanted, self.with_cp) if out is not None]

@@ -11,7 +11,7 @@ from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, get_act_layer, resamp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adala_mm.models.attentions import build_attention
+from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.attentions.build import require_rotation
 from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_facts
 from adala_mm.ops import RotaryPositions, same_grid
@@ -184,9 +184,8 @@ class AdaLAViT(BaseModule):
                   Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=get_act_layer(act)),
                   norm_eps, layer_scale, drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth))
-        if self.rotary is not None:
-            for block in self.blocks:
-                require_rotation(block.attn)
+        for i, block in enumerate(self.blocks):
+            self.check_attention(i, block.attn)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.register_state_dict_post_hook(record_facts)
         self.register_load_state_dict_pre_hook(read_grid)
@@ -201,6 +200,11 @@ class AdaLAViT(BaseModule):
                                  f'{next(name for name, _ in self.blocks.named_parameters(prefix="blocks"))}')
             for parameter, learns in zip(self.parameters(), chosen, strict=True):
                 parameter.requires_grad_(learns)
+
+    def check_attention(self, i: int, attn: Attention) -> None:
+        """TypeError or ValueError for an attention that block ``i`` cannot have, from a config or from `linearize`."""
+        if self.rotary is not None:
+            require_rotation(attn)
 
     @property
     def num_softmax_blocks(self) -> int:
@@ -265,12 +269,12 @@ class AdaLAViT(BaseModule):
     def layout(self, x: Tensor, hw: tuple[int, int]) -> tuple:
         """What blocks and attentions are told beside tokens: grid, number of prefix tokens, rotation if there is one.
 
-        Of tokens x (B, N, C) on the device of the blocks, and a patch grid (h, w). In training the rotation is drawn
-        anew, if it is disturbed at all: one for all blocks of a call.
+        Of tokens x (B, N, C) on the device of the blocks, and a patch grid (h, w). In training mode of `rotary` the
+        rotation is drawn anew, if it is disturbed at all: one for all blocks of a call.
         """
         if self.rotary is None:
             return hw, self.num_prefix
-        return hw, self.num_prefix, self.rotary(hw, x.device, self.training)
+        return hw, self.num_prefix, self.rotary(hw, x.device)
 
     def run_blocks(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
         """Outputs of all blocks that ``out_indices`` names and of the last one, by block; others are None."""

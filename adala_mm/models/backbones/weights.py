@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from adala_mm.models.attentions.base import Attention
 from adala_mm.models.attentions.parts import GridTable
-from adala_mm.utils.checkpoint import read_state_dict, recorded_grid, recorded_linear, under
+from adala_mm.utils.checkpoint import TIMM, read_state_dict, recorded_grid, recorded_linear, under
 from adala_mm.utils.fingerprint import fingerprint
+from adala_mm.utils.timm_models import PE_CORE, refuse_other_rotary
 
 if TYPE_CHECKING:
     from adala_mm.models.backbones.vit import AdaLAViT
 
 LINES = 24  # of a table of keys
-# What a timm or mmpretrain ViT has behind its last block and a backbone has not.
-HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool)\.')
+# What a timm or mmpretrain ViT has behind its last block, or a `QueryViT` for its head, and a plain backbone has not.
+HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool|query_embed)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
     r'dist_token$': 'distilled DeiT',
@@ -58,13 +59,13 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     """Loads ``init_cfg['checkpoint']`` into ``model``.
 
     Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
-    state dict without its head and pooling keys; ``key`` says where in the file they are, as of `read_state_dict`.
-    Names of timm's ``Eva`` (DINOv3) are understood as well, and biases of zeros left out of a ViT without them. The
-    patch kernel is resampled to the model's patch size (FlexiViT's pseudo-inverse, as in timm) and, from RGB, to its
-    ``in_channels`` (for one channel the sum, as in timm: what a grey image normalised by one mean and std is to RGB).
-    Position embeddings are resampled to its grid (bicubic, antialiased), and so are the tables over the grid that some
-    attentions have. Parameters that only this attention variant has may be missing; nothing else may, and nothing may
-    be left over.
+    state dict, in both cases without its head, pooling and query keys (`HEAD_KEYS`); ``key`` says where in the file
+    they are, as of `read_state_dict`. Names of DINOv3 in timm are understood as well, and biases of zeros left
+    out of a ViT without them. The patch kernel is resampled to the model's patch size (FlexiViT's pseudo-inverse, as in
+    timm) and, from RGB, to its ``in_channels`` (for one channel the sum, as in timm: what a grey image normalised by
+    one mean and std is to RGB). Position embeddings are resampled to its grid (bicubic, antialiased), and so are the
+    tables over the grid that some attentions have. Parameters that only this attention variant has may be missing;
+    nothing else may, and nothing may be left over.
 
     The grid of the positions in the file is ``init_cfg['grid']``, else the one that the file records (all that are
     written here do). Else it is assumed to be square, or if it cannot be, or stood under the prefix, the model's own.
@@ -75,11 +76,14 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: for a missing or unreadable file.
         ValueError: for any other ``init_cfg`` type, for a grid that the positions do not have, for missing, unexpected
-            or mis-shaped keys, and for the weights of a linearized model with another attention.
+            or mis-shaped keys, for the weights of a linearized model with another attention, and for a name of timm
+            whose rotary positions are not those of DINOv3.
     """
     init_cfg = dict(init_cfg)
     said = init_cfg.pop('grid', None)
     path, state, own = read_backbone(init_cfg)
+    if path.startswith(TIMM):
+        refuse_other_rotary(path.removeprefix(TIMM))
     if said is not None and (isinstance(said, str) or len(said) != 2 or not all(isinstance(n, int) for n in said)):
         raise ValueError(f'init_cfg.grid={said!r} must be (height, width) in patches, (16, 64) for instance')
     if said is not None and model.pos_embed is None:
@@ -91,7 +95,12 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
         raise ValueError(f'{path} holds weights of {library}, whose names and shapes are not those of AdaLAViT. '
                          f'Convert it, and name the result: python tools/convert_vfm.py {path} '
                          f'{Path(path).stem}_converted.safetensors{f" --key {place}" if place else ""}')
-    dropped = [key for key in state if HEAD_KEYS.match(key)]
+    if PE_CORE <= state.keys():
+        raise ValueError(f'{path} holds weights of PE core ({", ".join(sorted(PE_CORE))}), whose rotary positions are '
+                         "of another kind than DINOv3's, which AdaLAViT has not; adala_mm.linearize takes timm's model "
+                         'as it is')
+    own_keys = model.state_dict().keys()
+    dropped = [key for key in state if HEAD_KEYS.match(key) and key not in own_keys]
     linear = recorded_linear(state)
     state = plain_names({key: value for key, value in state.items() if key not in dropped})
     problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
@@ -111,8 +120,11 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
         notes.append(f'left out {len(idle)} biases of queries, keys and values that are zero')
     if table := misfits({key: tuple(value.shape) for key, value in state.items()},
                         {key: tuple(value.shape) for key, value in wanted.items()}):
+        hint = {(True, False): ' The file has position embeddings, and this ViT has rotary positions: leave out rotary',
+                (False, True): ' The file has no position embeddings: if it is of DINOv3, say rotary=dict()',
+                }.get(('pos_embed' in state, 'pos_embed' in wanted), '')
         raise ValueError(f'{path} does not fit this ViT:\n{table}\nIs it the model family that the config describes '
-                         '(width, depth, class token, registers, LayerScale, in_channels)?')
+                         f'(width, depth, class token, registers, LayerScale, rotary, in_channels)?{hint}')
     model.load_state_dict(state, strict=False)
     note_loaded(model, state)
     new = [key for key in wanted if key not in state]
@@ -127,7 +139,12 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
 
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of timm's ``Eva`` as those of its ``VisionTransformer``: LayerScale, and biases that keys have not."""
+    """Names of DINOv3 in timm's ``Eva`` as those of its ``VisionTransformer``: LayerScale, and biases without a key's.
+
+    Others of ``Eva`` have other rotary positions, which no weight shows: their names stay, and fit no `AdaLAViT`.
+    """
+    if 'pos_embed' in state or not {'cls_token', 'reg_token'} <= state.keys():
+        return state
     plain = {re.sub(r'^(blocks\.\d+)\.gamma_(\d)$', r'\1.ls\2.gamma', key): value for key, value in state.items()}
     for key in [key for key in plain if re.fullmatch(r'blocks\.\d+\.attn\.q_bias', key)]:
         start, q = key.removesuffix('q_bias'), plain.pop(key)
@@ -211,7 +228,7 @@ def _fit_positions(model: AdaLAViT, state: dict[str, Tensor], grid: tuple[int, i
     many as the model, as of the model's grid.
     """
     position = state.get('pos_embed')
-    if position is None:
+    if position is None or model.pos_embed is None:
         return []
     prefix = 0 if model.no_embed_class else model.num_prefix
     patches, wanted = position.shape[1] - prefix, model.pos_grid
