@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import runpy
@@ -44,6 +45,13 @@ def small_heap():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Tools silence it for their own process."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def own_default_scope():

@@ -1,7 +1,6 @@
 """The benchmarks run, record what they claim to, and say so where something is slower. No time is asserted."""
 import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -38,7 +37,6 @@ def tool(monkeypatch):
             monkeypatch.setitem(module.ARCHS, 'S', tiny)
         return module
     yield load
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

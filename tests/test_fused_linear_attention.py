@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from adala_mm.models.attentions import build_attention
-from adala_mm.models.attentions.base import merge_heads
+from adala_mm.models.attentions.heads import merge_heads
 from adala_mm.ops import (
     FEATURE_MAPS,
     cpu_linear_attention,

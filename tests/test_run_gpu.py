@@ -1,6 +1,5 @@
 """The benchmarks of one GPU: all parts on a CPU with tiny sizes, what is kept when they are stopped, and its tables."""
 import importlib
-import logging
 import os
 import signal
 import subprocess
@@ -36,7 +35,6 @@ def load(monkeypatch):
         monkeypatch.syspath_prepend(ROOT / folder)
     with torch._dynamo.config.patch(disable=True):
         yield load
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adala_mm.adapters.base import TESTED, Adapter, Layout, find_part, refuse
 from adala_mm.models.attentions import Attention, build_attention
-from adala_mm.models.attentions.base import split_heads
+from adala_mm.models.attentions.heads import split_heads
 from adala_mm.ops import Rotation
 
 

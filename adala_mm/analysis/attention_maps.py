@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adala_mm.models.attentions import Attention
-from adala_mm.models.attentions.base import centred
+from adala_mm.models.attentions.heads import centred
 from adala_mm.models.attentions.linear import LinearAttention
 from adala_mm.ops import FEATURE_MAPS
 

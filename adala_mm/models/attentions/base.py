@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adala_mm.models.attentions.heads import merge_heads, split_heads
 from adala_mm.models.attentions.marks import MARK, describe, last_of, options_of, take_mark
 from adala_mm.ops import Rotation, turn
 
@@ -116,18 +117,3 @@ class Attention(nn.Module):
     def __prepare_scriptable__(self):
         raise TypeError(f'torch.jit.script does not compile {type(self).__name__}: use torch.jit.trace, which holds '
                         'for other batches and sizes, or torch.export')
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, C) to (B, H, N, D)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, D) to (B, N, C)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def centred(k: Tensor) -> Tensor:
-    """Keys (B, H, N, D) less their mean over the tokens: softmax does not notice, kernels approximate it better."""
-    return k - k.mean(dim=2, keepdim=True)

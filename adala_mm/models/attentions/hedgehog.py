@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adala_mm.models.attentions.base import Attention, centred
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.heads import centred
 from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.ops import in_float32, shifted_exp, weighted_sums
 from adala_mm.registry import ATTENTIONS

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from adala_mm.models.attentions.base import Attention, centred, merge_heads
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.heads import centred, merge_heads
 from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.ops import Rotation, check_feature_map, linear_attention, linear_attention_packed
 from adala_mm.registry import ATTENTIONS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.models.attentions.base import split_heads
+from adala_mm.models.attentions.heads import split_heads
 from adala_mm.models.attentions.hedgehog import HedgehogAttention
 from adala_mm.registry import ATTENTIONS
 

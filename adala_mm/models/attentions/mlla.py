@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adala_mm.models.attentions.base import Attention, merge_heads, split_heads
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.heads import merge_heads, split_heads
 from adala_mm.models.attentions.parts import DepthwiseConv, grid_angles, rotate
 from adala_mm.ops import elu1, in_float32
 from adala_mm.registry import ATTENTIONS

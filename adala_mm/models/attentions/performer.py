@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.models.attentions.base import Attention, centred
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.heads import centred
 from adala_mm.ops import in_float32, weighted_sums
 from adala_mm.registry import ATTENTIONS
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.models.attentions.base import Attention, merge_heads, split_heads
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.heads import merge_heads, split_heads
 from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.ops import Rotation, gated_linear_attention, in_float32
 from adala_mm.registry import ATTENTIONS

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adala_mm.models.attentions.base import Attention, centred
+from adala_mm.models.attentions.base import Attention
+from adala_mm.models.attentions.heads import centred
 from adala_mm.models.attentions.hedgehog import HedgehogMap
 from adala_mm.models.attentions.parts import DepthwiseConv
 from adala_mm.models.attentions.tiles import fit_tile, from_tiles, padded, real_patches, to_tiles
