@@ -4,10 +4,10 @@
 """
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
+
+from adala_mm.utils.tables import keep_page, markdown_table
 
 DOCS = Path(__file__).resolve().parent
 CONFIGS = DOCS.parent / 'configs'
@@ -56,8 +56,7 @@ def link(path: Path, name: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+    return markdown_table(header, rows) + '\n'
 
 
 def split_name(name: str, vfms: list[str]) -> tuple[str, str, list[str], str]:
@@ -104,16 +103,5 @@ def page() -> str:
         [[link(path, path.relative_to(CONFIGS / '_base_').as_posix()), about(path)] for path in base])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--check', action='store_true', help='change nothing; fail if the page is out of date')
-    args = parser.parse_args()
-    text = page()
-    if args.check and (not PAGE.exists() or PAGE.read_text(encoding='utf-8') != text):
-        sys.exit('docs/configs.md differs from the configs; run: python docs/make_configs.py')
-    if not args.check:
-        PAGE.write_text(text, encoding='utf-8')
-
-
 if __name__ == '__main__':
-    main()
+    keep_page(PAGE, page, 'python docs/make_configs.py')

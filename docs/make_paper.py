@@ -4,13 +4,11 @@
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ import yaml
 from mmengine.config import Config
 
 from adala_mm.utils.compose import composed
-from adala_mm.utils.tables import markdown_table
+from adala_mm.utils.tables import keep_page, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs/paper.md'
@@ -317,16 +315,5 @@ def page() -> str:
     return '\n'.join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--check', action='store_true', help='change nothing; fail if the page is out of date')
-    args = parser.parse_args()
-    text = page()
-    if args.check and (not PAGE.exists() or PAGE.read_text(encoding='utf-8') != text):
-        sys.exit('docs/paper.md is out of date; run: python docs/make_paper.py')
-    if not args.check:
-        PAGE.write_text(text, encoding='utf-8')
-
-
 if __name__ == '__main__':
-    main()
+    keep_page(PAGE, page, 'python docs/make_paper.py')

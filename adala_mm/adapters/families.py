@@ -30,10 +30,11 @@ class Timm(Adapter):
         out = self.apply_their('norm', super().attend(x, *layout))
         return out * self._modules['gate'](x).sigmoid() if 'gate' in self.theirs else out
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                *rotation: Rotation) -> Tensor:
         refuse('attn_mask', attn_mask)
         refuse('is_causal', is_causal)
-        return self.apply_their('proj_drop', self.mixed(x))
+        return self.apply_their('proj_drop', self.mixed(x, *rotation))
 
 
 class TimmRotary(Timm):
@@ -53,9 +54,8 @@ class TimmRotary(Timm):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        refuse('attn_mask', attn_mask)
-        refuse('is_causal', is_causal)
-        return self.apply_their('proj_drop', self.mixed(x) if rope is None else self.mixed(x, self.rotation(rope)))
+        rotation = [] if rope is None else [self.rotation(rope)]
+        return super().forward(x, attn_mask, is_causal, *rotation)
 
     def rotation(self, rope: Tensor) -> Rotation:
         """Of timm's table (..., n, 2 D) of sines and cosines, in which each stands twice."""

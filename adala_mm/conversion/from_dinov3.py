@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import timm
 import torch
 from timm.models.eva import Eva, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
-from adala_mm.conversion.from_timm import TIMM, load_trunk
+from adala_mm.conversion.from_timm import TIMM, load_trunk, size
+from adala_mm.conversion.from_transformers import below_prefix
 from adala_mm.conversion.source import Source
 from adala_mm.ops import RotaryPositions
 
@@ -40,13 +40,10 @@ def check_periods(state: dict[str, Tensor], head_dim: int) -> None:
 def eva(converted: Converted) -> Eva:
     """timm's model of the same structure, for images of any size."""
     config = converted.config
-    return Eva(img_size=config['img_size'], patch_size=config['patch_size'], embed_dim=config['embed_dim'],
-               depth=config['depth'], num_heads=config['num_heads'], mlp_ratio=config.get('mlp_ratio', 4.0),
-               num_classes=0, qkv_bias=config['qkv_bias'], swiglu_mlp=config.get('swiglu', False),
+    return Eva(**size(converted), num_classes=0, qkv_bias=config['qkv_bias'], swiglu_mlp=config.get('swiglu', False),
                swiglu_align_to=config.get('swiglu_align_to', 8), init_values=converted.family.layer_scale,
                num_reg_tokens=config['num_registers'], use_rot_pos_emb=True, use_abs_pos_emb=False,
-               rope_type='dinov3', rope_temperature=100, rope_rotate_half=True, use_fc_norm=False,
-               norm_layer=partial(nn.LayerNorm, eps=converted.family.norm_eps), dynamic_img_size=True)
+               rope_type='dinov3', rope_temperature=100, rope_rotate_half=True, use_fc_norm=False)
 
 
 def converted_in_timm(converted: Converted) -> Callable[[Tensor], Tensor]:
@@ -76,8 +73,7 @@ def transformers_reference(converted: Converted, state: dict[str, Tensor], name:
     """``DINOv3ViTModel`` with the weights of the file."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    config, own = converted.config, {key.removeprefix(converted.prefix): value.float() for key, value in state.items()
-                                     if key.startswith(converted.prefix)}
+    config, own = converted.config, below_prefix(converted, state)
     gated = config.get('swiglu', False)
     biased = any(key.endswith('q_proj.bias') for key in own)
     model, info = transformers.DINOv3ViTModel.from_pretrained(

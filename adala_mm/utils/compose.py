@@ -20,6 +20,12 @@ STATED = 'dinov2l'  # the VFM whose configs are all files
 
 
 @functools.cache
+def paper_attentions() -> dict[str, dict]:
+    """The paper's baselines by the word that names have for them, with its options (configs/_base_/attentions.py)."""
+    return {name: cfg.to_dict() for name, cfg in Config.fromfile(CONFIGS / '_base_/attentions.py').items()}
+
+
+@functools.cache
 def composable() -> dict[str, tuple[Path, str]]:
     """Name of each config that is composed -> the file that states it for DINOv2-L, and the VFM."""
     files = {path.stem: path for folder in FOLDERS for path in sorted((CONFIGS / folder).glob('*.py'))}

@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.compose import CONFIGS
+from adala_mm.utils.compose import paper_attentions
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.pictures import label_points, save_figure
 from adala_mm.utils.tables import markdown_table
@@ -43,9 +42,8 @@ PANELS = {'mib': 'memory of a forward pass (MiB)', 'mixing': 'multiply-adds (10â
 def attentions() -> dict[str, dict]:
     """Every attention by the name of its line: softmax, linear, the paper's baselines, all others."""
     ATTENTIONS.import_from_location()
-    paper = {name: cfg.to_dict() for name, cfg in Config.fromfile(CONFIGS / '_base_/attentions.py').items()}
     found = {UNFUSED: dict(type='adala_mm.SoftmaxAttention'), SOFTMAX: dict(type='adala_mm.SoftmaxAttention'),
-             LINEAR: dict(type='adala_mm.LinearAttention'), **paper}
+             LINEAR: dict(type='adala_mm.LinearAttention'), **paper_attentions()}
     known = {cfg['type'].removeprefix('adala_mm.') for cfg in found.values()}
     return found | {name.removesuffix('Attention'): dict(type=f'adala_mm.{name}')
                     for name in sorted(ATTENTIONS.module_dict) if name not in known}

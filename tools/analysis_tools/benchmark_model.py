@@ -34,7 +34,7 @@ from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
 from adala_mm.registry import ATTENTIONS, MODELS
 from adala_mm.utils.cli import find_config, one_message
-from adala_mm.utils.compose import CONFIGS
+from adala_mm.utils.compose import paper_attentions
 from adala_mm.utils.cost import by_part, flop_counter, multiply_adds
 from adala_mm.utils.row_log import open_log
 from adala_mm.utils.timing import (
@@ -68,12 +68,6 @@ KEY = ('arch', 'size', 'mode', 'attention')
 SEGMENTOR_SIZES = [512, 1024, 2048]
 
 Model = tuple[AdaLAViT, bool]  # and whether its launches are recorded in a CUDA graph
-
-
-@functools.cache
-def paper_attentions() -> dict[str, dict]:
-    """The paper's baselines by name, with its options."""
-    return {name: cfg.to_dict() for name, cfg in Config.fromfile(CONFIGS / '_base_/attentions.py').items()}
 
 
 def build(arch: str, size: int, attention: str, compile: bool | str = False) -> AdaLAViT:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-from types import SimpleNamespace
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adala_mm.models.backbones import AdaLAViT
-from adala_mm.utils.cli import load_config, one_message
+from adala_mm.utils.cli import find_config, one_message
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.tables import markdown_table
 from adala_mm.utils.timing import save
@@ -49,8 +49,7 @@ def count(config: str, sizes: list[int]) -> dict:
     Raises:
         ValueError: if the backbone is another than AdaLAViT, whose blocks can do without mixing.
     """
-    cfg = load_config(SimpleNamespace(config=config, local_rank=0, launcher='none', work_dir=None, data_root=None,
-                                      cfg_options=None, trust_checkpoint=False))
+    cfg = Config.fromfile(find_config(config))
     kind = MODELS.get(cfg.model.backbone.type)
     if kind is None or not issubclass(kind, AdaLAViT):
         raise ValueError(f'{config}: only AdaLAViT is counted, and the backbone is {cfg.model.backbone.type}')
