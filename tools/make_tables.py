@@ -314,12 +314,13 @@ def head_counts() -> str:
 
 def head_times() -> str:
     """What heads take of the time of a small segmentor, and what a multiply-add of its pixel decoder takes."""
-    data = json.loads((ROOT / 'benchmarks/results/cpu/heads.json').read_text())
-    last = max((row for row in data['rows'] if not row['softmax_blocks']), key=lambda row: row['size'])
-    ours, theirs = (last['seconds'][part] / last['gmac'][part] for part in ('backbone', 'pixel decoder'))
-    return benchmark('heads', head_share_table) + (
-        f' At {last["size"]:,} pixels a multiply-add of the pixel decoder took {theirs / ours:.1f} times as long as '
-        'one of the linear backbone.')
+    def table(data: dict) -> str:
+        last = max((row for row in data['rows'] if not row['softmax_blocks']), key=lambda row: row['size'])
+        ours, theirs = (last['seconds'][part] / last['gmac'][part] for part in ('backbone', 'pixel decoder'))
+        return (f'{head_share_table(data)}\n\nAt {last["size"]:,} pixels a multiply-add of the pixel decoder took '
+                f'{theirs / ours:.1f} times as long as one of the linear backbone.')
+
+    return benchmark('heads', table)
 
 
 # Parts of benchmarks/run_gpu.sh that have a table: their title, and what makes it.

@@ -99,8 +99,8 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
         raise ValueError(f'{path} holds weights of PE core ({", ".join(sorted(PE_CORE))}), whose rotary positions are '
                          "of another kind than DINOv3's, which AdaLAViT has not; adala_mm.linearize takes timm's model "
                          'as it is')
-    own_keys = model.state_dict().keys()
-    dropped = [key for key in state if HEAD_KEYS.match(key) and key not in own_keys]
+    wanted = model.state_dict()
+    dropped = [key for key in state if HEAD_KEYS.match(key) and key not in wanted]
     linear = recorded_linear(state)
     state = plain_names({key: value for key, value in state.items() if key not in dropped})
     problems = [layer.take_mark(state, f'{name}.') for name, layer in model.named_modules()
@@ -113,7 +113,6 @@ def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
     notes += [f'{count} blocks of {there} are {now} here' for (there, now), count in swapped.items()]
     doubts = _fit_positions(model, state, grid, own, notes)
 
-    wanted = model.state_dict()
     idle = [key for key in state if key.endswith('.attn.qkv.bias') and key not in wanted and not state[key].any()]
     if idle:
         state = {key: value for key, value in state.items() if key not in idle}
