@@ -14,7 +14,7 @@ from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_si
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adala_mm.adapters import Adapter, Family, find_vit
+from adala_mm.adapters import Adapter, Architecture, find_vit
 from adala_mm.calibration import calibrate
 from adala_mm.linearization import is_linear
 from adala_mm.pairing import find_pair, first_of, frozen, report, require_whole, restored, steps_in, validated
@@ -48,7 +48,7 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
 
     Args:
         model: from `linearize`; trained in place, on its device and in its dtype.
-        teacher: the original, of the same family, on the same device. Frozen and in eval mode meanwhile.
+        teacher: the original, of the same architecture, on the same device. Frozen and in eval mode meanwhile.
         dataloader: yields images (B, 3, H, W), normalised as the ViT inside expects them: a tensor, a tuple or list
             that begins with one, or a dict with ``pixel_values``.
         stage: 1, 2, or ``'calibrate'``: then `adala_mm.calibrate` does the work, with the defaults of its own options.
@@ -161,17 +161,18 @@ Pair = tuple[nn.Module, nn.Module]  # attentions of student and teacher
 def _prepare(model: nn.Module, teacher: nn.Module,
              stage: int) -> tuple[list[Pair], list[nn.Parameter], Callable[[Tensor, float], Tensor]]:
     """Replaced attentions beside the teacher's, what learns, and what differentiates the loss of a batch."""
-    vit, old, family = find_pair(model, teacher)
-    pairs = [(a, b) for a, b in zip(family.attentions_of(vit), family.attentions_of(old), strict=True) if is_linear(a)]
+    vit, old, architecture = find_pair(model, teacher)
+    both = zip(architecture.attentions_of(vit), architecture.attentions_of(old), strict=True)
+    pairs = [(a, b) for a, b in both if is_linear(a)]
     if stage == 2:
         return pairs, list(model.parameters()), lambda images, factor: _feature_loss(
-            family.features, vit, old, images, factor)
+            architecture.features, vit, old, images, factor)
     learners = [parameter for new, softmax in pairs for name, parameter in new.named_parameters()
                 if QKV.match(name) or name not in dict(softmax.named_parameters())]
-    return pairs, learners, lambda images, factor: _attention_loss(family, old, pairs, images)
+    return pairs, learners, lambda images, factor: _attention_loss(architecture, old, pairs, images)
 
 
-def _attention_loss(family: Family, teacher: nn.Module, pairs: list[Pair], images: Tensor) -> Tensor:
+def _attention_loss(architecture: Architecture, teacher: nn.Module, pairs: list[Pair], images: Tensor) -> Tensor:
     """(loss, relative error) of stage 1. Each block is differentiated as soon as the teacher has passed it."""
     measured = []
 
@@ -185,13 +186,13 @@ def _attention_loss(family: Family, teacher: nn.Module, pairs: list[Pair], image
 
     with ExitStack() as hooks, torch.no_grad():
         if isinstance(pairs[0][0], Adapter):  # the student's own patch embedding does not run
-            patches = teacher.get_submodule(family.patches)
+            patches = teacher.get_submodule(architecture.patches)
             hooks.callback(patches.register_forward_hook(pairs[0][0].layout).remove)
         for student, softmax in pairs:
             def hook(module, args, kwargs, output, student=student):
                 compare(student, module, args, kwargs, output)
             hooks.callback(softmax.register_forward_hook(hook, with_kwargs=True).remove)
-        family.features(teacher, images)
+        architecture.features(teacher, images)
     return torch.stack(measured).mean(dim=0)
 
 
@@ -224,11 +225,11 @@ def _learning(model: nn.Module, learners: list[nn.Parameter], pairs: list[Pair],
 
     In neither stage rotary positions move, as those of DINOv3 may in training: the teacher's do not.
     """
-    vit, family = find_vit(model)
+    vit, architecture = find_vit(model)
     with restored(model):
         model.requires_grad_(False)
         model.train(stage == 2)
-        if (positions := family.rotary(vit)) is not None:
+        if (positions := architecture.rotary(vit)) is not None:
             positions.eval()
         for parameter in learners:
             parameter.requires_grad_(True)

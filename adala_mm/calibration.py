@@ -12,7 +12,7 @@ from mmengine.dist import all_reduce, broadcast, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from adala_mm.adapters import Adapter, Family
+from adala_mm.adapters import Adapter, Architecture
 from adala_mm.adapters.residuals import Residual, middle_of, residuals_of
 from adala_mm.pairing import find_pair, first_of, frozen, report, require_whole, steps_in, validated
 from adala_mm.utils.batches import Batches
@@ -86,9 +86,9 @@ class Stream:
     positions) depends on the shape of the images only, and is kept once for each.
     """
 
-    def __init__(self, vit: nn.Module, family: Family) -> None:
-        self.vit, self.family, self.blocks = vit, family, family.blocks_of(vit)
-        self.layout = next((attn.layout for attn in family.attentions_of(vit) if isinstance(attn, Adapter)), None)
+    def __init__(self, vit: nn.Module, architecture: Architecture) -> None:
+        self.vit, self.architecture, self.blocks = vit, architecture, architecture.blocks_of(vit)
+        self.layout = next((attn.layout for attn in architecture.attentions_of(vit) if isinstance(attn, Adapter)), None)
         self.tokens: list[Tensor] = []
         self.shapes: list[torch.Size] = []
         self.calls: dict[torch.Size, list[tuple[tuple, dict]]] = {}  # other arguments of each block
@@ -106,7 +106,7 @@ class Stream:
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
-            self.family.features(self.vit, images)
+            self.architecture.features(self.vit, images)
         self.shapes.append(images.shape)
         self.calls[images.shape], self.grids[images.shape] = calls, self.layout and self.layout.hw
 
@@ -144,8 +144,8 @@ class Calibration:
     without gradients. Time: five passes of a ViT over the images, with ``mlp`` six.
 
     Args:
-        vit, teacher: of one family; what `find_pair` gives.
-        family: theirs.
+        vit, teacher: of one architecture; what `find_pair` gives.
+        architecture: theirs.
         mlp: refit the second matrix of each MLP, too.
         ridge: as in `NormalEquations.solve`.
         patches: how many of each image the sums take in, beside class and register tokens, drawn anew for each batch;
@@ -156,17 +156,17 @@ class Calibration:
         TypeError: for blocks that are not such sums (`residuals_of`).
     """
 
-    def __init__(self, vit: nn.Module, teacher: nn.Module, family: Family, mlp: bool = False, ridge: float = RIDGE,
-                 patches: int | None = None) -> None:
+    def __init__(self, vit: nn.Module, teacher: nn.Module, architecture: Architecture, mlp: bool = False,
+                 ridge: float = RIDGE, patches: int | None = None) -> None:
         if ridge <= 0 or (patches is not None and patches < 1):
             raise ValueError(f'ridge={ridge} must be above 0, patches={patches} at least 1 or None')
         if any(isinstance(parameter, DTensor) for parameter in vit.parameters()):
             raise ValueError('calibration needs whole parameters, and these are sharded: use DDP')
-        self.family, self.mlp, self.ridge, self.patches = family, mlp, ridge, patches
-        self.prefix = family.num_prefix(vit)
+        self.architecture, self.mlp, self.ridge, self.patches = architecture, mlp, ridge, patches
+        self.prefix = architecture.num_prefix(vit)
         self.networks, self.device = (vit, teacher), next(vit.parameters()).device
-        self.student, self.teacher = Stream(vit, family), Stream(teacher, family)
-        for pair in zip(self.student.blocks, family.attentions_of(vit), strict=True):
+        self.student, self.teacher = Stream(vit, architecture), Stream(teacher, architecture)
+        for pair in zip(self.student.blocks, architecture.attentions_of(vit), strict=True):
             middle_of(pair[0]), residuals_of(*pair)  # nothing is changed if one of them cannot be
 
     @contextmanager
@@ -191,7 +191,7 @@ class Calibration:
         Raises:
             FloatingPointError: if a stream is not finite.
         """
-        attn = self.family.attentions_of(self.student.vit)[block]
+        attn = self.architecture.attentions_of(self.student.vit)[block]
         attention, hidden = residuals_of(self.student.blocks[block], attn)
         with self._quiet():
             before = self._refit_attention(block, attention)
@@ -310,13 +310,13 @@ def calibrate(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], s
     """
     require_whole(val_interval=val_interval)
     total, data = steps_in(dataloader, steps, epochs), Batches(dataloader)
-    vit, old, family = find_pair(model, teacher)
-    work = Calibration(vit, old, family, mlp, ridge, patches)
+    vit, old, architecture = find_pair(model, teacher)
+    work = Calibration(vit, old, architecture, mlp, ridge, patches)
     run = dict(stage='calibrate', total=total, mlp=mlp, ridge=ridge, patches=patches, bf16=bf16,
                processes=get_world_size())
     saved = read_run(checkpoint, run, resume)
     begun, history = (saved['block'], saved['history']) if saved else (0, [])
-    images_state, depth = saved['data'] if saved else data.state(), len(family.blocks_of(vit))
+    images_state, depth = saved['data'] if saved else data.state(), len(architecture.blocks_of(vit))
     for value in model.state_dict(keep_vars=True).values():
         broadcast(value.detach())
     if saved:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from adala_mm.adapters import Adapter, Family, Layout, find_vit
+from adala_mm.adapters import Adapter, Architecture, Layout, find_vit
 from adala_mm.models.attentions import Attention
 from adala_mm.models.attentions.build import require_rotation
 from adala_mm.registry import ATTENTIONS
@@ -51,8 +51,8 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
         ValueError: for an unknown attention, a block that does not exist, a model without softmax blocks, or one that
             drops attention weights in training; for ``auto`` without a patch grid.
     """
-    vit, family = find_vit(model if inplace else (model := copy.deepcopy(model)))
-    attentions = family.attentions_of(vit)
+    vit, architecture = find_vit(model if inplace else (model := copy.deepcopy(model)))
+    attentions = architecture.attentions_of(vit)
     depth, keep = len(attentions), list(keep_softmax)
     if wrong := [i for i in keep if not -depth <= i < depth]:
         raise ValueError(f'keep_softmax={keep}: there is no block {wrong[0]} in a ViT of {depth} blocks')
@@ -60,24 +60,24 @@ def linearize(model: Model, attention: str | dict[str, Any] | type[Attention] = 
         raise ValueError(f'no block of {type(vit).__name__} has its softmax attention any more: nothing to replace')
     chosen = [i for i in range(depth) if i not in keep and i - depth not in keep and not is_replaced(attentions[i])]
     for i in chosen:
-        _check_supported(attentions[i], i, family)
+        _check_supported(attentions[i], i, architecture)
 
     layout = next((attn.layout for attn in attentions if isinstance(attn, Adapter)), None)
     new_layout = layout is None
-    layout = Layout(family.num_prefix(vit)) if new_layout else layout
-    cfg, grid = find_attention(attention), family.grid(vit)
+    layout = Layout(architecture.num_prefix(vit)) if new_layout else layout
+    cfg, grid = find_attention(attention), architecture.grid(vit)
     if cfg.get('type') == 'auto':
         cfg = advised(**{'grid': grid} | {key: value for key, value in cfg.items() if key != 'type'})
-    replaced = {i: family.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
+    replaced = {i: architecture.adapter.replace(attentions[i], cfg, layout, grid) for i in chosen}
     for i, attn in replaced.items():
-        if family.rotary(vit) is not None:
+        if architecture.rotary(vit) is not None:
             require_rotation(attn)
-        family.check(vit, i, attn)
+        architecture.check(vit, i, attn)
     for i, attn in replaced.items():  # only now that all have been built
-        setattr(family.blocks_of(vit)[i], family.attention, attn)
+        setattr(architecture.blocks_of(vit)[i], architecture.attention, attn)
     if replaced and new_layout:
-        family.listen(model, vit, layout)
-    model.num_linear_blocks = sum(is_linear(attn) for attn in family.attentions_of(vit))
+        architecture.listen(model, vit, layout)
+    model.num_linear_blocks = sum(is_linear(attn) for attn in architecture.attentions_of(vit))
     say(f'{type(vit).__name__}: {model.num_linear_blocks} of {depth} blocks linear')
     return model
 
@@ -141,9 +141,9 @@ def say(message: str) -> None:
     logger.info(message)
 
 
-def _check_supported(attn: nn.Module | None, i: int, family: Family) -> None:
+def _check_supported(attn: nn.Module | None, i: int, architecture: Architecture) -> None:
     kind = type(attn)
-    if f'{kind.__module__}.{kind.__qualname__}' not in family.attentions:
-        names = ' or '.join(name.rsplit('.', 1)[1] for name in family.attentions)
-        raise TypeError(f'block {i} has {kind.__name__ if attn is not None else f"no {family.attention}"} where '
-                        f'{names} is supported ({family.name})')
+    if f'{kind.__module__}.{kind.__qualname__}' not in architecture.attentions:
+        names = ' or '.join(name.rsplit('.', 1)[1] for name in architecture.attentions)
+        raise TypeError(f'block {i} has {kind.__name__ if attn is not None else f"no {architecture.attention}"} where '
+                        f'{names} is supported ({architecture.name})')

@@ -10,23 +10,23 @@ import torch
 from mmengine.dist import is_main_process
 from torch import Tensor, nn
 
-from adala_mm.adapters import Family, find_vit
+from adala_mm.adapters import Architecture, find_vit
 from adala_mm.linearization import is_linear, say
 from adala_mm.utils.batches import common_length
 
 
-def find_pair(model: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module, Family]:
-    """The ViTs in a linearized model and in its teacher, and their family.
+def find_pair(model: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module, Architecture]:
+    """The ViTs in a linearized model and in its teacher, and their architecture.
 
     Raises:
         ValueError: if they are not the same network, share weights or are on two devices, or no block is linear.
         TypeError: for unsupported models.
     """
-    (vit, family), (old, old_family) = find_vit(model), find_vit(teacher)
-    attentions, old_attentions = family.attentions_of(vit), old_family.attentions_of(old)
-    if family is not old_family or len(attentions) != len(old_attentions):
-        raise ValueError(f'the model ({family.name}, {len(attentions)} blocks) and its teacher ({old_family.name}, '
-                         f'{len(old_attentions)} blocks) are not the same network')
+    (vit, architecture), (old, old_architecture) = find_vit(model), find_vit(teacher)
+    attentions, old_attentions = architecture.attentions_of(vit), old_architecture.attentions_of(old)
+    if architecture is not old_architecture or len(attentions) != len(old_attentions):
+        raise ValueError(f'the model ({architecture.name}, {len(attentions)} blocks) and its teacher '
+                         f'({old_architecture.name}, {len(old_attentions)} blocks) are not the same network')
     if {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError('the model and its teacher share weights: let linearize make a copy (inplace=False)')
     if not any(map(is_linear, attentions)):
@@ -34,7 +34,7 @@ def find_pair(model: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
     place, other = (next(net.parameters()).device for net in (vit, old))
     if place != other:
         raise ValueError(f'the model is on {place}, its teacher on {other}')
-    return vit, old, family
+    return vit, old, architecture
 
 
 def steps_in(dataloader: Iterable[Any], steps: int | None, epochs: int | None) -> int:

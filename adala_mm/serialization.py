@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import adala_mm
-from adala_mm.adapters import FAMILIES, Adapter, find_vit
+from adala_mm.adapters import ARCHITECTURES, Adapter, find_vit
 from adala_mm.linearization import Model, linearize_blocks, say
 from adala_mm.models.attentions import Attention
 from adala_mm.models.attentions.marks import MARK, add_mark, decode, last_of, take_mark
@@ -26,7 +26,7 @@ SWITCHES = ('name_or_path', 'training', 'num_linear_blocks', 'grad_checkpointing
             'compile_mode', 'trainable', 'loaded', 'built_from', 'rope')
 NO_PART = ('quantization_config', 'auto_map')  # of the architecture that a config of transformers tells
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-MODELS = tuple(name for family in FAMILIES for name in family.models)
+MODELS = tuple(name for architecture in ARCHITECTURES for name in architecture.models)
 # Modules of transformers with the ViTs, and with what has one of their backbones inside.
 AROUND = ('depth_anything', 'prompt_depth_anything', 'mask2former', 'oneformer', 'upernet')
 TRANSFORMERS = tuple(dict.fromkeys([
@@ -121,8 +121,8 @@ def load(path: str | Path, model: nn.Module | None = None, attentions: Iterable[
             model, state = renamed(model, kinds, state, softmax_names)
         else:
             fill_in(state, ties_of(model.state_dict()))
-        vit, family = find_vit(model)
-        for prefix, layer in zip(prefixes(model), family.attentions_of(vit), strict=True):
+        vit, architecture = find_vit(model)
+        for prefix, layer in zip(prefixes(model), architecture.attentions_of(vit), strict=True):
             if f'{prefix}{MARK}' in state:
                 take_mark(state, prefix, last_of(layer.proj, layer))
         if own and len(dtypes) == 1:
@@ -406,15 +406,15 @@ def trusted(kind: dict[str, Any], attentions: Iterable[type[Attention]]) -> dict
 
 def linearize_as(model: nn.Module, kinds: dict[int, dict[str, Any]]) -> None:
     """Gives blocks of the softmax model, by their index, the attentions that a file names."""
-    vit, family = find_vit(model)
-    linearize_blocks(model, [kinds.get(i) for i in range(len(family.blocks_of(vit)))])
+    vit, architecture = find_vit(model)
+    linearize_blocks(model, [kinds.get(i) for i in range(len(architecture.blocks_of(vit)))])
 
 
 def prefixes(model: nn.Module) -> list[str]:
     """What the names of parameters begin with in the attention of each block."""
-    vit, family = find_vit(model)
+    vit, architecture = find_vit(model)
     names = {module: f'{name}.' for name, module in model.named_modules()}
-    return [names[attn] for attn in family.attentions_of(vit)]
+    return [names[attn] for attn in architecture.attentions_of(vit)]
 
 
 def block_of(prefix: str) -> int:

@@ -80,7 +80,7 @@ def read(name: str) -> Config:
 
 def config_name(vfm: str, dataset: str, pixels: int, method: str) -> str:
     """What the stage-3 run of a method is called; baselines are trained by their own recipes."""
-    head = 'linear' if dataset == 'in1k' else 'mask2former'
+    head = 'cls' if dataset == 'in1k' else 'mask2former'
     words = dict(softmax=['softmax'], stage2=['stage2only'], ours=[]).get(method, [method, 'native'])
     return '_'.join([head, vfm, *words, *['1024'] * (pixels == 1024), dataset])
 

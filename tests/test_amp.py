@@ -48,7 +48,7 @@ def build(kind: str, init_cfg: dict) -> nn.Module:
     if kind.startswith('stage'):
         model = MODELS.build(alignment(kind, init_cfg))
     elif kind == 'linear classifier':
-        cfg = Config.fromfile(ROOT / 'configs/adala/linear_dinov2l_in1k.py').model
+        cfg = Config.fromfile(ROOT / 'configs/adala/cls_dinov2l_in1k.py').model
         cfg.backbone = tiny_vit(attention=LINEAR, init_cfg=init_cfg, out_type='cls_token')
         cfg.head.in_channels = 32
         with DefaultScope.overwrite_default_scope('mmpretrain'):

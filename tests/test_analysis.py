@@ -852,9 +852,9 @@ def test_picture_grid(tmp_path):
     assert all((abs(found - 255 * value) < 2).all(axis=-1).mean() > 0.01 for value in (0.2, 0.8, 0.1, 0.4))
 
 
-@pytest.mark.parametrize('name', ['stage1_dinov2l_plus_coco', 'stage2_dinov2l_plus_in22k', 'task_linear_dinov2l_in1k'])
+@pytest.mark.parametrize('name', ['stage1_dinov2l_plus_coco', 'stage2_dinov2l_plus_in22k', 'task_cls_dinov2l_in1k'])
 def test_a_teacher_has_no_options_of_the_linear_attention(name):
-    cfg = Config.fromfile(ROOT / f'configs/adala_plus/{name}.py')
+    cfg = Config.fromfile(ROOT / f'configs/beyond/{name}.py')
     cfg.model.backbone.attention = dict(type='adala_mm.HedgehogAttention', variant='exp', dwconv=3)
     cfg.model.backbone.init_cfg.prefix = 'of_the_student.'
     teacher = teacher_config(cfg).model.backbone

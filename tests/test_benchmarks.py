@@ -218,7 +218,7 @@ def test_counts_are_of_segmentors(bench, capsys):
 
 @pytest.mark.parametrize('options', [[], ['--count-only']], ids=['times', 'counts'])
 def test_parts_of_segmentors(bench, options):
-    data, text = bench('model', '--configs', 'mask2former_deitt_camvid', 'linear_deitt_softmax_camvid', '--sizes', '32',
+    data, text = bench('model', '--configs', 'mask2former_deitt_camvid', 'probe_deitt_softmax_camvid', '--sizes', '32',
                        *options)
     full, probe = data['rows']
     assert (full['config'], full['size'], full['softmax_blocks'], full['linear_blocks']) == (
@@ -234,7 +234,7 @@ def test_parts_of_segmentors(bench, options):
     assert timing.head_share_table(data) in text and text.count(' s of CPU |') == 2 * (not options)
 
 
-@pytest.mark.parametrize('name', ['linear_dinov2l_in1k', 'stage1_dinov2l_coco', 'maskrcnn_dinov2l_1024_coco'])
+@pytest.mark.parametrize('name', ['cls_dinov2l_in1k', 'stage1_dinov2l_coco', 'maskrcnn_dinov2l_1024_coco'])
 def test_other_configs_are_no_segmentors(bench, name):
     with pytest.raises(SystemExit, match=f'{name} is no segmentor'):
         bench('model', '--configs', name, '--sizes', '32', '--count-only')

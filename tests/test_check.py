@@ -594,14 +594,14 @@ def test_batch_norm_that_is_not_synchronised():
 
 
 @pytest.mark.parametrize('name', [
-    'stage1_dinov2l_fast_coco', 'stage2_clipl_in22k', 'linear_dinov2b_in1k', 'mask2former_dinov2b_1024_cityscapes',
-    'mask2former_deitt_camvid', 'stage2_deitt_caltech', 'linear_l2vitt_in1k', 'stage2_demo_beacons',
-    'linear_demo_beacons'])
+    'stage1_dinov2l_fast_coco', 'stage2_clipl_in22k', 'cls_dinov2b_in1k', 'mask2former_dinov2b_1024_cityscapes',
+    'mask2former_deitt_camvid', 'stage2_deitt_caltech', 'cls_l2vitt_in1k', 'stage2_demo_beacons',
+    'fcn_demo_beacons'])
 def test_configs_without_data(name, monkeypatch):
     monkeypatch.setattr(memory, 'estimate', ESTIMATE)
     code, findings = check(name, '--data-root', 'nowhere', '--device-memory', 80, '--gpus', 8)
     wrong = red((code, findings))
-    drawn = name == 'linear_demo_beacons'
+    drawn = name == 'fcn_demo_beacons'
     assert code == 1 and ('train_dataloader folders' in {f['name'] for f in wrong}) != drawn
     for finding in wrong:
         assert finding['fix'] and 'Error' not in finding['found'].split(':')[0], finding

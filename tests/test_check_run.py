@@ -134,7 +134,7 @@ def test_parts(changes, name, status, words, place):
     assert set(others.values()) == {OK}
 
 
-@pytest.mark.parametrize('kind', ['adala_mm.EarlyStoppingHook', 'EarlyStoppingHook'])
+@pytest.mark.parametrize('kind', ['adala_mm.StopOnPlateauHook', 'EarlyStoppingHook'])
 def test_early_stopping_without_validation(kind, place):
     monitor = {'accuracy/top1': 'greater'} if kind.startswith('adala') else 'accuracy/top1'
     changes = dict(custom_hooks=[dict(type=kind, monitor=monitor)])
@@ -173,7 +173,7 @@ class Listed(Dataset):
         return 20210
 
 
-@pytest.mark.parametrize('name', ['stage2_dinov2l_fsdp_in22k', 'stage2_dinov2l_earlystop_in22k', 'linear_l2vitt_in1k',
+@pytest.mark.parametrize('name', ['stage2_dinov2l_fsdp_in22k', 'stage2_dinov2l_earlystop_in22k', 'cls_l2vitt_in1k',
                                   'mask2former_dinov2b_ade20k', 'upernet_l2vitt_ade20k', 'stage2_demo_beacons',
                                   'calibrate_dinov2l_plus_coco', 'calibrate_deitt_plus_caltech',
                                   'calibrate_dinov2b_coarse_coco', 'stage1_clipl_coarse_coco'])

@@ -170,7 +170,7 @@ def test_name_and_length(name):
 
 
 # Formatting takes 0.3 s a file, and the other configs of these folders differ from the chosen ones in numbers only.
-SAMPLES = dict(adala='_dinov2l_(softmax_|fsdp_|fast_)?(ade20k|in1k|in22k|coco)', adala_plus='plus|dinov2b_coarse',
+SAMPLES = dict(adala='_dinov2l_(softmax_|fsdp_|fast_)?(ade20k|in1k|in22k|coco)', beyond='plus|dinov2b_coarse',
                baselines='scratch_in1kl|_lolcats_native_', demo='_demo_(beacons|softmax_beacons)',
                real='_deitt_(camvid|caltech|softmax_camvid)')
 
@@ -501,12 +501,12 @@ def test_checkpoint_of_the_last_step_is_saved(name):
 
 # name of a config -> the configs whose results it starts from, for all that do not follow the general rule below
 PREVIOUS = {
-    'linear_demo_beacons': {'stage2_demo_beacons', 'teacher_demo_beacons'},
-    'linear_demo_softmax_beacons': {'teacher_demo_beacons'},
-    'linear_demo_swap_beacons': {'teacher_demo_beacons'},
-    'linear_demo_coarse_beacons': {'teacher_demo_beacons'},
-    'linear_demo_stage1only_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
-    'linear_demo_stage2only_beacons': {'stage2_demo_nostage1_beacons', 'teacher_demo_beacons'},
+    'fcn_demo_beacons': {'stage2_demo_beacons', 'teacher_demo_beacons'},
+    'fcn_demo_softmax_beacons': {'teacher_demo_beacons'},
+    'fcn_demo_swap_beacons': {'teacher_demo_beacons'},
+    'fcn_demo_coarse_beacons': {'teacher_demo_beacons'},
+    'fcn_demo_stage1only_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
+    'fcn_demo_stage2only_beacons': {'stage2_demo_nostage1_beacons', 'teacher_demo_beacons'},
     'mask2former_demo_beacons': {'stage2_demo_beacons'},
     'stage1_demo_beacons': {'teacher_demo_beacons'},
     'stage2_demo_beacons': {'stage1_demo_beacons', 'teacher_demo_beacons'},
@@ -518,21 +518,21 @@ PREVIOUS = {
     'stage2_deitt_caltech': {'stage1_deitt_caltech'},
     'stage2_deitt_nostage1_caltech': set(),
     'mask2former_deitt_camvid': {'stage2_deitt_caltech'},
-    'linear_deitt_camvid': {'stage2_deitt_caltech'},
+    'probe_deitt_camvid': {'stage2_deitt_caltech'},
     'stage1_deitt_task_camvid': {'mask2former_deitt_softmax_camvid'},
     'calibrate_deitt_plus_caltech': {'stage1_deitt_plus_caltech'},
     'calibrate_dinov2l_plus_coco': {'stage1_dinov2l_plus_coco'},
     'stage1_dinov2l_task_ade20k': {'mask2former_dinov2l_softmax_ade20k'},
-    'stage1_dinov2l_task_in1k': {'linear_dinov2l_softmax_in1k'},
+    'stage1_dinov2l_task_in1k': {'cls_dinov2l_softmax_in1k'},
     'stage2_dinov2l_nostage1_in22k': set(),
     'stage2_dinov2l_qkv_in22k': {'stage1_dinov2l_coco'},
     'mask2former_dinov2l_swap_ade20k': set(),
     'mask2former_dinov2l_stage1only_ade20k': {'stage1_dinov2l_coco'},
     'mask2former_dinov2l_stage2only_ade20k': {'stage2_dinov2l_nostage1_in22k'},
     'mask2former_dinov2l_stage2only_cityscapes': {'stage2_dinov2l_nostage1_in22k'},
-    'linear_dinov2l_stage2only_in1k': {'stage2_dinov2l_nostage1_in22k'},
+    'cls_dinov2l_stage2only_in1k': {'stage2_dinov2l_nostage1_in22k'},
     'mask2former_dinov2l_qkv_ade20k': {'stage2_dinov2l_qkv_in22k'},
-    'linear_dinov2l_qkv_in1k': {'stage2_dinov2l_qkv_in22k'},
+    'cls_dinov2l_qkv_in1k': {'stage2_dinov2l_qkv_in22k'},
 }
 for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True, coarse=True)).items():
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),

@@ -357,7 +357,7 @@ def test_images_are_prepared_as_in_training(report, tmp_path):
 
 def test_networks_as_they_started_and_ended(report, tmp_path, monkeypatch):
     # A run's config and checkpoint are found in its work dir; labels are drawn at full size.
-    cfg = Config.fromfile(CONFIGS / 'linear_demo_beacons.py')
+    cfg = Config.fromfile(CONFIGS / 'fcn_demo_beacons.py')
     cfg.model.backbone.depth = 1
     teacher = MODELS.build(cfg.model)
     teacher.init_cfg = cfg.model.decode_head.init_cfg = cfg.model.backbone.init_cfg = None
@@ -370,7 +370,7 @@ def test_networks_as_they_started_and_ended(report, tmp_path, monkeypatch):
     for run, state in (('teacher', started), ('both', ended)):
         (out / run).mkdir(parents=True)
         torch.save({'state_dict': state}, out / run / 'iter_1.pth')
-    cfg.dump(str(out / 'both/linear_demo_beacons.py'))
+    cfg.dump(str(out / 'both/fcn_demo_beacons.py'))
     images = [draw_scene(np.random.default_rng(i))[0] for i in range(2)]
     maps = []
     for tuned, state in ((False, started), (True, ended)):

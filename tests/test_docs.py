@@ -175,7 +175,7 @@ def test_names_of_configs_are_parsed(tmp_path):
     vfms = ['dinov2l', 'l2vitt']
     assert make_configs.split_name('mask2former_dinov2l_softmax_1024_cityscapes', vfms) == (
         'mask2former', 'dinov2l', ['softmax', '1024'], 'cityscapes')
-    assert make_configs.split_name('task_linear_l2vitb_in1k', vfms) == ('task_linear', 'l2vitb', [], 'in1k')
+    assert make_configs.split_name('task_cls_l2vitb_in1k', vfms) == ('task_cls', 'l2vitb', [], 'in1k')
     for name in ('mask2former_ade20k', 'dinov2l_ade20k', 'stage1_dinov2l'):
         with pytest.raises(ValueError, match=f'{name}: no config is named like that'):
             make_configs.split_name(name, vfms)
@@ -343,10 +343,10 @@ CHILDREN = {
         'adala/mask2former_dinov2l_ade20k': '22 of 24 blocks LinearAttention, 2 SoftmaxAttention',
         'adala/stage1_dinov2l_coco': '22 of 24 blocks LinearAttention, 2 SoftmaxAttention'},
     ('README.md', "model['backbone']['attention'] = dict(type='adala_mm.RALAAttention')"): {
-        'adala/linear_clipl_in1k': '24 of 24 blocks RALAAttention',
+        'adala/cls_clipl_in1k': '24 of 24 blocks RALAAttention',
         'adala/stage2_dinov2l_in22k': '24 of 24 blocks RALAAttention',
-        'adala_plus/mask2former_dinov2l_plus_ade20k': '24 of 24 blocks RALAAttention',  # its options go
-        'adala_plus/task_mask2former_dinov2l_ade20k': '24 of 24 blocks RALAAttention',
+        'beyond/mask2former_dinov2l_plus_ade20k': '24 of 24 blocks RALAAttention',  # its options go
+        'beyond/task_mask2former_dinov2l_ade20k': '24 of 24 blocks RALAAttention',
         'detection/dino_dinov2l_coco': '24 of 24 blocks RALAAttention',
         'real/stage2_deitt_caltech': '12 of 12 blocks RALAAttention'},
     ('docs/add_attention.md', "model['backbone']['attention'] ="): {

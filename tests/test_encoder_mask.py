@@ -261,7 +261,7 @@ def train(path: Path, root: Path, **changes) -> tuple[Runner, Recorder]:
 
 @pytest.mark.parametrize(('name', 'data'), [
     ('eomt_dinov2l_last4_ade20k', ade20k), ('eomt_dinov2l_1024_cityscapes', cityscapes),
-    ('linear_dinov2l_ade20k', ade20k), ('linear_dinov2b_softmax_cityscapes', cityscapes)])
+    ('probe_dinov2l_ade20k', ade20k), ('probe_dinov2b_softmax_cityscapes', cityscapes)])
 def test_configs_are_checked_and_trained(name, data, tmp_path, monkeypatch):
     if name != 'eomt_dinov2l_last4_ade20k':  # an estimate of memory takes a second in each of many runs
         monkeypatch.setattr(memory, 'estimate', lambda plan: lambda batch, height, width: 0)

@@ -17,11 +17,11 @@ from test_pipeline import (
     ade20k,
     apart,
     arguments,
+    classifier_in1k,
     coco,
     epochs,
     imagenet,
     labels,
-    linear_in1k,
     mask2former,
     photo,
     pretrained_file,
@@ -31,10 +31,10 @@ from test_pipeline import (
 
 from adala_mm.utils.cli import find_config
 
-STAGE1, STAGE2, LINEAR = 'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'linear_dinov2l_in1k'
+STAGE1, STAGE2, LINEAR = 'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'cls_dinov2l_in1k'
 # Random weights, where weights are not what a test is about.
 UNTRAINED = {'model.backbone.init_cfg': None}
-SMALL = {STAGE1: stage1(), STAGE2: stage2(), FLAGSHIP: mask2former() | UNTRAINED, LINEAR: linear_in1k() | UNTRAINED}
+SMALL = {STAGE1: stage1(), STAGE2: stage2(), FLAGSHIP: mask2former() | UNTRAINED, LINEAR: classifier_in1k() | UNTRAINED}
 
 
 

@@ -512,7 +512,7 @@ def test_trains_in_mmseg():
 NAMES = [f'{kind}_l2vit{size}_{data}' for kind, data in (('linear', 'in1k'), ('upernet', 'ade20k'),
                                                         ('mask2former', 'ade20k')) for size in 'tsb']
 DETECTORS = [f'maskrcnn_l2vit{size}_{length}x_coco' for length in (1, 3) for size in 'tsb']
-IN22K = ['linear_l2vitb_in22k', 'linear_l2vitb_384_in1k']
+IN22K = ['cls_l2vitb_in22k', 'cls_l2vitb_384_in1k']
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base'}
 every_config = pytest.mark.parametrize('name', NAMES)
 
@@ -542,7 +542,7 @@ def test_every_config_is_listed():
         assert Config.fromfile(ROOT / 'configs/l2vit' / f'{name}.py').to_dict() == before[name], name
 
 
-@pytest.mark.parametrize('name', ['linear_l2vits_in1k', 'upernet_l2vitb_ade20k', 'mask2former_l2vitb_ade20k'])
+@pytest.mark.parametrize('name', ['cls_l2vits_in1k', 'upernet_l2vitb_ade20k', 'mask2former_l2vitb_ade20k'])
 def test_dump_and_reload(name, tmp_path):
     config(name).dump(tmp_path / 'dumped.py')
     assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == parsed(name).to_dict()
@@ -559,7 +559,7 @@ def test_sizes_differ_in_the_model_only(name):
     if kind == 'linear':
         assert 'init_cfg' not in backbone
     else:
-        assert_starts_from(name, f'linear_l2vit{size}_in1k')
+        assert_starts_from(name, f'cls_l2vit{size}_in1k')
     del cfg['model'], twin['model']
     assert cfg == twin
 
@@ -649,7 +649,7 @@ def rates(cfg, iterations, epoch_length):
 
 
 def test_learning_rates():
-    found = rates(config('linear_l2vitt_in1k'), 601, epoch_length=2)
+    found = rates(config('cls_l2vitt_in1k'), 601, epoch_length=2)
     assert found[0] == pytest.approx(4e-6) and found[40] == pytest.approx(4e-3) == max(found)
     assert found[320] == pytest.approx((4e-3 + 1e-6) / 2, rel=1e-2) and found[600] == pytest.approx(1e-6, abs=1e-7)
     found = rates(config('upernet_l2vitt_ade20k'), 3100, epoch_length=1)
@@ -659,7 +659,7 @@ def test_learning_rates():
 
 
 def test_averaging_hook_builds():
-    cfg = config('linear_l2vitt_in1k')
+    cfg = config('cls_l2vitt_in1k')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         hook = HOOKS.build({key: value for key, value in cfg.custom_hooks[0].items() if key != 'priority'})
         average = MODELS.build(dict(hook.ema_cfg), default_args=dict(model=nn.BatchNorm1d(3)))
@@ -687,7 +687,7 @@ def test_classification_pipelines_and_batch(tmp_path):
     """Random augmentation, mixup and label smoothing meet in one step of a small twin."""
     photo = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / 'photo.jpg'), photo)
-    cfg = config('linear_l2vitt_in1k')
+    cfg = config('cls_l2vitt_in1k')
     cfg.model.backbone.arch = SMALL
     cfg.model.head.in_channels = 24
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -715,7 +715,7 @@ def test_detectors_have_the_published_recipe(name, monkeypatch):
     monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
     _, vit, length, _ = name.split('_')
     size, cfg, model = vit[-1], config(name), model_of(name)
-    assert_starts_from(name, f'linear_{vit}_in1k')
+    assert_starts_from(name, f'cls_{vit}_in1k')
     assert cfg.model.backbone.arch == SIZES[size]
     assert cfg.model.backbone.drop_path_rate == {'1x': dict(t=0.1, s=0.1, b=0.2),
                                                  '3x': dict(t=0.2, s=0.2, b=0.3)}[length][size]
@@ -796,7 +796,7 @@ def test_a_detector_is_checked_and_trained(name, tmp_path, no_estimate):
 
 @pytest.mark.parametrize('name', IN22K)
 def test_imagenet_22k_is_checked_and_trained(name, tmp_path, no_estimate):
-    pretraining = name == 'linear_l2vitb_in22k'
+    pretraining = name == 'cls_l2vitb_in22k'
     cfg, classes = cut(name), 5
     for split in ('imagenet22k', 'imagenet22k_val') if pretraining else ('imagenet/train', 'imagenet/val'):
         for i in range(classes):  # and one left over in an epoch of batches of two

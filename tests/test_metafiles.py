@@ -17,7 +17,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import _get_cfg_metainfo
 
-FOLDERS = ['adala', 'adala_plus', 'baselines', 'demo', 'detection', 'l2vit', 'real']
+FOLDERS = ['adala', 'beyond', 'baselines', 'demo', 'detection', 'l2vit', 'real']
 
 
 @functools.cache
@@ -88,8 +88,8 @@ def test_metafiles_are_up_to_date(tool, folder):
 
 
 @pytest.mark.parametrize('name', [
-    'stage1_deitt_caltech', 'mask2former_demo_beacons', 'linear_dinov2b_softmax_in1k', 'linear_dinov2l_monarch_in1k',
-    'linear_l2vitt_in1k', 'stage1_dinov2b_coarse_coco'])
+    'stage1_deitt_caltech', 'mask2former_demo_beacons', 'cls_dinov2b_softmax_in1k', 'cls_dinov2l_monarch_in1k',
+    'cls_l2vitt_in1k', 'stage1_dinov2b_coarse_coco'])
 def test_flops(tool, name):
     entry = listed(name)
     facts = tool.metadata(Config.fromfile(ROOT / entry['Config']), name)
@@ -101,9 +101,9 @@ def test_flops_by_hand():
     tokens, dim = 1025, 768
     block = tokens * dim * (12 * dim + 2 * 64)
     wanted = 12 * block + 1024 * 3 * 16 ** 2 * dim + dim * 1000
-    assert listed('linear_dinov2b_in1k')['Metadata']['FLOPs'] == pytest.approx(wanted, rel=2e-3)
+    assert listed('cls_dinov2b_in1k')['Metadata']['FLOPs'] == pytest.approx(wanted, rel=2e-3)
     softmax = wanted + 12 * 2 * tokens * dim * (tokens - 64)
-    assert listed('linear_dinov2b_softmax_in1k')['Metadata']['FLOPs'] == pytest.approx(softmax, rel=2e-3)
+    assert listed('cls_dinov2b_softmax_in1k')['Metadata']['FLOPs'] == pytest.approx(softmax, rel=2e-3)
 
 
 def test_equal_architectures_cost_the_same(tool):

@@ -50,7 +50,7 @@ def test_every_row_of_the_paper_is_there():
     for row in (row for own in rows.values() for row in own):
         scores.setdefault(row.config, set()).add(row.score)
     assert {name for name, found in scores.items() if len(found) > 1} == {
-        'linear_clipl_softmax_in1k', 'mask2former_siglipl_ade20k', 'mask2former_in1kl_softmax_cityscapes',
+        'cls_clipl_softmax_in1k', 'mask2former_siglipl_ade20k', 'mask2former_in1kl_softmax_cityscapes',
         'mask2former_in1kl_cityscapes'}
 
 
@@ -126,7 +126,7 @@ def changes(cfg: Config, recipe: Config, vfm: str) -> dict:
 
 @pytest.mark.parametrize('name', [
     'stage1_clipl_lolcats_native_coco', 'stage2_clipl_qkv_in22k', 'stage2_siglipl_lolcats_in22k',
-    'linear_clipl_performer_native_in1k', 'linear_siglipl_stage2only_in1k', 'mask2former_in1kl_hedgehog_native_ade20k',
+    'cls_clipl_performer_native_in1k', 'cls_siglipl_stage2only_in1k', 'mask2former_in1kl_hedgehog_native_ade20k',
     'mask2former_siglipl_lolcats_native_1024_cityscapes', 'mask2former_dinov2l_stage2only_1024_cityscapes'])
 def test_composed_changes_of_its_recipe_what_the_file_changes(name):
     path, vfm = composable()[name]

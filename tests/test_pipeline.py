@@ -143,7 +143,7 @@ def stage2() -> dict:
     return {**stage1(), **vit('teacher')}
 
 
-def linear_in1k() -> dict:
+def classifier_in1k() -> dict:
     return {**vit('backbone'), 'model.head.in_channels': 32, **loading('train', 'val', 'test'),
             'train_dataloader.dataset.pipeline.1.scale': 64, 'train_dataloader.dataset.indices': [0, 333, 666, 999],
             **evaluating(**{'dataset.pipeline.1.scale': 64, 'dataset.pipeline.2.crop_size': 64,
@@ -339,7 +339,7 @@ def test_resumed_stage_1_equals_an_uninterrupted_one(place, after_stage1):
 
 @pytest.mark.parametrize(('name', 'options', 'data'), [
     (FLAGSHIP, mask2former(), ade20k),
-    ('linear_dinov2l_in1k', linear_in1k(), imagenet),
+    ('cls_dinov2l_in1k', classifier_in1k(), imagenet),
 ], ids=['mask2former', 'linear'])
 def test_stage_3_starts_from_stage_2(name, options, data, place, after_stage2):
     record = Recorder()
@@ -495,9 +495,9 @@ def tools_of(package: str) -> Path:
 
 def classifier(place: Path) -> None:
     """A linear classifier of the paper, small, on 1,000 pictures of which few are used."""
-    cfg = Config.fromfile(ROOT / 'configs/adala/linear_dinov2l_in1k.py')
+    cfg = Config.fromfile(ROOT / 'configs/adala/cls_dinov2l_in1k.py')
     cfg.merge_from_dict(relocate(cfg.to_dict(), str(imagenet(place / 'classes'))))
-    cfg.merge_from_dict(linear_in1k() | epochs(1) | {'model.backbone.init_cfg': None})
+    cfg.merge_from_dict(classifier_in1k() | epochs(1) | {'model.backbone.init_cfg': None})
     cfg.dump('classifier.py')
 
 

@@ -56,8 +56,8 @@ EFFECTS = [
     ('mask2former_dinov2l_ade20k', lambda cfg, model: {x for part in rates(cfg, model).values() for x in part}, {1e-4}),
     ('stage2_dinov2l_in22k', lambda cfg, model: cfg.param_scheduler.to_dict(),
      dict(type='PolyLR', power=1.0, end=30, by_epoch=True, convert_to_iter_based=True)),
-    ('linear_dinov2l_in1k', lambda cfg, model: model.backbone.out_type, 'avg_featmap'),
-    ('linear_siglipl_in1k', lambda cfg, model: (millions(model.backbone, model.neck), rates(cfg, model)),
+    ('cls_dinov2l_in1k', lambda cfg, model: model.backbone.out_type, 'avg_featmap'),
+    ('cls_siglipl_in1k', lambda cfg, model: (millions(model.backbone, model.neck), rates(cfg, model)),
      (316.743, {'backbone': {1e-5}, 'neck': {1e-5}, 'head': {1e-4}})),
     *(('stage1_in1kl_coco', lambda cfg, model: cfg.model.backbone.init_cfg.checkpoint.removeprefix('timm://'), name)
       for name in ('vit_large_patch16_224.augreg_in21k', 'vit_large_patch16_384.augreg_in21k_ft_in1k')),

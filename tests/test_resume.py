@@ -326,7 +326,7 @@ def progressive(cfg: Config) -> None:
 def stopped_early(cfg: Config) -> None:
     """After two epochs: only the validation before training counts as better than what came before it."""
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(
-        type='adala_mm.EarlyStoppingHook', monitor={'align/rel_error': 'less'}, patience=2, min_delta=0.99)]
+        type='adala_mm.StopOnPlateauHook', monitor={'align/rel_error': 'less'}, patience=2, min_delta=0.99)]
 
 
 def redrawn(cfg: Config) -> None:

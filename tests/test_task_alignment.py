@@ -499,7 +499,7 @@ def test_configs(path):
 
 def test_options_of_the_linear_attention_are_not_the_teachers():
     """From a config, whose dicts merge where plain ones replace: the teacher is softmax without them."""
-    cfg = Config.fromfile(ROOT / 'configs/adala_plus/task_linear_dinov2l_in1k.py')
+    cfg = Config.fromfile(ROOT / 'configs/beyond/task_cls_dinov2l_in1k.py')
     cfg.model.backbone.update(depth=2)
     cfg.model.backbone.attention = dict(type='adala_mm.HedgehogAttention', variant='exp', dwconv=3)
     with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):

@@ -46,13 +46,13 @@ RUNS = [
     Run('stage1', 'stage1_demo_beacons', ('teacher',), cost=25),
     Run('stage2_only', 'stage2_demo_nostage1_beacons', ('teacher',), cost=28),
     Run('stage2', 'stage2_demo_beacons', ('stage1',), cost=28),
-    Run('swap', 'linear_demo_swap_beacons', ('teacher',), cost=22),
-    Run('coarse', 'linear_demo_coarse_beacons', ('teacher',), cost=30),
-    Run('stage1_only', 'linear_demo_stage1only_beacons', ('stage1',), cost=22),
-    Run('stage2_only_tuned', 'linear_demo_stage2only_beacons', ('stage2_only',), cost=22),
-    Run('both', 'linear_demo_beacons', ('stage2',), cost=22),
+    Run('swap', 'fcn_demo_swap_beacons', ('teacher',), cost=22),
+    Run('coarse', 'fcn_demo_coarse_beacons', ('teacher',), cost=30),
+    Run('stage1_only', 'fcn_demo_stage1only_beacons', ('stage1',), cost=22),
+    Run('stage2_only_tuned', 'fcn_demo_stage2only_beacons', ('stage2_only',), cost=22),
+    Run('both', 'fcn_demo_beacons', ('stage2',), cost=22),
     Run('mask2former', 'mask2former_demo_beacons', ('stage2',), cost=75),
-    Run('softmax', 'linear_demo_softmax_beacons', ('teacher',), cost=22),
+    Run('softmax', 'fcn_demo_softmax_beacons', ('teacher',), cost=22),
 ]
 
 

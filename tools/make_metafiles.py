@@ -58,10 +58,10 @@ TASKS = {'adala_mm.AttentionAlignment': 'Attention Alignment', 'adala_mm.Feature
          'EncoderDecoder': 'Semantic Segmentation', 'ImageClassifier': 'Image Classification'}
 # Config of the demo -> the row of its record that it ended in, and the column.
 DEMO_ROWS = dict(
-    teacher_demo_beacons=('softmax teacher', 'as_is'), linear_demo_softmax_beacons=('softmax teacher', 'tuned'),
-    linear_demo_swap_beacons=('swap only', 'tuned'), linear_demo_coarse_beacons=('swap, coarse to fine', 'tuned'),
-    linear_demo_stage1only_beacons=('stage 1 only', 'tuned'),
-    linear_demo_stage2only_beacons=('stage 2 only', 'tuned'), linear_demo_beacons=('stage 1 + 2', 'tuned'))
+    teacher_demo_beacons=('softmax teacher', 'as_is'), fcn_demo_softmax_beacons=('softmax teacher', 'tuned'),
+    fcn_demo_swap_beacons=('swap only', 'tuned'), fcn_demo_coarse_beacons=('swap, coarse to fine', 'tuned'),
+    fcn_demo_stage1only_beacons=('stage 1 only', 'tuned'),
+    fcn_demo_stage2only_beacons=('stage 2 only', 'tuned'), fcn_demo_beacons=('stage 1 + 2', 'tuned'))
 DEMO_ERRORS = dict(stage1_demo_beacons='stage1', stage2_demo_nostage1_beacons='stage2_only',
                    stage2_demo_beacons='stage2')
 

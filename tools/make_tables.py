@@ -144,7 +144,7 @@ def configs() -> str:
         ['stage 1, COCO', names('stage1_*.py')], ['stage 2, ImageNet-22K', names('stage2_*.py')],
         ['stage 3, ADE20K', names('mask2former_*_ade20k.py')],
         ['stage 3, Cityscapes at 512 and 1024', names('mask2former_*_cityscapes.py')],
-        ['stage 3, ImageNet-1K', names('linear_*_in1k.py')]])
+        ['stage 3, ImageNet-1K', names('cls_*_in1k.py')]])
 
 
 def layers() -> str:

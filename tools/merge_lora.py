@@ -1,6 +1,6 @@
 """Adds LoRA's updates to the weights of a checkpoint, which then holds plain Hedgehog attention.
 
-    python tools/merge_lora.py work_dirs/linear_dinov2l_lolcats_native_in1k/epoch_10.pth merged.pth
+    python tools/merge_lora.py work_dirs/cls_dinov2l_lolcats_native_in1k/epoch_10.pth merged.pth
 
 The result is a file of torch.save, or of safetensors if it is called so. It loads wherever `adala_mm.HedgehogAttention`
 stands in place of `adala_mm.LoLCATSAttention`.

@@ -1,4 +1,4 @@
+from adala_mm.adapters.architectures import ARCHITECTURES, Architecture, find_vit
 from adala_mm.adapters.base import Adapter, Layout, Packed
-from adala_mm.adapters.families import FAMILIES, Family, find_vit
 
-__all__ = ['FAMILIES', 'Adapter', 'Family', 'Layout', 'Packed', 'find_vit']
+__all__ = ['ARCHITECTURES', 'Adapter', 'Architecture', 'Layout', 'Packed', 'find_vit']

@@ -16,7 +16,7 @@ from adala_mm.ops import Rotation
 
 PARTS = ('_modules', '_parameters', '_buffers')  # what makes up an nn.Module
 TESTED = 'timm 1.0.31, transformers 4.57 and 5.23, mmpretrain 1.3.6'
-# Names of the projections in the attentions of all families, where they are apart.
+# Names of the projections in the attentions of all architectures, where they are apart.
 QUERIES, KEYS, VALUES = ((f'{name[0]}_proj', f'attention.{name}') for name in ('query', 'key', 'value'))
 OUTPUTS = ('proj', 'o_proj', 'out_proj', 'output.dense')
 
@@ -132,7 +132,7 @@ class Adapter:
 
     The layer takes over the parameters and submodules of the attention it replaces, under their own names, beside
     what it adds. So state dicts of the model still load, and one of a timm ViT has the keys of `AdaLAViT`. A subclass
-    is one family of models: it has the signature of their attention, and does what they do before and after mixing.
+    serves one architecture: it has the signature of its attention, and does what that does before and after mixing.
     """
 
     options: tuple[str, ...] = ()  # plain attributes of the model's attention that are needed
@@ -234,9 +234,9 @@ def mark_state(layer: Adapter, state: dict[str, Any], prefix: str, metadata: dic
 
 
 @cache
-def _join(family: type[Adapter], layer: type[Attention]) -> type:
-    return type(f'{family.__name__}{layer.__name__}', (family, layer),
-                {'__module__': __name__, 'forward': _as_leaf(family.forward)})
+def _join(adapter: type[Adapter], layer: type[Attention]) -> type:
+    return type(f'{adapter.__name__}{layer.__name__}', (adapter, layer),
+                {'__module__': __name__, 'forward': _as_leaf(adapter.forward)})
 
 
 def _as_leaf(forward: Callable) -> Callable:
@@ -254,8 +254,8 @@ def _as_leaf(forward: Callable) -> Callable:
     return record
 
 
-def _blank(family: type[Adapter], layer: type[Attention]) -> Adapter:
-    cls = _join(family, layer)
+def _blank(adapter: type[Adapter], layer: type[Attention]) -> Adapter:
+    cls = _join(adapter, layer)
     return cls.__new__(cls)
 
 

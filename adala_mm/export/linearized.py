@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import adala_mm
-from adala_mm.adapters import Family, find_vit
+from adala_mm.adapters import Architecture, find_vit
 from adala_mm.export.target import Target
 from adala_mm.models.attentions import Attention
 
@@ -17,10 +17,10 @@ from adala_mm.models.attentions import Attention
 class Tokens(nn.Module):
     """Final normalised tokens (B, N, C) of the ViT inside."""
 
-    def __init__(self, vit: nn.Module, family: Family) -> None:
+    def __init__(self, vit: nn.Module, architecture: Architecture) -> None:
         super().__init__()
         self.vit = vit
-        self.features = family.features
+        self.features = architecture.features
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         return (self.features(self.vit, image),)
@@ -60,13 +60,13 @@ def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] 
     """
     model.eval()
     model.requires_grad_(False)
-    vit, family = find_vit(model)
-    side = vit.patch_size if family.patches is None else vit.get_submodule(family.patches).kernel_size[0]
-    native = tuple(cells * side for cells in family.grid(vit))
+    vit, architecture = find_vit(model)
+    side = vit.patch_size if architecture.patches is None else vit.get_submodule(architecture.patches).kernel_size[0]
+    native = tuple(cells * side for cells in architecture.grid(vit))
     size = native if size is None else tuple(size)
     if any(pixels % side or pixels < side for pixels in size):
         raise ValueError(f'{size[0]} x {size[1]} pixels are not a multiple of the patch, {side}')
-    if one_size := family.one_size(vit):
+    if one_size := architecture.one_size(vit):
         of_timm = hasattr(vit, 'set_input_size')
         if not fixed or (size != native and not of_timm):
             advice = 'leave the size out' if fixed else 'say --fixed-size'
@@ -77,10 +77,10 @@ def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] 
     if part == 'model' and not has_classes(model):
         raise ValueError(f'{type(model).__name__} has no classifier, so there are only its tokens to export: leave out '
                          '--part model')
-    module, outputs = (Tokens(vit, family), ('features',)) if part != 'model' else (
+    module, outputs = (Tokens(vit, architecture), ('features',)) if part != 'model' else (
         OwnLogits(model, not one_size), ('logits',))
     attentions = tuple(attn.adala_mm if isinstance(attn, Attention) else {'type': 'adala_mm.SoftmaxAttention'}
-                       for attn in family.attentions_of(vit))
+                       for attn in architecture.attentions_of(vit))
     kinds = sorted({kind['type'].removeprefix('adala_mm.') for kind in attentions})
     notes = {'adala_mm': adala_mm.__version__, 'part': part, 'multiple': str(side), 'attention': ', '.join(kinds),
              'preprocessing': json.dumps(preprocessing(model)), **names_of_classes(model)}

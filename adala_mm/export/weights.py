@@ -207,5 +207,5 @@ def logits(model: nn.Module) -> Run:
 
 def features(model: nn.Module) -> Run:
     """Images to final normalised tokens, in a tuple."""
-    vit, family = find_vit(model.eval())
-    return lambda image: (family.features(vit, image),)
+    vit, architecture = find_vit(model.eval())
+    return lambda image: (architecture.features(vit, image),)

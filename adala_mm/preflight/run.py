@@ -11,7 +11,7 @@ from mmengine.hooks import EarlyStoppingHook as MmengineEarlyStoppingHook
 from mmengine.optim.scheduler.param_scheduler import INF, LinearParamScheduler, MultiStepParamScheduler
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
-from adala_mm.engine import EarlyStoppingHook
+from adala_mm.engine import StopOnPlateauHook
 from adala_mm.preflight.plan import TRAIN, VAL, Plan
 from adala_mm.preflight.rehearsal import Rehearsal
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped, findings_of
@@ -155,7 +155,7 @@ def hooks(runner: Rehearsal) -> Iterator[Finding]:
     validates = bool(runner.cfg.get(VAL))
     for hook in built:
         kind = type(hook).__name__
-        if isinstance(hook, (EarlyStoppingHook, MmengineEarlyStoppingHook)) and not validates:
+        if isinstance(hook, (StopOnPlateauHook, MmengineEarlyStoppingHook)) and not validates:
             findings.append(Finding('hooks', ERROR, f'{kind} decides by held-out scores, but the config validates '
                                     'nothing', f'give {", ".join(VALIDATION)}, or leave the hook out'))
         if isinstance(hook, CheckpointHook):

@@ -6,5 +6,5 @@ with read_base():
     from .stage2_dinov2l_in22k import *
     from .._base_.datasets.in1k_heldout import *
 
-custom_hooks = [early_stopping]
+custom_hooks = [stop_on_plateau]
 default_hooks['checkpoint'].update(save_best='align/rel_error', rule='less')

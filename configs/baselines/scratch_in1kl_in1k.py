@@ -7,7 +7,7 @@ with read_base():
     from .._base_.default_runtime import *
     from .._base_.backbones.in1kl import *
     from .._base_.datasets.in1k_224 import *
-    from .._base_.models.linear_classifier_mixup import *
+    from .._base_.models.classifier_mixup import *
 
 epochs = 200
 backbone.update(img_size=224, out_type='cls_token', drop_path_rate=0.1, init_cfg=None)

@@ -1,4 +1,4 @@
-# Mask R-CNN on COCO, 36 epochs, with the L2ViT-B of linear_l2vitb_in1k. Drop path 0.3 is the authors'.
+# Mask R-CNN on COCO, 36 epochs, with the L2ViT-B of cls_l2vitb_in1k. Drop path 0.3 is the authors'.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,8 +1,8 @@
-# Mask R-CNN on COCO, 12 epochs, with the L2ViT-S of linear_l2vits_in1k.
+# Mask R-CNN on COCO, 12 epochs, with the L2ViT-S of cls_l2vits_in1k.
 from mmengine.config import read_base
 
 with read_base():
     from .maskrcnn_l2vitt_1x_coco import *
 
 model['backbone'].update(arch='small')
-model['backbone'].update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/linear_l2vits_in1k/epoch_300.pth'))
+model['backbone'].update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/cls_l2vits_in1k/epoch_300.pth'))

@@ -1,4 +1,4 @@
-# Mask R-CNN on COCO, 12 epochs, with the L2ViT-T of linear_l2vitt_in1k. Drop path is the authors': 0.1 for T and S, 0.2
+# Mask R-CNN on COCO, 12 epochs, with the L2ViT-T of cls_l2vitt_in1k. Drop path is the authors': 0.1 for T and S, 0.2
 # for B.
 from mmengine.config import read_base
 
@@ -10,7 +10,7 @@ with read_base():
     from .._base_.schedules.mask_rcnn_1x import *
 
 backbone.update(drop_path_rate=0.1)
-backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/linear_l2vitt_in1k/epoch_300.pth'))
+backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/cls_l2vitt_in1k/epoch_300.pth'))
 model.update(backbone=backbone)
 del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(preprocessor)

@@ -1,4 +1,4 @@
-# Mask R-CNN on COCO, 36 epochs, with the L2ViT-T of linear_l2vitt_in1k. Drop path 0.2 is the authors'.
+# Mask R-CNN on COCO, 36 epochs, with the L2ViT-T of cls_l2vitt_in1k. Drop path 0.2 is the authors'.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,10 +1,10 @@
-# UPerNet on ADE20K at 512 x 512 with the L2ViT-B of linear_l2vitb_in1k.
+# UPerNet on ADE20K at 512 x 512 with the L2ViT-B of cls_l2vitb_in1k.
 from mmengine.config import read_base
 
 with read_base():
     from .upernet_l2vitt_ade20k import *
 
 model['backbone'].update(arch='base')
-model['backbone'].update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/linear_l2vitb_in1k/epoch_300.pth'))
+model['backbone'].update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/cls_l2vitb_in1k/epoch_300.pth'))
 model['decode_head'].update(in_channels=[128, 256, 512, 1024])
 model['auxiliary_head'].update(in_channels=512)

@@ -1,4 +1,4 @@
-# UPerNet on ADE20K at 512 x 512 with the L2ViT-T of linear_l2vitt_in1k.
+# UPerNet on ADE20K at 512 x 512 with the L2ViT-T of cls_l2vitt_in1k.
 from mmengine.config import read_base
 
 with read_base():
@@ -9,7 +9,7 @@ with read_base():
     from .._base_.schedules.upernet_160k import *
 
 backbone.update(drop_path_rate=0.3)
-backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/linear_l2vitt_in1k/epoch_300.pth'))
+backbone.update(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/cls_l2vitt_in1k/epoch_300.pth'))
 model.update(backbone=backbone)
 del backbone  # from here on it is model['backbone']
 model['data_preprocessor'].update(size=crop_size, **preprocessor)

@@ -7,4 +7,4 @@ auto_scale_lr = dict(enable=False, base_batch_size=128)
 # Section 4.3.1: "performance eventually saturates after reaching a peak. Consequently, we adopt an early stopping
 # strategy for Stage 2", by what and after how long it does not say: 3 epochs without a lower held-out error are ours.
 # Recipes that want it put it into custom_hooks; the others train for the epochs that the paper has arrived at.
-early_stopping = dict(type='adala_mm.EarlyStoppingHook', monitor={'align/rel_error': 'less'}, patience=3)
+stop_on_plateau = dict(type='adala_mm.StopOnPlateauHook', monitor={'align/rel_error': 'less'}, patience=3)

@@ -1,0 +1,7 @@
+# Baseline: ImageNet-1K classification at 512 x 512 with the original softmax IN1K-L, same schedule.
+from mmengine.config import read_base
+
+with read_base():
+    from .cls_in1kl_in1k import *
+
+model['backbone'].update(attention=softmax, init_cfg=pretrained)

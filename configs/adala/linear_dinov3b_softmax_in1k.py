@@ -1,7 +1,0 @@
-# Baseline: ImageNet-1K classification at 512 x 512 with the original softmax DINOv3-B, same schedule.
-from mmengine.config import read_base
-
-with read_base():
-    from .linear_dinov3b_in1k import *
-
-model['backbone'].update(attention=softmax, init_cfg=pretrained)

@@ -1,7 +1,0 @@
-# Baseline: a linear probe on ADE20K at 512 x 512 on the frozen features of the original softmax DINOv2-B.
-from mmengine.config import read_base
-
-with read_base():
-    from .linear_dinov2b_ade20k import *
-
-model['backbone'].update(attention=softmax, init_cfg=pretrained)

@@ -1,0 +1,8 @@
+# Native recipe of Monarch: ImageNet-1K classification at 512 x 512, in place of softmax, not aligned.
+from mmengine.config import read_base
+
+with read_base():
+    from ..adala.cls_dinov2l_in1k import *
+    from .._base_.attentions import *
+
+model['backbone'].update(attention=monarch, init_cfg=pretrained)

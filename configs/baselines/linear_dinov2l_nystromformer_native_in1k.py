@@ -1,8 +1,0 @@
-# Native recipe of Nystromformer: ImageNet-1K classification at 512 x 512, in place of softmax, not aligned.
-from mmengine.config import read_base
-
-with read_base():
-    from ..adala.linear_dinov2l_in1k import *
-    from .._base_.attentions import *
-
-model['backbone'].update(attention=nystromformer, init_cfg=pretrained)

@@ -1,0 +1,10 @@
+# The recipe coarse, stage 3: DINOv2-L, a linear head on ImageNet-1K.
+from mmengine.config import read_base
+
+with read_base():
+    from ..adala.cls_dinov2l_in1k import *
+    from .._base_.coarse import *
+
+model['backbone'].update(attention=coarse_attention)
+model['backbone'].update(
+    init_cfg=dict(type='Pretrained', checkpoint='work_dirs/stage2_dinov2l_coarse_in22k/epoch_30.pth'))

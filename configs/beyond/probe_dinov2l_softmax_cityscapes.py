@@ -1,0 +1,7 @@
+# Baseline: a linear probe on Cityscapes at 512 x 512 on the frozen features of the original softmax DINOv2-L.
+from mmengine.config import read_base
+
+with read_base():
+    from .probe_dinov2l_cityscapes import *
+
+model['backbone'].update(attention=softmax, init_cfg=pretrained)
