@@ -42,10 +42,10 @@ ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolc
                   linformer='LinformerAttention', performer='PerformerAttention', cosformer='CosformerAttention',
                   nystromformer='NystromformerAttention', monarch='MonarchAttention')
 # Recipes of docs/beyond.md: several options beyond the paper, this attention among them.
-OURS = dict(plus='HedgehogAttention', coarse='CoarseToFineAttention')
+OURS = dict(plus='HedgehogAttention', expmaps='HedgehogAttention', coarse='CoarseToFineAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)
-GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|eomt|linear|teacher|scratch)'
+GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|eomt|cls|probe|fcn|teacher|scratch)'
                      r'_(?P<vfm>dinov[23][sbl]|clipl|siglipl|siglip2[bl]|in1kl|deitt|demo)'
                      rf'(_(?P<attention>{"|".join(ATTENTIONS | OURS)}))?'
                      r'(?P<changes>(_(1024|fast|fsdp|earlystop|native|scratch|swap|nostage1|stage1only|stage2only|qkv|task|'
@@ -53,7 +53,7 @@ GRAMMAR = re.compile(r'(?P<stage>stage1|calibrate|stage2|mask2former|eomt|linear
                      r'_(?P<dataset>ade20k|cityscapes|in1k|in22k|coco|beacons|caltech|camvid)')
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
 TABLE5 = {'stage1': dict(epochs=4, batch=32, lr=1e-2), 'stage2': dict(batch=16, lr=1e-3),
-          'mask2former': dict(epochs=20, batch=8, lr=1e-4), 'linear': dict(epochs=10, batch=8, lr=1e-4)}
+          'mask2former': dict(epochs=20, batch=8, lr=1e-4), 'cls': dict(epochs=10, batch=8, lr=1e-4)}
 TABLE5_STAGE2 = {'dinov2l': dict(epochs=30, scale=5), 'dinov2b': dict(epochs=30, scale=5),
                  'siglipl': dict(epochs=10, scale=1), 'clipl': dict(epochs=15, scale=4000),
                  'in1kl': dict(epochs=20, scale=1)}
@@ -103,7 +103,7 @@ def tuned(name: str) -> str:
     if facts['stage'] == 'stage2' and '_qkv' in facts['changes']:
         return r'blocks\.\d+\.attn\.qkv\..+'
     # Probes are frozen, but for what a linear head could do.
-    if facts['stage'] == 'linear' and facts['dataset'] != 'in1k' and FOLDERS[name] != 'demo':
+    if facts['stage'] == 'probe':
         return r'norm\..+'
     return r'blocks\.\d+\.attn\.lora\..+' if lolcats else '.+'
 
@@ -148,7 +148,7 @@ def quiet(monkeypatch):
 def test_the_list_is_complete():
     assert len(NAMES) == len(PATHS) >= 120  # as many names as files: no name stands in two folders
     assert 'mask2former_dinov2l_ade20k' in FULL_SIZE
-    for stage, dataset in [('stage1', 'coco'), ('stage2', 'in22k'), ('linear', 'in1k'), ('mask2former', 'ade20k'),
+    for stage, dataset in [('stage1', 'coco'), ('stage2', 'in22k'), ('cls', 'in1k'), ('mask2former', 'ade20k'),
                            ('mask2former', 'cityscapes'), ('mask2former', '1024_cityscapes')]:
         for vfm in VFMS + list(SMALL) * (dataset in ('coco', 'in22k', 'ade20k')):
             assert f'{stage}_{vfm}_{dataset}' in FULL_SIZE
@@ -208,7 +208,7 @@ def test_model_and_optimizer_build(name):
 
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     base = cfg.optim_wrapper.optimizer
-    fine_tuned = facts['stage'] in ('mask2former', 'eomt', 'linear')
+    fine_tuned = facts['stage'] in ('mask2former', 'eomt', 'cls', 'probe', 'fcn')
     groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} <= set(groups)
@@ -417,7 +417,7 @@ def test_twin_differs_only_in_attention_and_weights(name):
 
 @pytest.mark.parametrize('vfm', VFMS)
 @pytest.mark.parametrize(('stage', 'dataset'), [
-    ('stage1', 'coco'), ('stage2', 'in22k'), ('mask2former', 'ade20k'), ('linear', 'in1k')])
+    ('stage1', 'coco'), ('stage2', 'in22k'), ('mask2former', 'ade20k'), ('cls', 'in1k')])
 def test_coarse_is_the_papers_run_but_for_what_it_states(stage, dataset, vfm):
     ours, paper = (config(f'{stage}_{vfm}{kind}_{dataset}').to_dict() for kind in ('_coarse', ''))
     depth = ours['model']['backbone']['depth']
@@ -534,13 +534,13 @@ PREVIOUS = {
     'mask2former_dinov2l_qkv_ade20k': {'stage2_dinov2l_qkv_in22k'},
     'cls_dinov2l_qkv_in1k': {'stage2_dinov2l_qkv_in22k'},
 }
-for _change, _early in (BEYOND | dict(hedgehog=True, plus=True, plus_retain2=True, coarse=True)).items():
+for _change, _early in (BEYOND | dict(expmaps=True, plus=True, plus_retain2=True, coarse=True)).items():
     for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
                                           ('deitt', 'caltech', 'caltech', 'camvid')):
         PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
-        for _head in ('mask2former', 'linear'):
+        for _head in ('mask2former', 'probe'):
             PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
-for _head in ('mask2former', 'linear'):
+for _head in ('mask2former', 'probe'):
     PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
 for _vfm in VFMS:  # calibrated between stages 1 and 2
     PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
