@@ -220,7 +220,7 @@ def tables(tmp_path, monkeypatch):
     for folder in ('adala', 'baselines'):
         (root / 'configs' / folder).mkdir(parents=True)
     for name in ('stage1_a_coco', 'stage2_a_in22k', 'mask2former_a_ade20k', 'mask2former_a_softmax_ade20k',
-                 'mask2former_a_cityscapes', 'linear_a_in1k'):
+                 'mask2former_a_cityscapes', 'cls_a_in1k'):
         (root / f'configs/adala/{name}.py').touch()
     demo_rows = [{'name': 'softmax teacher', 'softmax_blocks': 6, 'linear_blocks': 0, 'as_is': 80.0, 'tuned': 81.0,
                   'as_is_kept': 100.0, 'tuned_kept': 101.26},
@@ -529,7 +529,7 @@ def test_config_table_links_every_config_but_the_twins(tables):
     text = tables.configs()
     links = re.findall(r'\[`(\w+)`\]\((.+?)\)', text)
     assert {name for name, _ in links} == {'stage1_a_coco', 'stage2_a_in22k', 'mask2former_a_ade20k',
-                                           'mask2former_a_cityscapes', 'linear_a_in1k'}
+                                           'mask2former_a_cityscapes', 'cls_a_in1k'}
     assert all((tables.ROOT / target).is_file() for _, target in links)
 
 
