@@ -17,7 +17,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import _get_cfg_metainfo
 
-FOLDERS = ['adala', 'beyond', 'baselines', 'demo', 'detection', 'l2vit', 'real']
+FOLDERS = ['adala', 'baselines', 'beyond', 'demo', 'detection', 'l2vit', 'real']
 
 
 @functools.cache
