@@ -54,7 +54,7 @@ def build(kind: str, init_cfg: dict) -> nn.Module:
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             model = MODELS.build(cfg)
     else:
-        name = 'linear' if kind.startswith('linear') else 'mask2former'
+        name = 'fcn' if kind.startswith('linear') else 'mask2former'
         cfg = Config.fromfile(ROOT / f'configs/demo/{name}_demo_beacons.py').model
         cfg.backbone = tiny_vit(attention=LINEAR, init_cfg=init_cfg, out_indices=[-1] * 4 if 'neck' in cfg else [-1])
         if 'neck' in cfg:

@@ -274,7 +274,7 @@ def test_configs_are_checked_and_trained(name, data, tmp_path, monkeypatch):
         assert len(record.losses) == 2 and all(0 < loss < 1e4 for loss in record.losses)
         changed = {key for key, value in run.model.state_dict().items()
                    if value.is_floating_point() and not torch.equal(value, record.state[key])}
-        if name.startswith('linear'):  # what it says is frozen is
+        if name.startswith('probe'):  # what it says is frozen is
             assert changed == {'backbone.norm.weight', 'backbone.norm.bias', 'decode_head.conv_seg.weight',
                                'decode_head.conv_seg.bias'}
             return

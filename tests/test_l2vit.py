@@ -509,7 +509,7 @@ def test_trains_in_mmseg():
 
 # --- configs/l2vit ---
 
-NAMES = [f'{kind}_l2vit{size}_{data}' for kind, data in (('linear', 'in1k'), ('upernet', 'ade20k'),
+NAMES = [f'{kind}_l2vit{size}_{data}' for kind, data in (('cls', 'in1k'), ('upernet', 'ade20k'),
                                                         ('mask2former', 'ade20k')) for size in 'tsb']
 DETECTORS = [f'maskrcnn_l2vit{size}_{length}x_coco' for length in (1, 3) for size in 'tsb']
 IN22K = ['cls_l2vitb_in22k', 'cls_l2vitb_384_in1k']
@@ -554,9 +554,9 @@ def test_sizes_differ_in_the_model_only(name):
     cfg, twin = config(name).to_dict(), config(name.replace(f'l2vit{size}', 'l2vitt')).to_dict()
     backbone = cfg['model']['backbone']
     assert (backbone['type'], backbone['arch']) == ('adala_mm.L2ViT', SIZES[size])
-    published = 0.3 if kind != 'linear' or size == 'b' else {'t': 0.1, 's': 0.2}[size]
+    published = 0.3 if kind != 'cls' or size == 'b' else {'t': 0.1, 's': 0.2}[size]
     assert backbone['drop_path_rate'] == published
-    if kind == 'linear':
+    if kind == 'cls':
         assert 'init_cfg' not in backbone
     else:
         assert_starts_from(name, f'cls_l2vit{size}_in1k')
@@ -598,7 +598,7 @@ def test_features_fit_the_head(name):
 def test_schedule_and_optimizer(name, monkeypatch):
     monkeypatch.setattr('mmengine.optim.optimizer.default_constructor.print_log', lambda *args, **kwargs: None)
     cfg, model, kind = config(name), model_of(name), name.split('_')[0]
-    lr, decay = dict(linear=(4e-3, 0.05), upernet=(6e-5, 0.01), mask2former=(1e-4, 0.05))[kind]
+    lr, decay = dict(cls=(4e-3, 0.05), upernet=(6e-5, 0.01), mask2former=(1e-4, 0.05))[kind]
     assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=lr, weight_decay=decay)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
@@ -608,10 +608,10 @@ def test_schedule_and_optimizer(name, monkeypatch):
     for key, p in model.named_parameters():
         slow = kind == 'mask2former' and key.startswith('backbone.')
         assert groups[id(p)]['lr'] == pytest.approx(0.1 * lr if slow else lr)
-        if kind == 'linear':
+        if kind == 'cls':
             spared = key in norms or key.endswith('.bias')
             assert groups[id(p)].get('weight_decay', decay) == (0 if spared else decay), key
-    if kind == 'linear':
+    if kind == 'cls':
         # 8 GPUs; the hook that averages the weights counts iterations, not steps.
         assert 8 * cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == 4096
         assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size

@@ -459,7 +459,7 @@ def last_checkpoint(name: str) -> str:
 
 
 def test_there_are_configs_for_both_heads():
-    assert {path.stem.split('_')[1] for path in CONFIGS} == {'mask2former', 'linear'} and len(CONFIGS) >= 6
+    assert {path.stem.split('_')[1] for path in CONFIGS} == {'mask2former', 'cls', 'probe'} and len(CONFIGS) >= 6
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
