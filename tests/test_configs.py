@@ -391,7 +391,7 @@ def test_numbers_of_the_baselines():
 
 
 # What sets a run apart from the one on the same schedule with the paper's linear attention and stages.
-APART = re.compile(f'_({"|".join(ATTENTIONS)}|native|scratch|swap|nostage1|stage[12]only|qkv)(?=_)')
+APART = re.compile(f'_({"|".join(ATTENTIONS)}|expmaps|native|scratch|swap|nostage1|stage[12]only|qkv)(?=_)')
 TWINS = [name for name in NAMES if APART.search(name) and not re.match('stage1_.*_native_', name)]
 
 
@@ -399,7 +399,7 @@ TWINS = [name for name in NAMES if APART.search(name) and not re.match('stage1_.
 def test_twin_differs_only_in_attention_and_weights(name):
     facts, twin, linear = parts(name), config(name), config(APART.sub('', name))
     if facts['attention']:
-        assert twin.model.backbone.attention.type == f'adala_mm.{ATTENTIONS[facts["attention"]]}'
+        assert twin.model.backbone.attention.type == f'adala_mm.{(ATTENTIONS | OURS)[facts["attention"]]}'
     assert linear.model.backbone.attention == dict(type='adala_mm.LinearAttention')
     if facts['attention'] == 'softmax':
         # The demo's teacher is trained by the demo itself; all others come from the pretrained model.
