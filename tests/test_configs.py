@@ -41,7 +41,7 @@ DEIT = 'data/weights/deit_tiny_patch16_224.safetensors'
 ATTENTIONS = dict(softmax='SoftmaxAttention', hedgehog='HedgehogAttention', lolcats='LoLCATSAttention',
                   linformer='LinformerAttention', performer='PerformerAttention', cosformer='CosformerAttention',
                   nystromformer='NystromformerAttention', monarch='MonarchAttention')
-# Recipes of docs/beyond.md: several options beyond the paper, this attention among them.
+# Recipes and an option of docs/beyond.md that have another attention than the paper.
 OURS = dict(plus='HedgehogAttention', expmaps='HedgehogAttention', coarse='CoarseToFineAttention')
 # Options beyond the paper, docs/beyond.md -> whether stage 1 has them already.
 BEYOND = dict(dwconv=True, retain2=True, cosine=False, masked=False, multilayer=False, keepattn=False)

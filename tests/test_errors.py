@@ -31,10 +31,11 @@ from test_pipeline import (
 
 from adala_mm.utils.cli import find_config
 
-STAGE1, STAGE2, LINEAR = 'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'cls_dinov2l_in1k'
+STAGE1, STAGE2, CLASSIFIER = 'stage1_dinov2l_coco', 'stage2_dinov2l_in22k', 'cls_dinov2l_in1k'
 # Random weights, where weights are not what a test is about.
 UNTRAINED = {'model.backbone.init_cfg': None}
-SMALL = {STAGE1: stage1(), STAGE2: stage2(), FLAGSHIP: mask2former() | UNTRAINED, LINEAR: classifier_in1k() | UNTRAINED}
+SMALL = {STAGE1: stage1(), STAGE2: stage2(), FLAGSHIP: mask2former() | UNTRAINED,
+         CLASSIFIER: classifier_in1k() | UNTRAINED}
 
 
 
@@ -88,7 +89,7 @@ def test_these_command_lines_work(data):
     tool('train', STAGE2, data, epochs(1) | {'model.backbone.init_cfg.checkpoint': f'work_dirs/{STAGE1}/epoch_1.pth'})
     tool('train', FLAGSHIP, data, epochs(1))
     tool('test', FLAGSHIP, data, {}, f'work_dirs/{FLAGSHIP}/epoch_1.pth')
-    tool('train', LINEAR, data, epochs(1))
+    tool('train', CLASSIFIER, data, epochs(1))
     assert len(list(Path('work_dirs').glob('*/epoch_1.pth'))) == 4
 
 
@@ -120,7 +121,7 @@ def test_a_config_in_a_folder_of_ones_own_is_no_name(tmp_path, monkeypatch):
     ('train', STAGE1, 'coco', 'train_dataloader'),
     ('train', STAGE1, 'coco/train2017', 'train_dataloader'),
     ('train', STAGE2, 'imagenet22k', 'train_dataloader'),
-    ('train', LINEAR, 'imagenet', 'train_dataloader'),
+    ('train', CLASSIFIER, 'imagenet', 'train_dataloader'),
     ('train', 'mask2former_dinov2l_cityscapes', 'cityscapes', 'train_dataloader'),
     ('train', 'stage1_deitt_caltech', 'caltech101/unlabelled.txt', 'train_dataloader'),
     ('train', FLAGSHIP, 'ade/ADEChallengeData2016/annotations/training', 'train_dataloader'),
@@ -236,7 +237,7 @@ def test_label_beyond_the_classes_in_segmentation(place):
 
 def test_label_beyond_the_classes_in_classification(data):
     with pytest.raises(ValueError) as info:
-        tool('train', LINEAR, data, {'model.head.num_classes': 400, 'train_dataloader.dataset.indices': [3, 666]})
+        tool('train', CLASSIFIER, data, {'model.head.num_classes': 400, 'train_dataloader.dataset.indices': [3, 666]})
     assert_names(info, data / 'imagenet/train/n00000666/n00000666_0.JPEG', 'label 666', 'num_classes=400')
 
 
@@ -270,4 +271,4 @@ def test_imagenet_without_its_split(place):
     imagenet(place)
     shutil.rmtree(place / 'imagenet/val')
     with pytest.raises(SystemExit, match='val_dataloader: .*imagenet/val does not exist'):
-        tool('train', LINEAR, place, {})
+        tool('train', CLASSIFIER, place, {})

@@ -247,10 +247,10 @@ def _without_queries(vit: nn.Module) -> int:
 
 def _timm(name: str, models: tuple[str, ...], attentions: tuple[str, ...], adapter: type[Adapter]) -> Architecture:
     return Architecture(name, models, attentions, adapter, ('blocks',), 'attn', 'patch_embed.proj',
-                  grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
-                  features=lambda vit, images: vit.forward_features(images),
-                  rotary=lambda vit: getattr(vit, 'rope', None),
-                  one_size=lambda vit: not getattr(vit, 'dynamic_img_size', True))
+                        grid=lambda vit: vit.patch_embed.grid_size, num_prefix=lambda vit: vit.num_prefix_tokens,
+                        features=lambda vit, images: vit.forward_features(images),
+                        rotary=lambda vit: getattr(vit, 'rope', None),
+                        one_size=lambda vit: not getattr(vit, 'dynamic_img_size', True))
 
 
 def _hf(module: str, *classes: str) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ def _transformers(name: str, models: tuple[str, ...], attentions: tuple[str, ...
                   attention: str = 'attention', patches: str = 'embeddings.patch_embeddings.projection',
                   **options) -> Architecture:
     return Architecture(f'transformers {name}', models, attentions, Transformers, blocks, attention, patches,
-                  grid=_config_grid, **options)
+                        grid=_config_grid, **options)
 
 
 ARCHITECTURES = (
@@ -302,14 +302,14 @@ ARCHITECTURES = (
         _hf('eomt', 'EomtAttention'), ('layers',), num_prefix=lambda vit: 1 + vit.config.num_register_tokens,
         features=_eomt_features, depth=_without_queries, one_size=lambda vit: True),
     Architecture('mmpretrain VisionTransformer', ('mmpretrain.models.backbones.vision_transformer.VisionTransformer',),
-           ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
-           'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
-           num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
+                 ('mmpretrain.models.utils.attention.MultiheadAttention',), MMPretrain, ('layers',), 'attn',
+                 'patch_embed.projection', grid=lambda vit: tuple(vit.patch_resolution),
+                 num_prefix=lambda vit: vit.num_extra_tokens, features=_mmpretrain_features),
     Architecture('AdaLAViT', ('adala_mm.models.backbones.vit.AdaLAViT', 'adala_mm.models.backbones.query_vit.QueryViT'),
-           ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
-           grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
-           features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary,
-           check=lambda vit, i, attn: vit.check_attention(i, attn)),
+                 ('adala_mm.models.attentions.softmax.SoftmaxAttention',), Own, ('blocks',), 'attn', None,
+                 grid=lambda vit: vit.pos_grid, num_prefix=lambda vit: vit.num_prefix,
+                 features=lambda vit, images: vit.forward_features(images), rotary=lambda vit: vit.rotary,
+                 check=lambda vit, i, attn: vit.check_attention(i, attn)),
 )
 
 

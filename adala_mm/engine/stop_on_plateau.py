@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 from adala_mm.registry import HOOKS
 
-STATE = 'early_stopping'  # in the message hub, which every checkpoint holds
+STATE = 'early_stopping'  # in the message hub, which every checkpoint holds: those of older runs call it so
 
 
 @HOOKS.register_module()

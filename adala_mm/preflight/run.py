@@ -6,8 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from mmengine.hooks import CheckpointHook
-from mmengine.hooks import EarlyStoppingHook as MmengineEarlyStoppingHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.optim.scheduler.param_scheduler import INF, LinearParamScheduler, MultiStepParamScheduler
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
@@ -155,7 +154,7 @@ def hooks(runner: Rehearsal) -> Iterator[Finding]:
     validates = bool(runner.cfg.get(VAL))
     for hook in built:
         kind = type(hook).__name__
-        if isinstance(hook, (StopOnPlateauHook, MmengineEarlyStoppingHook)) and not validates:
+        if isinstance(hook, (StopOnPlateauHook, EarlyStoppingHook)) and not validates:
             findings.append(Finding('hooks', ERROR, f'{kind} decides by held-out scores, but the config validates '
                                     'nothing', f'give {", ".join(VALIDATION)}, or leave the hook out'))
         if isinstance(hook, CheckpointHook):
