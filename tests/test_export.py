@@ -33,7 +33,7 @@ SIZE_BOUND = ('NystromformerAttention', 'ViGAttention')  # tokens fall into segm
 OPTIONS = {'WindowAttention': dict(window_size=3), 'WindowedLinearAttention': dict(window_size=3),
            'NystromformerAttention': dict(num_landmarks=9), 'AgentAttention': dict(num_agents=9),
            'CoarseToFineAttention': dict(tile=2, num_open=3, block=2)}
-ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export.md has a record of all
+ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export_detail.md has a record of all
 SEGMENTOR = dict(
     type='EncoderDecoder', decode_head=dict(
         type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, dropout_ratio=0.0,
