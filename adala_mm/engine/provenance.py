@@ -16,7 +16,6 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from adala_mm import __version__
 from adala_mm.engine.weights_check import loaded_networks
 from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import write_atomically
@@ -26,6 +25,7 @@ from adala_mm.utils.records import git_state
 from adala_mm.utils.stack import stack_versions
 from adala_mm.utils.timing import default_device, hardware
 from adala_mm.utils.weight_files import weight_files
+from adala_mm.version import __version__
 
 FILE = 'run.json'
 
