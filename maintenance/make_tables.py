@@ -42,8 +42,8 @@ ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
 # Of configs beside the recipes: the softmax baseline, and ablations of the stages (docs/paper.md).
 TWIN = re.compile('_(softmax|swap|nostage1|stage[12]only|qkv)_')
-PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
-         'docs/approximations.md', 'docs/reproducibility.md']
+PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/kernels.md',
+         'docs/frontier.md', 'docs/approximations.md', 'docs/reproducibility.md']
 
 
 def faults() -> str:
