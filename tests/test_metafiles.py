@@ -20,6 +20,9 @@ from mmengine.config.utils import _get_cfg_metainfo
 FOLDERS = ['adala', 'baselines', 'beyond', 'demo', 'detection', 'l2vit', 'real']
 
 
+sys.path.append(str(ROOT / 'maintenance'))  # where its scripts find each other
+
+
 @functools.cache
 def load_tool(name: str):
     spec = importlib.util.spec_from_file_location(f'tool_{Path(name).name}', ROOT / f'{name}.py')
