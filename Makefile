@@ -16,19 +16,19 @@ test: $(READY)
 
 # Kills, tears and fills up real runs, and prints what came of it: a few minutes.
 test-faults: $(READY)
-	$(THREADS) $(BIN)/python tests/faults.py
+	PYTHONPATH=tests $(THREADS) $(BIN)/python tests/integration/faults.py
 
 # New forged and damaged checkpoints, in place of the same few hundred of `make test`: a few minutes.
 test-fuzz: $(READY)
-	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/test_unpickling.py -k makes_data
+	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/utils/test_unpickling.py -k makes_data
 
 lint: $(READY)
 	$(BIN)/ruff check .
 
 tables: $(READY)
-	$(BIN)/python tools/make_tables.py
-	$(BIN)/python docs/make_configs.py
-	$(BIN)/python docs/make_paper.py
+	$(BIN)/python maintenance/make_tables.py
+	$(BIN)/python maintenance/make_configs.py
+	$(BIN)/python maintenance/make_paper.py
 
 # dist/adala_mm-*.whl: package, configs and tools in one file; an earlier build leaves nothing in it.
 wheel:
@@ -38,7 +38,7 @@ wheel:
 
 # Outputs of the notebook, after a change of its code.
 notebook: $(DOCS_READY)
-	$(THREADS) PATH=$(BIN):$$PATH $(BIN)/python docs/run_notebook.py
+	$(THREADS) PATH=$(BIN):$$PATH $(BIN)/python maintenance/run_notebook.py
 
 # Pages in build/docs, from docs/, the READMEs and the docstrings; a warning is an error.
 docs: $(DOCS_READY)
