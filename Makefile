@@ -16,19 +16,18 @@ test: $(READY)
 
 # Kills, tears and fills up real runs, and prints what came of it: a few minutes.
 test-faults: $(READY)
-	$(THREADS) $(BIN)/python tests/faults.py
+	PYTHONPATH=tests $(THREADS) $(BIN)/python tests/integration/faults.py
 
 # New forged and damaged checkpoints, in place of the same few hundred of `make test`: a few minutes.
 test-fuzz: $(READY)
-	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/test_unpickling.py -k makes_data
+	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/utils/test_unpickling.py -k makes_data
 
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# Tables, generated pages, metafiles and pictures, a few minutes; `make tables CHECK=1` only says what is out of date.
 tables: $(READY)
-	$(BIN)/python maintenance/make_tables.py
-	$(BIN)/python maintenance/make_configs.py
-	$(BIN)/python maintenance/make_paper.py
+	$(THREADS) $(BIN)/python maintenance/make_all.py $(if $(CHECK),--check)
 
 # dist/adala_mm-*.whl: package, configs and tools in one file; an earlier build leaves nothing in it.
 wheel:
