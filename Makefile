@@ -26,9 +26,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 tables: $(READY)
-	$(BIN)/python tools/make_tables.py
-	$(BIN)/python docs/make_configs.py
-	$(BIN)/python docs/make_paper.py
+	$(BIN)/python maintenance/make_tables.py
+	$(BIN)/python maintenance/make_configs.py
+	$(BIN)/python maintenance/make_paper.py
 
 # dist/adala_mm-*.whl: package, configs and tools in one file; an earlier build leaves nothing in it.
 wheel:
@@ -38,7 +38,7 @@ wheel:
 
 # Outputs of the notebook, after a change of its code.
 notebook: $(DOCS_READY)
-	$(THREADS) PATH=$(BIN):$$PATH $(BIN)/python docs/run_notebook.py
+	$(THREADS) PATH=$(BIN):$$PATH $(BIN)/python maintenance/run_notebook.py
 
 # Pages in build/docs, from docs/, the READMEs and the docstrings; a warning is an error.
 docs: $(DOCS_READY)

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from adala_mm.utils.stack import warn_about_stack
+from adala_mm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from adala_mm.alignment import align
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from adala_mm.linearization import linearize
     from adala_mm.serialization import load, save
 
-__version__ = '0.1.0'
 __all__ = ['align', 'calibrate', 'linearize', 'load', 'save']
 EXPORTED = {'align': 'adala_mm.alignment', 'calibrate': 'adala_mm.calibration',
             'linearize': 'adala_mm.linearization',

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import adala_mm
 from adala_mm.adapters import ARCHITECTURES, Adapter, find_vit
 from adala_mm.linearization import Model, linearize_blocks, say
 from adala_mm.models.attentions import Attention
@@ -20,6 +19,7 @@ from adala_mm.models.attentions.marks import MARK, add_mark, decode, last_of, ta
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.checkpoint import file_notes, load_checkpoint
+from adala_mm.version import __version__
 
 # What is set on a model and not built into it.
 SWITCHES = ('name_or_path', 'training', 'num_linear_blocks', 'grad_checkpointing', 'gradient_checkpointing', 'with_cp',
@@ -70,7 +70,7 @@ def save(model: nn.Module, path: str | Path, model_args: dict[str, Any] | None =
         say(f'{path}: {type(model).__name__} cannot be built from what it tells of itself ({problem}): load will need '
             'one, as in load(path, model), unless you give save its arguments as model_args')
     ties = ties_of(state)
-    about = {'base': None if problem else base, 'problem': problem, 'ties': ties, 'version': adala_mm.__version__}
+    about = {'base': None if problem else base, 'problem': problem, 'ties': ties, 'version': __version__}
     write_atomically(path, to_bytes(apart({name: value for name, value in state.items() if name not in ties}),
                                     {'format': MARK, MARK: json.dumps(about)}))
 

@@ -20,7 +20,7 @@ include_patterns = ['README.md', 'docs/**', 'configs/*/README.md']
 exclude_patterns = ['.*', '*.egg-info', 'build', 'data', 'work_dirs', '**/__pycache__']  # folders not even looked into
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
 
-nb_execution_mode = 'off'  # outputs are stored: docs/run_notebook.py
+nb_execution_mode = 'off'  # outputs are stored: maintenance/run_notebook.py
 nb_merge_streams = True
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3

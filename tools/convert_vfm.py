@@ -26,8 +26,7 @@ from adala_mm.conversion import (
     resample,
     write,
 )
-from adala_mm.engine.provenance import checkpoint_sha256
-from adala_mm.utils.checkpoint import read_state_dict
+from adala_mm.utils.checkpoint import checkpoint_sha256, read_state_dict
 from adala_mm.utils.image_files import open_image
 
 PHOTO = 'the photograph of matplotlib'

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from adala_mm.engine.provenance import checkpoint_sha256
 from adala_mm.export import assemble, load
 from adala_mm.models.backbones import AdaLAViT
+from adala_mm.utils.checkpoint import checkpoint_sha256
 from adala_mm.utils.cli import load_config
 
 SPEC = re.compile(r'(?:(?P<name>[^=/:]+)=)?(?P<config>.+?\.(?:py|json|ya?ml))(?::(?P<checkpoint>.+))?')

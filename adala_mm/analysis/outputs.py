@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from adala_mm import __version__
 from adala_mm.analysis.networks import Network
 from adala_mm.utils.records import git_state
 from adala_mm.utils.stack import stack_versions
 from adala_mm.utils.timing import hardware, save
+from adala_mm.version import __version__
 
 
 def require_free(path: Path, overwrite: bool) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from adala_mm.conversion.families import FAMILIES, Family
 from adala_mm.conversion.from_dinov3 import TIMM_DINOV3
 from adala_mm.conversion.from_timm import TIMM, facts, load_trunk, timm_vit
 from adala_mm.conversion.keys import recognise, refuse, rename, require, some
-from adala_mm.conversion.source import Source
+from adala_mm.conversion.source import Converted, Source
 from adala_mm.models.backbones.vit import AdaLAViT
 from adala_mm.utils.checkpoint import recorded_grid
 from adala_mm.utils.timm_models import refuse_other_rotary
@@ -25,35 +25,6 @@ PATCH_METHODS = ('flexi', 'bicubic')
 # Heads by (width, width of the MLP) of the published plain ViTs; no weight shows them.
 HEADS = {(192, 768): 3, (256, 1024): 4, (384, 1536): 6, (512, 2048): 8, (640, 2560): 10, (768, 3072): 12,
          (1024, 4096): 16, (1152, 4304): 16, (1280, 5120): 16, (1408, 6144): 16, (1536, 6144): 16, (1664, 8192): 16}
-
-
-@dataclass(frozen=True)
-class Converted:
-    """Weights under the keys of `AdaLAViT`, and what is known about them.
-
-    Args:
-        state: tensors in float32.
-        source, prefix: what they were recognised as, and the prefix of their keys.
-        family_name: key of `FAMILIES`.
-        licence: of the weights, and who says so if it is not `FAMILIES`.
-        config: arguments of `AdaLAViT` without attention and ``init_cfg``.
-        grid: (h, w) of the position embeddings.
-        report: what was done: (step, number of tensors, details).
-    """
-
-    state: dict[str, Tensor]
-    source: Source
-    prefix: str
-    family_name: str
-    licence: str
-    config: dict[str, Any]
-    grid: tuple[int, int]
-    report: tuple[tuple[str, int, str], ...]
-
-    @property
-    def family(self) -> Family:
-        row = FAMILIES[self.family_name]
-        return replace(row, norm_eps=self.config.get('norm_eps', row.norm_eps))
 
 
 def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int | None = None,

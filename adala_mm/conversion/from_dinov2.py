@@ -2,17 +2,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from adala_mm.conversion.from_timm import TIMM, load_trunk, timm_vit
-from adala_mm.conversion.source import Source
-
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
+from adala_mm.conversion.source import Converted, Source
 
 OWN = {key: ours for key, ours in TIMM.rename.items() if key not in ('reg_token', 'dist_token', 'norm_pre.*')}
 CHUNKED = re.compile(r'blocks\.\d+\.(?=\d+\.)')  # the second number counts through all chunks

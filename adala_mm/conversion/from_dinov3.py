@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -11,11 +10,8 @@ from torch import Tensor
 
 from adala_mm.conversion.from_timm import TIMM, load_trunk, size
 from adala_mm.conversion.from_transformers import below_prefix
-from adala_mm.conversion.source import Source
+from adala_mm.conversion.source import Converted, Source
 from adala_mm.ops import RotaryPositions
-
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
 
 # Heads by (width, width of the MLP) where DINOv3 has others than most ViTs.
 HEADS = {(1280, 5120): 20, (4096, 8192): 32}

@@ -1,15 +1,10 @@
 """Weights of mmpretrain's VisionTransformer: plain, with LayerScale (DINOv2) or with a norm in front (CLIP)."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from adala_mm.conversion.source import Source
+from adala_mm.conversion.source import Converted, Source
 from adala_mm.utils.mmpretrain_compat import tolerate_transformers_5
-
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
 
 ACTIVATIONS = {'gelu': 'GELU', 'quick_gelu': 'mmpretrain.QuickGELU'}
 

@@ -1,17 +1,12 @@
 """Weights of OpenAI's CLIP and of OpenCLIP, which share their names: the whole model or its ``visual`` tower."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from adala_mm.conversion.from_timm import load_trunk, timm_vit
-from adala_mm.conversion.source import Source
-
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
+from adala_mm.conversion.source import Converted, Source
 
 
 def reference(converted: Converted, state: dict[str, Tensor], name: str | None):

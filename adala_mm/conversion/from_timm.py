@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 from timm.layers import SwiGLU, get_act_layer
@@ -13,11 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala_mm.conversion.families import FAMILIES
-from adala_mm.conversion.source import Source
+from adala_mm.conversion.source import Converted, Source
 from adala_mm.utils.timm_models import on_meta
-
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
 
 PLAIN = tuple(name for name, row in FAMILIES.items() if not row.rotary)  # those of VisionTransformer
 ACTIVATIONS = {'GELU': 'gelu', 'GELUTanh': 'gelu_tanh', 'QuickGELU': 'quick_gelu'}

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adala_mm.conversion.source import Source
+from adala_mm.conversion.source import Converted, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from adala_mm.conversion.convert import Converted
 
 ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
 CLASSES = {'dinov2': 'Dinov2', 'dinov2_reg': 'Dinov2WithRegisters', 'siglip': 'SiglipVision',

@@ -1,16 +1,11 @@
 """Weights of transformers' ViT, DeiT (distilled) and ViTMAE, and of classifiers on them, which share their names."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from adala_mm.conversion.from_transformers import below_prefix, build
-from adala_mm.conversion.source import Source
-
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
+from adala_mm.conversion.source import Converted, Source
 
 
 def reference(converted: Converted, state: dict[str, Tensor], name: str | None):

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-import adala_mm
-from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.keys import SOURCES
+from adala_mm.conversion.source import Converted
 from adala_mm.utils.tables import markdown_table
+from adala_mm.version import __version__
 
 
 def metadata(converted: Converted, origin: str, checksum: str) -> dict[str, str]:
     """The strings that go into the file beside the weights."""
     mean, std = converted.family.normalise
     return {
-        'format': 'pt', 'adala_mm': adala_mm.__version__, 'source': f'{converted.source.name}: {origin}',
+        'format': 'pt', 'adala_mm': __version__, 'source': f'{converted.source.name}: {origin}',
         'sha256': checksum, 'family': converted.family_name, 'licence': converted.licence,
         'mean': json.dumps(mean), 'std': json.dumps(std), 'patch_size': str(converted.config['patch_size']),
         'position_grid': 'x'.join(map(str, converted.grid)),

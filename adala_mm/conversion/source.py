@@ -1,16 +1,15 @@
-"""What a source of weights is: templates that say what becomes of each of its keys."""
+"""What a source of weights is, by templates that say what becomes of each of its keys; and what is made of them."""
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from adala_mm.conversion.convert import Converted
+from adala_mm.conversion.families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,35 @@ class Source:
         if not names and (joined := re.fullmatch(r'(blocks\.\d+\.attn)\.qkv\.(weight|bias)', ours)):
             return self.own_key(f'{joined[1]}.q.{joined[2]}')
         return names[0] if names else ours
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Weights under the keys of `AdaLAViT`, and what is known about them.
+
+    Args:
+        state: tensors in float32.
+        source, prefix: what they were recognised as, and the prefix of their keys.
+        family_name: key of `FAMILIES`.
+        licence: of the weights, and who says so if it is not `FAMILIES`.
+        config: arguments of `AdaLAViT` without attention and ``init_cfg``.
+        grid: (h, w) of the position embeddings.
+        report: what was done: (step, number of tensors, details).
+    """
+
+    state: dict[str, Tensor]
+    source: Source
+    prefix: str
+    family_name: str
+    licence: str
+    config: dict[str, Any]
+    grid: tuple[int, int]
+    report: tuple[tuple[str, int, str], ...]
+
+    @property
+    def family(self) -> Family:
+        row = FAMILIES[self.family_name]
+        return replace(row, norm_eps=self.config.get('norm_eps', row.norm_eps))
 
 
 @cache

@@ -16,16 +16,15 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from adala_mm import __version__
 from adala_mm.engine.weights_check import loaded_networks
 from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import write_atomically
-from adala_mm.utils.checkpoint import local_file
+from adala_mm.utils.checkpoint import checkpoint_sha256
 from adala_mm.utils.fingerprint import file_sha256
 from adala_mm.utils.records import git_state
 from adala_mm.utils.stack import stack_versions
 from adala_mm.utils.timing import default_device, hardware
-from adala_mm.utils.weight_files import weight_files
+from adala_mm.version import __version__
 
 FILE = 'run.json'
 
@@ -137,13 +136,3 @@ def named_checkpoints(node: Any) -> Iterator[str]:
         return
     for child in node:
         yield from named_checkpoints(child)
-
-
-def checkpoint_sha256(name: str) -> str | None:
-    """SHA-256 of the file (of each, if weights are in several) behind a checkpoint's name, if it is on this machine."""
-    if '://' in name and not name.startswith('timm://'):  # MMEngine's downloads
-        name = str(Path(torch.hub.get_dir(), 'checkpoints', name.rsplit('/', 1)[-1].split('?')[0]))
-    try:
-        return ' '.join(map(file_sha256, weight_files(local_file(name))))
-    except (OSError, ValueError):
-        return None

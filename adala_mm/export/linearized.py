@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import adala_mm
 from adala_mm.adapters import Architecture, find_vit
 from adala_mm.export.target import Target
 from adala_mm.models.attentions import Attention
+from adala_mm.version import __version__
 
 
 class Tokens(nn.Module):
@@ -82,7 +82,7 @@ def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] 
     attentions = tuple(attn.adala_mm if isinstance(attn, Attention) else {'type': 'adala_mm.SoftmaxAttention'}
                        for attn in architecture.attentions_of(vit))
     kinds = sorted({kind['type'].removeprefix('adala_mm.') for kind in attentions})
-    notes = {'adala_mm': adala_mm.__version__, 'part': part, 'multiple': str(side), 'attention': ', '.join(kinds),
+    notes = {'adala_mm': __version__, 'part': part, 'multiple': str(side), 'attention': ', '.join(kinds),
              'preprocessing': json.dumps(preprocessing(model)), **names_of_classes(model)}
     return Target(model, module, outputs, side, size, attentions, notes)
 

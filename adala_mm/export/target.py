@@ -13,11 +13,11 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-import adala_mm
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.weights import load_vit
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint, local_file, read_state_dict
+from adala_mm.version import __version__
 
 PARTS = ('backbone', 'model')
 L2VIT_STRIDE = 32
@@ -170,7 +170,7 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
     preprocessor = model_cfg.get('data_preprocessor') or {}
     known = {key: preprocessor[key] for key in ('mean', 'std', 'bgr_to_rgb', 'to_rgb') if key in preprocessor}
     kinds = sorted({str(entry['type']).removeprefix('adala_mm.') for entry in attentions})
-    notes = {'adala_mm': adala_mm.__version__, 'part': part, 'multiple': str(multiple),
+    notes = {'adala_mm': __version__, 'part': part, 'multiple': str(multiple),
              'attention': ', '.join(kinds) or type(backbone).__name__, 'preprocessing': json.dumps(known)}
     return Target(model, module, outputs, multiple, (height, width), tuple(dict(entry) for entry in attentions), notes)
 

@@ -10,13 +10,11 @@ from safetensors.torch import load_file, save, save_file
 from timm.layers import LayerScale, SwiGLU
 from torch import Tensor, nn
 
-import adala_mm
 from adala_mm.adapters import find_vit
-from adala_mm.conversion.convert import Converted
 from adala_mm.conversion.families import FAMILIES
 from adala_mm.conversion.from_timm import ACTIVATIONS, TIMM, timm_vit
 from adala_mm.conversion.from_transformers import CLASSES, TRANSFORMERS_CLIP, TRANSFORMERS_DINOV2, in_files, pretrained
-from adala_mm.conversion.source import Source
+from adala_mm.conversion.source import Converted, Source
 from adala_mm.export.linearized import OwnLogits
 from adala_mm.export.parity import Run
 from adala_mm.export.target import Target
@@ -24,6 +22,7 @@ from adala_mm.linearization import linearize_blocks
 from adala_mm.models.attentions.marks import add_mark
 from adala_mm.models.backbones import AdaLAViT, QueryViT
 from adala_mm.models.backbones.weights import is_extra
+from adala_mm.serialization import load
 
 POOLING = {'cls_token': 'token', 'avg_featmap': 'avg'}  # of our backbone, as timm names it
 OWN_PARAMETERS = re.compile(r'(?!qkv\.|proj\.)')
@@ -94,7 +93,7 @@ def export_transformers(target: Target, folder: Path, family: str | None = None)
     # Not their own save_pretrained: its keys differ between versions.
     save_file({key: value.contiguous() for key, value in state.items()}, folder / 'model.safetensors', {'format': 'pt'})
     (folder / 'adala_mm.json').write_text(json.dumps(target.notes | {'attentions': target.attentions}, indent=1))
-    read = type(written).from_pretrained(folder) if target.is_softmax else adala_mm.load(folder)
+    read = type(written).from_pretrained(folder) if target.is_softmax else load(folder)
     return features(read) if head is None else OwnLogits(read.eval())
 
 

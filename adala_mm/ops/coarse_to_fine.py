@@ -14,8 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from adala_mm.ops import kernels
 from adala_mm.ops.exporting import exporting, transformed, unwatched
-
-PADDED = 64  # what there is one number of for each cell fills rows of so many, which are read in one piece
+from adala_mm.ops.kernels import PADDED
 
 
 def supports(q: Tensor) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Coarse-to-fine attention has arrays with one number per cell; their rows are padded to a multiple of this.
+PADDED = 64
 
 
 def takes(q: Tensor) -> bool:

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adala_mm.ops.coarse_to_fine import PADDED
-from adala_mm.ops.kernels import dense, strides
+from adala_mm.ops.kernels import PADDED, dense, strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # A kernel is not compiled again for other ones.

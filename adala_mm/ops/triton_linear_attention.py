@@ -12,7 +12,7 @@ The D channels of a head are one block of columns or two: 80 are 64 + 16, where 
 in 2 are of the second block and stand for nothing if there is none. A state S = sum_j phi(k_j)^T v_j is kept as its
 transpose in up to four blocks: s21 has the rows of the second values and the columns of the first features.
 
-`tools/analysis_tools/compile_kernels.py` tells what the kernels need on which GPU.
+`maintenance/compile_kernels.py` tells what the kernels need on which GPU.
 """
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adala_mm.utils.fingerprint import file_sha256
 from adala_mm.utils.torch_files import read_torch_file
 from adala_mm.utils.unpickling import Refused
 from adala_mm.utils.weight_files import SAFETENSORS, UnreadableCheckpoint, kind_of, weight_files
@@ -163,6 +164,20 @@ def local_file(path: str) -> Path:
                          f'{hub_url(name)} on another machine and name that file as init_cfg.checkpoint') from error
 
 
+def downloaded(url: str, folder: str | Path | None = None) -> Path:
+    """Where MMEngine keeps the download of an address: in ``folder``, or in PyTorch's cache."""
+    return Path(folder or Path(torch.hub.get_dir(), 'checkpoints'), url.rsplit('/', 1)[-1].split('?')[0])
+
+
+def checkpoint_sha256(name: str) -> str | None:
+    """SHA-256 of the file (of each, if weights are in several) behind a checkpoint's name, if it is on this machine."""
+    path = downloaded(name) if '://' in name and not name.startswith(TIMM) else name
+    try:
+        return ' '.join(map(file_sha256, weight_files(local_file(str(path)))))
+    except (OSError, ValueError):
+        return None
+
+
 def read_state_dict(path: str, trust: bool = False, key: str | None = None) -> OrderedDict[str, Tensor]:
     """Tensors of a checkpoint by name, without what training wraps around a model; `recorded_grid` reads it, too.
 
@@ -231,10 +246,9 @@ def use_safe_loading() -> None:
     """
 
     def load_url(url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True) -> dict:
-        folder = Path(model_dir or Path(torch.hub.get_dir()) / 'checkpoints')
-        path = folder / url.rsplit('/', 1)[-1].split('?')[0]
+        path = downloaded(url, model_dir)
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=progress)
         return load_checkpoint(path, map_location)
 

@@ -1,7 +1,8 @@
 """Quality against cost of attentions in a pretrained ViT: table, advice and picture of recorded rows.
 
-Records are those of tools/compare_attentions.py: ``rows`` by key, each a network (``label``) at an image ``size`` with
-a ``seed`` after ``stage1`` and ``stage2`` iterations of alignment, with its scores; and ``costs`` by size.
+Records are those of tools/analysis_tools/compare_attentions.py: ``rows`` by key, each a network (``label``) at an image
+``size`` with a ``seed`` after ``stage1`` and ``stage2`` iterations of alignment, with its scores; and ``costs`` by
+size.
 """
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm.models import get_pretrained_cfg
 
-from adala_mm.utils.checkpoint import file_notes
+from adala_mm.utils.checkpoint import TIMM, file_notes
 
 Values = Sequence[float]
 TOLERANCE = 0.5  # of 255: mean and std are often rounded
@@ -15,8 +15,8 @@ TOLERANCE = 0.5  # of 255: mean and std are often rounded
 
 def stated_normalisation(checkpoint: str) -> tuple[Values, Values] | None:
     """(mean, std) per RGB channel of 0 ... 255, as a file of tools/convert_vfm.py, or timm of a name, says; or None."""
-    if checkpoint.startswith('timm://'):
-        facts = get_pretrained_cfg(checkpoint.removeprefix('timm://'))
+    if checkpoint.startswith(TIMM):
+        facts = get_pretrained_cfg(checkpoint.removeprefix(TIMM))
         return facts and tuple([255 * value for value in part] for part in (facts.mean, facts.std))
     notes = file_notes(Path(checkpoint).expanduser())
     ours = {'adala_mm', 'mean', 'std'} <= notes.keys()  # others may write anything under these names

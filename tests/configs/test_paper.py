@@ -21,7 +21,7 @@ from adala_mm.utils.compose import composable, composed, composed_text
 from helpers import ROOT
 from helpers.scripts import load_tool
 
-sys.path.insert(0, str(ROOT / 'docs'))
+sys.path.insert(0, str(ROOT / 'maintenance'))
 import make_paper
 
 
@@ -33,7 +33,7 @@ def runs() -> list[str]:
 
 
 def test_the_page_is_up_to_date():
-    assert make_paper.PAGE.read_text(encoding='utf-8') == make_paper.page(), 'run: python docs/make_paper.py'
+    assert make_paper.PAGE.read_text(encoding='utf-8') == make_paper.page(), 'run: python maintenance/make_paper.py'
 
 
 def test_every_row_of_the_paper_is_there():
@@ -216,7 +216,7 @@ def test_counts_of_the_paper():
 
 
 def test_the_table_of_flops_is_counted():
-    tool = load_tool('analysis_tools/count_flops')
+    tool = load_tool('tools/analysis_tools/count_flops')
     rows = {row['config']: row for row in make_paper.recorded('paper_flops')['rows']}
     assert list(rows) == tool.CONFIGS
     name = 'mask2former_dinov2l_linformer_ade20k'
@@ -225,7 +225,7 @@ def test_the_table_of_flops_is_counted():
 
 def test_flops_of_a_backbone_with_rotation():
     """DINOv3-B by hand: 12 blocks of 12 C², patches of 16 x 16 pixels, a class and four register tokens."""
-    row = load_tool('analysis_tools/count_flops').count('mask2former_dinov3b_ade20k', [512])
+    row = load_tool('tools/analysis_tools/count_flops').count('mask2former_dinov3b_ade20k', [512])
     width, patches = 768, 32 ** 2
     network = 12 * 12 * (patches + 5) * width ** 2 + patches * 768 * width
     assert row['total']['512'] - row['mixing']['512'] == network
@@ -233,7 +233,7 @@ def test_flops_of_a_backbone_with_rotation():
 
 
 def test_flops_are_those_of_plain_vits(monkeypatch):
-    tool = load_tool('analysis_tools/count_flops')
+    tool = load_tool('tools/analysis_tools/count_flops')
     monkeypatch.setattr(sys, 'argv', ['count_flops', 'upernet_l2vitt_ade20k'])
     with pytest.raises(SystemExit, match='upernet_l2vitt_ade20k: only AdaLAViT is counted, .* adala_mm.L2ViT'):
         tool.main()
@@ -241,7 +241,7 @@ def test_flops_are_those_of_plain_vits(monkeypatch):
 
 def test_costs_of_attentions_alone(tmp_path):
     """Figure 3: softmax by its formula holds two N x N matrices, by the fused kernel none; both multiply alike."""
-    tool = load_tool('analysis_tools/attention_costs')
+    tool = load_tool('tools/analysis_tools/attention_costs')
     args = Namespace(tokens=[64, 1024], dim=64, heads=2)
     rows = {(row['name'], row['tokens']): row for rows in tool.measure(args, torch.device('cpu')) for row in rows}
     assert all('mib' in row for row in rows.values()) and len(rows) > 2 * 20
@@ -260,7 +260,7 @@ def test_costs_of_attentions_alone(tmp_path):
 
 def test_attentions_that_would_not_fit_are_skipped(monkeypatch):
     """Both quadratic ones, softmax by its formula and RMT: what they hold is foreseen from smaller lengths."""
-    tool = load_tool('analysis_tools/attention_costs')
+    tool = load_tool('tools/analysis_tools/attention_costs')
     seen = [dict(tokens=n, mib=3 * n + 2 * n ** 2) for n in (10, 20)]
     assert tool.forecast(100, seen) == pytest.approx(3 * 100 + 2 * 100 ** 2)
     assert tool.forecast(100, [dict(tokens=n, mib=3 * n) for n in (10, 20)]) == pytest.approx(300)
@@ -274,7 +274,7 @@ def test_attentions_that_would_not_fit_are_skipped(monkeypatch):
 
 
 def test_channels_are_shared_by_heads(tmp_path, monkeypatch, capsys):
-    tool = load_tool('analysis_tools/attention_costs')
+    tool = load_tool('tools/analysis_tools/attention_costs')
     monkeypatch.setattr(sys, 'argv', ['attention_costs', '--dim', '100', '--heads', '16', '--out', str(tmp_path)])
     with pytest.raises(SystemExit):
         tool.main()

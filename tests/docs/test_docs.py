@@ -108,7 +108,8 @@ def template(node: ast.AST) -> str:
 
 @functools.cache
 def strings_of_the_code() -> list[str]:
-    nodes = [node for folder in ('adala_mm', 'tools', 'benchmarks') for path in (ROOT / folder).rglob('*.py')
+    nodes = [node for folder in ('adala_mm', 'tools', 'maintenance', 'benchmarks')
+             for path in (ROOT / folder).rglob('*.py')
              for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))]
     docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     return [text for node in nodes if id(node) not in docstrings and (text := template(node)) != '…']
@@ -133,7 +134,7 @@ def test_troubleshooting_quotes_messages_of_the_code():
 def test_names_on_the_hub_are_timms():
     """Names after ``timm://`` and in ``create_model``, and repositories, of all configs, pages, messages and tools."""
     repositories = {facts.hf_hub_id for name in timm.list_pretrained() if (facts := timm.get_pretrained_cfg(name))}
-    files = [ROOT / 'README.md', *(path for folder in ('configs', 'docs', 'adala_mm', 'tools')
+    files = [ROOT / 'README.md', *(path for folder in ('configs', 'docs', 'adala_mm', 'tools', 'maintenance')
                                    for suffix in ('py', 'md', 'rst', 'ipynb', 'yml')
                                    for path in (ROOT / folder).rglob(f'*.{suffix}'))]
     found = set()
@@ -166,13 +167,13 @@ def load(path: Path):
 
 
 def test_configs_page_is_up_to_date():
-    make_configs = load(ROOT / 'docs/make_configs.py')
+    make_configs = load(ROOT / 'maintenance/make_configs.py')
     assert (ROOT / 'docs/configs.md').read_text(encoding='utf-8') == make_configs.page(), (
-        'run: python docs/make_configs.py')
+        'run: python maintenance/make_configs.py')
 
 
 def test_names_of_configs_are_parsed(tmp_path):
-    make_configs = load(ROOT / 'docs/make_configs.py')
+    make_configs = load(ROOT / 'maintenance/make_configs.py')
     vfms = ['dinov2l', 'l2vitt']
     assert make_configs.split_name('mask2former_dinov2l_softmax_1024_cityscapes', vfms) == (
         'mask2former', 'dinov2l', ['softmax', '1024'], 'cityscapes')

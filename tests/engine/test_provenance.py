@@ -25,7 +25,7 @@ from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import ProvenanceHook, provenance
 from adala_mm.registry import MODELS
 from adala_mm.utils import records
-from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.checkpoint import checkpoint_sha256, load_checkpoint
 from adala_mm.utils.fingerprint import file_sha256, fingerprint
 from adala_mm.utils.records import git_state
 from helpers import ROOT
@@ -261,7 +261,7 @@ def test_files_behind_names(tmp_path, monkeypatch):
     folder = tmp_path / 'timm/vit_large_patch14_clip_224.openai'  # what timm calls ..._clip_quickgelu_224.openai
     folder.mkdir(parents=True)
     (folder / 'model.safetensors').write_bytes(b'of timm')
-    found = [provenance.checkpoint_sha256(name) for name in (
+    found = [checkpoint_sha256(name) for name in (
         'https://example.org/some/net.pth?download=1', 'timm://vit_large_patch14_clip_quickgelu_224.openai',
         'timm://vit_large_patch14_dinov2.lvd142m', str(tmp_path / 'absent.pth'))]
     assert found == [hashlib.sha256(text).hexdigest() for text in (b'downloaded', b'of timm')] + [None, None]

@@ -21,7 +21,7 @@ from adala_mm.models.attentions import InLineAttention
 from adala_mm.utils import frontier
 from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / 'tools'))
+sys.path += [str(ROOT / 'tools/analysis_tools'), str(ROOT / 'maintenance')]
 import compare_attentions
 import make_tables
 from compare_attentions import described, differences, parse_attentions

@@ -23,7 +23,7 @@ FOLDERS = ['adala', 'baselines', 'beyond', 'demo', 'detection', 'l2vit', 'real']
 
 @pytest.fixture
 def tool(monkeypatch):
-    return load_tool('make_metafiles')
+    return load_tool('maintenance/make_metafiles')
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def test_metafiles_are_up_to_date(tool, folder):
     flops = [model['Metadata'].pop('FLOPs') for model in committed['Models']]
     assert all(type(count) is int and count > 0 for count in flops)
     wanted = tool.metafile(ROOT / 'configs' / folder, with_flops=False)
-    assert committed == wanted, 'run: python tools/make_metafiles.py'
+    assert committed == wanted, 'run: python maintenance/make_metafiles.py'
     text = (ROOT / f'configs/{folder}/metafile.yml').read_text(encoding='utf-8')
     assert text == tool.as_text(metafile(folder))
 
@@ -86,7 +86,7 @@ def test_metafiles_are_up_to_date(tool, folder):
 def test_flops(tool, name):
     entry = listed(name)
     facts = tool.metadata(Config.fromfile(ROOT / entry['Config']), name)
-    assert facts == entry['Metadata'], 'run: python tools/make_metafiles.py'
+    assert facts == entry['Metadata'], 'run: python maintenance/make_metafiles.py'
 
 
 def test_flops_by_hand():
@@ -130,9 +130,9 @@ def test_results_are_those_of_the_records(tool):
             key: pytest.approx(value, rel=1e-3) for key, value in last.items() if key != 'step'}
     assert with_results['mask2former_demo_beacons'] == dict(mIoU=pytest.approx(demo['mask2former'], rel=1e-3))
     # The demo's own list of runs says which config is behind which row.
-    configs = {run.name: run.config for run in load_tool('demo').RUNS}
+    configs = {run.name: run.config for run in load_tool('tools/demo').RUNS}
     rows = {row['name']: row for row in demo['rows']}
-    ends = {configs[run]: row for run, row, *_ in load_tool('demo_report').ROWS}
+    ends = {configs[run]: row for run, row, *_ in load_tool('tools/demo_report').ROWS}
     unrecorded = {config for config, row in ends.items() if row not in rows}
     for config in ends.keys() - unrecorded:
         assert with_results[config] == dict(mIoU=pytest.approx(rows[ends[config]]['tuned'], rel=1e-3))
@@ -157,7 +157,8 @@ def test_written_then_checked(tool, tmp_path, monkeypatch):
     def run(*words: str) -> None:
         monkeypatch.setattr(sys, 'argv', ['make_metafiles.py', *words])
         tool.main()
-    with pytest.raises(SystemExit, match=r'model-index\.yml is out of date; run: python tools/make_metafiles\.py'):
+    told = r'model-index\.yml is out of date; run: python maintenance/make_metafiles\.py'
+    with pytest.raises(SystemExit, match=told):
         run('--check')
     assert not (tmp_path / 'model-index.yml').exists()
     run()

@@ -24,11 +24,11 @@ RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json'
 PAGES = [ROOT / name for name in ('README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md',
                                   'docs/frontier.md', 'docs/approximations.md', 'docs/reproducibility.md')]
 
-sys.path.insert(0, str(ROOT / 'tools'))  # where tools find each other
+sys.path.insert(0, str(ROOT / 'maintenance'))  # where its scripts find each other
 
 
 def tool(name: str):
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'tools/{name}.py')
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'maintenance/{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -214,7 +214,7 @@ def alignment(step: int, agreement: float, error: float) -> dict:
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    """tools/make_tables.py in a repository of made-up records."""
+    """maintenance/make_tables.py in a repository of made-up records."""
     root = tmp_path / 'repository'
     (root / 'docs/results').mkdir(parents=True)
     for folder in ('adala', 'baselines'):
@@ -574,7 +574,7 @@ def test_tables_of_this_repository_are_up_to_date():
     absent = [str(path.relative_to(ROOT)) for path in (*PAGES, *RECORDS) if not path.exists()]
     if absent:
         pytest.skip(f'not there (yet): {", ".join(absent)}')
-    done = subprocess.run([sys.executable, 'tools/make_tables.py', '--check'], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, 'maintenance/make_tables.py', '--check'], cwd=ROOT, capture_output=True,
                           text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
 

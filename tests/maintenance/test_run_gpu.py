@@ -390,7 +390,7 @@ def dies_at_two(job: dict) -> dict:
 
 def test_tables_of_a_gpu(tmp_path, monkeypatch):
     """From made-up records: two runs, of which the later one measured a cell again."""
-    monkeypatch.syspath_prepend(ROOT / 'tools')
+    monkeypatch.syspath_prepend(ROOT / 'maintenance')
     tables = importlib.import_module('make_tables')
     monkeypatch.setattr(tables, 'ROOT', tmp_path)
     assert tables.gpu() == 'No GPU has measured these yet.'

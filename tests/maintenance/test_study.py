@@ -1,4 +1,4 @@
-"""tools/study.py: order, seeds, what a run starts from, what is recorded, what failures lead to, and a real one."""
+"""maintenance/study.py: order, seeds, what a run starts from, what is recorded, what failures lead to; a real one."""
 from __future__ import annotations
 
 import json
@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from helpers import LINEAR, ROOT, tiny_vit
 
-sys.path.insert(0, str(ROOT / 'tools'))
+sys.path.insert(0, str(ROOT / 'maintenance'))
 import score_study
 from study import Study, locked, main, read_study, training_cost, wanted
 

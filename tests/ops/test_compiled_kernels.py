@@ -1,6 +1,6 @@
 """What Triton makes of the kernels for GPUs that are not here; the interpreter sees none of it.
 
-Compiled by `tools/analysis_tools/compile_kernels.py` in a process of its own, since this one interprets kernels.
+Compiled by `maintenance/compile_kernels.py` in a process of its own, since this one interprets kernels.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ print(json.dumps([row for rows in compile_all(jobs, 2) for row in rows]))
 
 @pytest.fixture(scope='module')
 def rows() -> list[dict]:
-    path = f'{ROOT / "tools/analysis_tools"}:{ROOT}'
+    path = f'{ROOT / "maintenance"}:{ROOT}'
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'} | {'PYTHONPATH': path}
     jobs = [(run[0], case, *run[1:]) for run in RUNS for case in (*LINEAR, *(COARSE if run in COARSE_RUNS else []))]
     done = subprocess.run([sys.executable, '-c', COMPILE, json.dumps(jobs)], check=True, env=environment,

@@ -119,10 +119,10 @@ def test_training_of_a_segmentor_by_hand():
 
 
 def test_costs_of_the_record_are_those_of_the_config(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    monkeypatch.syspath_prepend(str(ROOT / 'tools/analysis_tools'))
     from estimate_costs import costs, table
     row = json.loads(json.dumps(costs('stage1_dinov2b_coco', 8)))
     rows = json.loads((ROOT / 'docs/results/costs.json').read_text())['rows']
-    assert row in rows, 'run: python tools/estimate_costs.py ... --out docs/results/costs.json'
+    assert row in rows, 'run: python tools/analysis_tools/estimate_costs.py ... --out docs/results/costs.json'
     assert f'| {4 * 1000 * row["training_multiply_adds"] / 1e15:,.2f} |' in table([row], images=1000)
     assert 'say --images' in table([row], None)

@@ -193,12 +193,12 @@ def test_one_door():
     """What reads pickles is called by the door alone, and for two files that the same run has just written."""
     reads = re.compile(r'torch\.(?:jit\.|hub\.|export\.)?load\w*\(|pickle\.(?:loads?|Unpickler)|allow_pickle|'
                        r'load_state_dict_from|joblib|dill|shelve|marshal')
-    sources = [path for folder in ('adala_mm', 'tools', 'configs', 'benchmarks', 'docs')
+    sources = [path for folder in ('adala_mm', 'tools', 'maintenance', 'configs', 'benchmarks', 'docs')
                for path in (ROOT / folder).rglob('*.py')]
     found = Counter((path.relative_to(ROOT).as_posix(), match) for path in sources
                     for match in reads.findall(path.read_text()))
     assert len(sources) > 150 and found == {('adala_mm/utils/checkpoint.py', 'torch.load('): 1,
-                                            ('tools/compare_attentions.py', 'torch.load('): 1,
+                                            ('tools/analysis_tools/compare_attentions.py', 'torch.load('): 1,
                                             ('adala_mm/export/graphs.py', 'torch.export.load('): 1}
 
 

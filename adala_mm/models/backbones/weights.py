@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -20,9 +20,6 @@ from adala_mm.models.attentions.parts import GridTable
 from adala_mm.utils.checkpoint import TIMM, read_state_dict, recorded_grid, recorded_linear, under
 from adala_mm.utils.fingerprint import fingerprint
 from adala_mm.utils.timm_models import PE_CORE, refuse_other_rotary
-
-if TYPE_CHECKING:
-    from adala_mm.models.backbones.vit import AdaLAViT
 
 LINES = 24  # of a table of keys
 # What a timm or mmpretrain ViT has behind its last block, or a `QueryViT` for its head, and a plain backbone has not.
@@ -55,7 +52,7 @@ def read_backbone(init_cfg: dict) -> tuple[str, dict[str, Tensor], bool]:
     return path, own or state, bool(own)
 
 
-def load_vit(model: AdaLAViT, init_cfg: dict) -> list[str]:
+def load_vit(model: nn.Module, init_cfg: dict) -> list[str]:
     """Loads ``init_cfg['checkpoint']`` into ``model``.
 
     Keys under ``prefix`` (default ``backbone.``) are taken if there are any, else the whole file is read as a timm
@@ -196,7 +193,7 @@ def is_extra(key: str) -> bool:
     return re.match(r'query_embed|blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
-def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
+def _resample(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Fits patch kernel and attentions' tables to the model, in place; says what was done."""
     notes = []
     size, grid = model.patch_size, model.pos_grid
@@ -219,7 +216,7 @@ def _resample(model: AdaLAViT, state: dict[str, Tensor]) -> list[str]:
     return notes
 
 
-def _fit_positions(model: AdaLAViT, state: dict[str, Tensor], grid: tuple[int, int] | None, own: bool,
+def _fit_positions(model: nn.Module, state: dict[str, Tensor], grid: tuple[int, int] | None, own: bool,
                    notes: list[str]) -> list[str]:
     """Fits position embeddings of ``grid``, None if nobody says it, to the model, in place; returns what is in doubt.
 
@@ -255,7 +252,7 @@ def _fit_positions(model: AdaLAViT, state: dict[str, Tensor], grid: tuple[int, i
     return doubts
 
 
-def resize_positions(model: AdaLAViT, state: dict[str, Any], key: str, grid: tuple[int, int],
+def resize_positions(model: nn.Module, state: dict[str, Any], key: str, grid: tuple[int, int],
                      notes: list[str]) -> None:
     """``state[key]``, position embeddings of ``grid``, for the model's grid, in place; nothing if there are none."""
     if tuple(grid) == model.pos_grid or key not in state:
@@ -273,14 +270,14 @@ def positions_for(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return fitted
 
 
-def record_facts(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+def record_facts(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
     """A hook of ``state_dict()``: keys and shapes show neither the grid of positions nor the linear blocks."""
     metadata['grid'] = model.pos_grid
     metadata['linear_blocks'] = {i: type(block.attn).__name__ for i, block in enumerate(model.blocks)
                                  if not block.attn.is_softmax}
 
 
-def read_grid(model: AdaLAViT, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
+def read_grid(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
     """A hook of ``load_state_dict()``, MMEngine's as well: positions of another recorded grid are resampled."""
     key, notes = f'{prefix}pos_embed', []
     grid, prefixed = metadata.get('grid'), 0 if model.no_embed_class else model.num_prefix

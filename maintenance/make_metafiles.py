@@ -1,6 +1,6 @@
 """Writes model-index.yml and configs/*/metafile.yml, what OpenMMLab's tools know of this repository's configs.
 
-    python tools/make_metafiles.py [--check]
+    python maintenance/make_metafiles.py [--check]
 
 Everything comes from the configs and from the records in docs/results/. No weights are published, so none are named; a
 config has results only if a recorded run of it has.
@@ -28,8 +28,8 @@ from adala_mm.utils.cost import multiply_adds
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """\
-# Written by tools/make_metafiles.py. Parameters: of backbone, neck and head; of an alignment stage, of the student.
-# FLOPs: their multiply-adds for one image of Image Size, attention included.
+# Written by maintenance/make_metafiles.py. Parameters: of backbone, neck and head; of an alignment stage, of the
+# student. FLOPs: their multiply-adds for one image of Image Size, attention included.
 """
 # Collection -> its paper, and the folder whose README tells more.
 PAPERS = {
@@ -214,7 +214,7 @@ def main() -> None:
         if path.exists() and path.read_text(encoding='utf-8') == text:
             continue
         if args.check:
-            sys.exit(f'{path.relative_to(ROOT)} is out of date; run: python tools/make_metafiles.py')
+            sys.exit(f'{path.relative_to(ROOT)} is out of date; run: python maintenance/make_metafiles.py')
         path.write_text(text, encoding='utf-8')
 
 

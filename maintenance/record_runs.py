@@ -1,6 +1,6 @@
 """Records finished runs for the tables of the docs: scores, checkpoint hash, machine.
 
-    python tools/record_runs.py work_dirs/stage1_deitt_caltech --out docs/results/real.json
+    python maintenance/record_runs.py work_dirs/stage1_deitt_caltech --out docs/results/real.json
 """
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes docs/configs.md, the reference of the configs, from their names and their first comments.
 
-    python docs/make_configs.py [--check]
+    python maintenance/make_configs.py [--check]
 """
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from adala_mm.utils.tables import keep_page, markdown_table
 
-DOCS = Path(__file__).resolve().parent
-CONFIGS = DOCS.parent / 'configs'
-PAGE = DOCS / 'configs.md'
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs'
+PAGE = ROOT / 'docs/configs.md'
 HEADER = '''\
-<!-- Written by docs/make_configs.py; what it says of a config is the first comment in it. -->
+<!-- Written by maintenance/make_configs.py; what it says of a config is the first comment in it. -->
 # Configs
 
 A config is a Python file of a few lines that starts from files in `configs/_base_` and says what differs.
@@ -52,7 +52,7 @@ def about(path: Path) -> str:
 
 
 def link(path: Path, name: str) -> str:
-    return f'[`{name}`](../{path.relative_to(DOCS.parent).as_posix()})'
+    return f'[`{name}`](../{path.relative_to(ROOT).as_posix()})'
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -104,4 +104,4 @@ def page() -> str:
 
 
 if __name__ == '__main__':
-    keep_page(PAGE, page, 'python docs/make_configs.py')
+    keep_page(PAGE, page, 'python maintenance/make_configs.py')

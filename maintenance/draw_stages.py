@@ -1,6 +1,6 @@
 """Draws docs/images/stages.svg, the diagram of docs/method.md.
 
-    python docs/draw_stages.py [FILE]
+    python maintenance/draw_stages.py [FILE]
 """
 from __future__ import annotations
 
@@ -97,4 +97,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name('images') / 'stages.svg')
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / 'docs/images/stages.svg')

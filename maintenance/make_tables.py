@@ -1,6 +1,6 @@
 """Writes the tables of the Markdown pages from the records (docs/results/, benchmarks/results/) and the code itself.
 
-    python tools/make_tables.py [--check]
+    python maintenance/make_tables.py [--check]
 
 A table stands between <!-- table: NAME --> and <!-- end -->; everything else in the files is left alone.
 """
@@ -397,7 +397,7 @@ def main() -> None:
         old = (ROOT / page).read_text()
         new = fill(old)
         if args.check and new != old:
-            sys.exit(f'{page}: tables differ from the records; run: python tools/make_tables.py')
+            sys.exit(f'{page}: tables differ from the records; run: python maintenance/make_tables.py')
         if new != old:
             (ROOT / page).write_text(new)
 

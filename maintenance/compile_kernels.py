@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for named GPUs on a machine that needs none, and says what came out.
 
-    python tools/analysis_tools/compile_kernels.py [--targets sm_80 sm_90] [--dtypes bf16 fp32] [--dims 64 80 128]
+    python maintenance/compile_kernels.py [--targets sm_80 sm_90] [--dtypes bf16 fp32] [--dims 64 80 128]
         [--maps elu1] [--cases linear_backward] [--jobs 2] [--out kernels.jsonl]
 
 The launchers themselves run, on CPU tensors; only Triton's driver is replaced, by one that names a GPU and its limits,

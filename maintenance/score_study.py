@@ -1,6 +1,6 @@
 """Scores the alignments of a study again, on other images.
 
-    python tools/score_study.py configs/real/study.yml --name unseen [--data-root DATA] [--only NAME ...] \
+    python maintenance/score_study.py configs/real/study.yml --name unseen [--data-root DATA] [--only NAME ...] \
         --cfg-options test_dataloader.dataset.ann_file=train.txt
 
 Recipes that were chosen by their scores look better on those images than they are. The test set, with the options

@@ -1,6 +1,6 @@
 """What a study found: its table, and quality against the compute that was spent on it, as a picture.
 
-    python tools/study_report.py [--study configs/real/study.yml] [--records docs/results/<study>.json] \
+    python maintenance/study_report.py [--study configs/real/study.yml] [--records docs/results/<study>.json] \
         [--png docs/images/<study>.png]
 
 There is a picture where there are alignments.

@@ -1,6 +1,6 @@
 """Runs a study: configs x seeds, each run started from the one that it comes after; taken up again when stopped.
 
-    python tools/study.py configs/real/study.yml [--data-root DIR] [--jobs 2] [--seeds 0 1 2] [--only NAME ...] \
+    python maintenance/study.py configs/real/study.yml [--data-root DIR] [--jobs 2] [--seeds 0 1 2] [--only NAME ...] \
         [--out docs/results/<study>.json]
 
 The study file names ``runs``, each with a ``config`` of the folder that the study is in, and perhaps with the run that
@@ -13,13 +13,10 @@ Recorded runs are not run again, unless another one starts from weights that are
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
@@ -34,28 +31,14 @@ from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.cost import multiply_adds
 from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
+from adala_mm.utils.runs import locked
 from adala_mm.utils.timing import save
 
-TOOLS = Path(__file__).parent
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 WORDS = ('label', 'swap')  # what tables call a run, which may change
 KEYS = ('config', 'after', 'iterations', 'options', 'amp', *WORDS)
 STUDY_KEYS = ('runs', 'seeds', 'amp')
 Run = tuple[str, int]  # name, seed
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[int]:
-    """Holds the lock of a file, for this process and those that inherit the descriptor which this yields.
-
-    Raises:
-        RuntimeError: without ``wait``, if somebody else holds it.
-    """
-    with open(path, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise RuntimeError(f'{path.parent}: another process trains this run; wait for it, or end it') from None
-        yield file.fileno()
 
 
 def minutes(log: Path) -> float:

@@ -1,6 +1,6 @@
 """Every attention in a pretrained ViT: how far it answers as the softmax teacher, and what it costs, by image size.
 
-    python tools/compare_attentions.py [--data-root data] [--attentions all configs/real/frontier.yml] \
+    python tools/analysis_tools/compare_attentions.py [--data-root data] [--attentions all configs/real/frontier.yml] \
         [--sizes 224 512] [--stage1 100] [--stage2 0] [--images 250] [--jobs 2]
 
 An attention is a registered name, with options and a label if need be ("Monarch, 1 step=MonarchAttention:num_steps=1"),
@@ -42,7 +42,6 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from study import locked  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from adala_mm import align, linearize  # noqa: E402
@@ -56,9 +55,10 @@ from adala_mm.utils.cost import multiply_adds  # noqa: E402
 from adala_mm.utils.fingerprint import file_sha256  # noqa: E402
 from adala_mm.utils.frontier import SOFTMAX, UNTRAINED, Training, advice, describe, draw, table  # noqa: E402
 from adala_mm.utils.records import cores, git_state, machine  # noqa: E402
+from adala_mm.utils.runs import locked  # noqa: E402
 from adala_mm.utils.timing import default_device, failure, peak_memory, save, take_turns, wall_timer  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = 8  # one line in so many of the alignment's list is for scores
 LAYER = dict(dim=384, num_heads=6)  # whose time and memory are measured beside the ViT's
 Attentions = dict[str, dict | None]  # by label; None is softmax

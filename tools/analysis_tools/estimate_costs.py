@@ -1,6 +1,7 @@
 """What training a config would cost, from shapes alone: multiply-adds, memory of a GPU, disk for checkpoints.
 
-    python tools/estimate_costs.py stage1_dinov2l_coco stage2_dinov2l_in22k [--gpus 8] [--images N] [--out costs.json]
+    python tools/analysis_tools/estimate_costs.py stage1_dinov2l_coco stage2_dinov2l_in22k [--gpus 8] [--images N] \
+        [--out costs.json]
 
 Needs neither data nor weights nor a GPU. docs/costs.md shows what it says of the paper's recipes.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parent / 'notebooks/quickstart.ipynb'
+NOTEBOOK = Path(__file__).resolve().parents[1] / 'docs/notebooks/quickstart.ipynb'
 
 
 def code_sha256(notebook: dict) -> str:

@@ -1,6 +1,6 @@
 """Writes docs/paper.md, commands of the paper's tables and figures, from docs/paper.yml, the configs and the records.
 
-    python docs/make_paper.py [--check]
+    python maintenance/make_paper.py [--check]
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS = dict(softmax='Softmax', hedgehog='Hedgehog', lolcats='LoLCATS', linfor
                ours='ViT-AdaLA')
 BENCHMARK = 'python tools/analysis_tools/benchmark_model.py --arch L --sizes 512 1024 --attentions paper'
 HEADER = '''\
-<!-- Written by docs/make_paper.py from docs/paper.yml, the configs and the records in docs/results. -->
+<!-- Written by maintenance/make_paper.py from docs/paper.yml, the configs and the records in docs/results. -->
 # The paper, row by row
 
 Each row of the tables of ViT-AdaLA and each of its figures, with the paper's number and the commands that ask for ours.
@@ -316,4 +316,4 @@ def page() -> str:
 
 
 if __name__ == '__main__':
-    keep_page(PAGE, page, 'python docs/make_paper.py')
+    keep_page(PAGE, page, 'python maintenance/make_paper.py')
