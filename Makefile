@@ -16,11 +16,11 @@ test: $(READY)
 
 # Kills, tears and fills up real runs, and prints what came of it: a few minutes.
 test-faults: $(READY)
-	$(THREADS) $(BIN)/python tests/faults.py
+	PYTHONPATH=tests $(THREADS) $(BIN)/python tests/integration/faults.py
 
 # New forged and damaged checkpoints, in place of the same few hundred of `make test`: a few minutes.
 test-fuzz: $(READY)
-	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/test_unpickling.py -k makes_data
+	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/utils/test_unpickling.py -k makes_data
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -204,7 +204,7 @@ def _feature_loss(features: Callable[[nn.Module, Tensor], Tensor], model: nn.Mod
     got = features(model, images)
     if got.shape != wanted.shape:
         raise ValueError(f'the features of the model are {tuple(got.shape)}, those of its teacher '
-                         f'{tuple(wanted.shape)}')
+                         f'{tuple(wanted.shape)}: linearize this teacher')
     loss, error = _distance(got, wanted)
     loss = factor * loss
     with torch.autocast(images.device.type, enabled=False):

@@ -209,7 +209,8 @@ class Calibration:
             with inputs_of(attention.layer, here, there) as seen:
                 got, wanted = (stream.run(block, batch, self.device) for stream in (student, teacher))
             if attention.layer not in seen:
-                raise TypeError(f'the attention of block {block} does not call its output projection')
+                raise TypeError(f'the attention of block {block} does not call its output projection: its '
+                                'forward has to call self.proj(x)')
             self._add(sums, seen[attention.layer], seen[there] - seen[here], block, batch)
             squares.append(_squares(got, wanted))
             teacher.tokens[batch] = wanted.cpu()

@@ -26,14 +26,15 @@ def find_pair(model: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
     attentions, old_attentions = architecture.attentions_of(vit), old_architecture.attentions_of(old)
     if architecture is not old_architecture or len(attentions) != len(old_attentions):
         raise ValueError(f'the model ({architecture.name}, {len(attentions)} blocks) and its teacher '
-                         f'({old_architecture.name}, {len(old_attentions)} blocks) are not the same network')
+                         f'({old_architecture.name}, {len(old_attentions)} blocks) are not the same network: '
+                         'linearize this teacher')
     if {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError('the model and its teacher share weights: let linearize make a copy (inplace=False)')
     if not any(map(is_linear, attentions)):
         raise ValueError(f'{type(vit).__name__} has no linear block: call linearize first')
     place, other = (next(net.parameters()).device for net in (vit, old))
     if place != other:
-        raise ValueError(f'the model is on {place}, its teacher on {other}')
+        raise ValueError(f'the model is on {place}, its teacher on {other}: move both to one device')
     return vit, old, architecture
 
 
@@ -45,7 +46,7 @@ def steps_in(dataloader: Iterable[Any], steps: int | None, epochs: int | None) -
         TypeError: for ``epochs`` of a dataloader without length.
     """
     if (steps is None) == (epochs is None):
-        raise ValueError('tell either steps or epochs')
+        raise ValueError('give either steps or epochs, and not both')
     require_whole(steps=steps, epochs=epochs)
     if steps is not None:
         return steps
@@ -54,7 +55,8 @@ def steps_in(dataloader: Iterable[Any], steps: int | None, epochs: int | None) -
     except TypeError as error:  # streams have none
         raise TypeError(f'epochs={epochs} of a {type(dataloader).__name__} without length: say steps') from error
     if (total := common_length(epochs * length)) < 1:
-        raise ValueError(f'epochs={epochs} of this dataloader come to nothing: it has no batch')
+        raise ValueError(f'epochs={epochs} of this dataloader are no steps: it has no batch. Are there fewer '
+                         'images than a batch, with drop_last?')
     return total
 
 

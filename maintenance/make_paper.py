@@ -282,15 +282,15 @@ def totals() -> str:
     return (f'{listed} rows of 12 tables and {len(facts()["figures"])} figures; {len(rows)} of the rows are runs of '
             f'{len({row.config for row in rows})} configs. With all that they start from, {len(runs)} runs, which '
             f'would take more than {total:,.0f} GPU-hours, {stage2:,.0f} of them in stage 2. '
-            '`tests/test_paper.py` builds all of them.\n')
+            '`tests/configs/test_paper.py` builds all of them.\n')
 
 
 def page() -> str:
     parts = [HEADER, totals()]
     for number in range(1, 13):
         if number == 5:
-            parts.append('## Table 5: settings\n\nEvery value is checked in every config (`tests/test_configs.py`).\n\n'
-                         f'{settings()}\n')
+            parts.append('## Table 5: settings\n\nEvery value is checked in every config '
+                         f'(`tests/configs/test_configs.py`).\n\n{settings()}\n')
         elif number == 6:
             parts.append('## Table 6: time of an epoch on 8 H100\n\nA run logs its time; '
                          '`python tools/analysis_tools/benchmark_training.py` measures steps of both stages without '

@@ -46,7 +46,7 @@ PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md',
 
 
 def faults() -> str:
-    """What tests/faults.py saw; its pairs of features as a square."""
+    """What tests/integration/faults.py saw; its pairs of features as a square."""
     data = json.loads((ROOT / 'docs/results/faults.json').read_text())
     pairs = {tuple(fault.split(' x ')): seen for fault, _, seen in data['rows'] if len(fault.split(' x ')) == 2
              and seen.startswith('equal after ')}

@@ -39,7 +39,7 @@ def publish(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     last = {key.removeprefix('module.'): value for key, value in checkpoint.get('ema_state_dict', {}).items()
             if key.startswith('module.')}
     if (args.ema or args.raw) and not last:
-        parser.error(f'{args.checkpoint} holds no averaged weights (ema_state_dict)')
+        parser.error(f'{args.checkpoint} holds no averaged weights (ema_state_dict): leave out --ema and --raw')
     kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
     if args.raw:
         kept['state_dict'].update(last)

@@ -148,7 +148,8 @@ def require(ours: dict[str, Tensor], keys: Iterable[str], source: Source) -> Non
     """Raises ValueError with the source's names of missing keys: the file is cut, or not of a whole ViT."""
     missing = [source.own_key(key) for key in keys if key not in ours]
     if missing:
-        raise ValueError(f'{len(missing)} keys of {source.name} weights are missing: {some(missing)}')
+        raise ValueError(f'{len(missing)} keys of {source.name} weights are missing: {some(missing)}. Is it '
+                         'cut off, or one shard of several?')
 
 
 def some(names: Iterable[str], count: int = 6) -> str:

@@ -66,7 +66,7 @@ class CalibrationLoop(IterBasedTrainLoop):
             if left <= 0:
                 break
         if left == self.images:
-            raise ValueError('the dataloader is empty')
+            raise ValueError('the dataloader is empty: are there fewer images than a batch, with drop_last?')
         return calibration
 
     def run_iter(self, data_batch: dict) -> None:

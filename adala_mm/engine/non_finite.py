@@ -198,7 +198,7 @@ class NonFiniteHook(Hook):
             type(wrapper).step(wrapper, **kwargs)
             if dynamic and scaler.get_scale() < LEAST_SCALE:
                 raise RuntimeError(self.describe(runner, f'the loss scale has fallen to {scaler.get_scale():.0e}: '
-                                                         'gradients are not finite whatever it is'))
+                                                         'gradients are not finite at any scale. Use bfloat16 (--amp)'))
             self.in_a_row = 0
         self.forget()
 

@@ -47,7 +47,8 @@ class ShardedRunner(Runner):
                              'DDP (no runner_type)')
         blocks = getattr(getattr(model, 'backbone', None), 'blocks', None)
         if not blocks:
-            raise ValueError(f'ShardedRunner shards model.backbone.blocks, which {type(model).__name__} has not')
+            raise ValueError(f'ShardedRunner shards model.backbone.blocks, which {type(model).__name__} has not: use '
+                             'DDP (no runner_type)')
         model.init_weights()  # while tensors are whole; every process reads the same file
         kind = get_device()
         mesh = init_device_mesh(kind, (self.world_size,))

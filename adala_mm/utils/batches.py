@@ -54,7 +54,7 @@ class Batches:
                 kind = type(self.dataloader).__name__
                 raise ValueError(f'the {kind} of images is used up: it can be read only once. Give a DataLoader or a '
                                  'list, or fewer steps' if isinstance(self.dataloader, Iterator) else
-                                 'the dataloader is empty')
+                                 'the dataloader is empty: are there fewer images than a batch, with drop_last?')
             self.passes, self.skip = self.passes + 1, 0
 
     def state(self) -> dict[str, Any]:

@@ -203,14 +203,15 @@ def read_state_dict(path: str, trust: bool = False, key: str | None = None) -> O
     while isinstance(state, dict) and (inner := [state[w] for w in WRAPPERS if isinstance(state.get(w), dict)]):
         state = inner[0]
     if not isinstance(state, dict):
-        raise ValueError(f'{path} holds a {type(state).__name__}, not named tensors')
+        raise ValueError(f'{path} holds a {type(state).__name__}, not named tensors: save model.state_dict()')
     tensors = OrderedDict((WRAPPED.sub('', name), value) for name, value in state.items()
                           if isinstance(name, str) and isinstance(value, Tensor) and name not in COUNTERS)
     if not tensors:
         inside = ' or '.join(f"'{name}'" for name, value in state.items() if isinstance(value, dict)
                              and any(isinstance(part, Tensor) for part in value.values()))
         raise ValueError(f'{path} holds no named tensors, only: {", ".join(map(str, list(state)[:8]))}'
-                         + (f'. Say which: key={inside} in init_cfg, --key of tools/convert_vfm.py' if inside else ''))
+                         + (f'. Say which: key={inside} in init_cfg, --key of tools/convert_vfm.py' if inside else
+                            '. Save model.state_dict()'))
     tensors._metadata = OrderedDict((WRAPPED.sub('', f'{name}.').rstrip('.'), value)
                                     for name, value in getattr(state, '_metadata', {}).items())
     return tensors

@@ -57,7 +57,8 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
 
 def _sigmoid_focal_loss(logits: Tensor, labels: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
     if weight.numel():
-        raise NotImplementedError('sigmoid_focal_loss with weights of classes needs an mmcv with compiled ops')
+        raise NotImplementedError('sigmoid_focal_loss with weights of classes needs an mmcv with compiled ops: leave '
+                                  'the weights out, or install one')
     classes = torch.arange(logits.shape[1], device=logits.device)
     return ops.sigmoid_focal_loss(logits, (labels[:, None] == classes).to(logits.dtype), alpha, gamma)
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 # import name -> (names of the distributions that provide it, tested versions).
-# `requirements/constraints.txt` pins one version of each; tests/test_install.py keeps the two in step.
+# `requirements/constraints.txt` pins one version of each; tests/integration/test_install.py keeps the two in step.
 STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'torch': (('torch',), ('2.11', '2.15')),
     'timm': (('timm',), ('1.0.31',)),

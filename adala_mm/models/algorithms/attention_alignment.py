@@ -189,7 +189,8 @@ class AttentionAlignment(Alignment):
         learners = {f'blocks.{i}.attn.': block.attn for i, block in enumerate(self.backbone.blocks)
                     if not block.attn.is_softmax}
         if not learners:
-            raise ValueError('every block of the backbone has softmax attention: there is nothing to align')
+            raise ValueError('every block of the backbone has softmax attention: there is nothing to align. Give it a '
+                             'linear attention')
         for attn in learners.values():
             if target == 'weights' and not hasattr(attn, 'weights'):
                 raise ValueError(f"target='weights' compares attention matrices, and {type(attn).__name__} has no "

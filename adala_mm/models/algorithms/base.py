@@ -106,7 +106,8 @@ class Alignment(Distillation):
         if self.head is not None and not self.teacher_ready:
             state = read_state_dict(self.head['checkpoint'])
             if 'head.weight' not in state:
-                raise ValueError(f'{self.head["checkpoint"]} has no classification head (head.weight, head.bias)')
+                raise ValueError(f'{self.head["checkpoint"]} has no classification head (head.weight, head.bias): name '
+                                 'a file that has one, or leave head out')
             weight, bias = state['head.weight'], state.get('head.bias')
             classifier = nn.Linear(*reversed(weight.shape), bias=bias is not None)
             classifier.load_state_dict({'weight': weight} | ({} if bias is None else {'bias': bias}))

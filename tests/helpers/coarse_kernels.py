@@ -1,0 +1,73 @@
+"""The kernels of coarse-to-fine attention against dense weights in float64."""
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from adala_mm.ops import coarse_to_fine as ops
+from helpers.layers import error, with_grads
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def qkv(hw, num_prefix, dim=8, heads=1, dtype=torch.float32, batch=1):
+    n = hw[0] * hw[1]
+    return [(2 * torch.randn(batch, heads, length, dim)).to(DEVICE, dtype) for length in (n, *[num_prefix + n] * 2)]
+
+
+def square_of(hw, side):
+    """Number of the square of each patch."""
+    y, x = (torch.arange(length) // side for length in hw)
+    return (y[:, None] * (x[-1] + 1) + x).flatten()
+
+
+def means(x, hw, tile):
+    """Of the patches in each tile, and the logarithm of their number."""
+    member = F.one_hot(square_of(hw, tile)).T.double()
+    count = member.sum(1)
+    return member / count[:, None] @ x[:, :, x.shape[2] - member.shape[1]:], count.log()
+
+
+def dense(q, k, v, chosen, hw, tile, block):
+    """The formula with a weight for each query and token, and each query and tile."""
+    (mean_k, size), (mean_v, _) = means(k, hw, tile), means(v, hw, tile)
+    opened = torch.zeros(*chosen.shape[:3], len(size), dtype=torch.bool).scatter(-1, chosen.long(), True)
+    opened = opened[:, :, square_of(hw, block)]  # (B, H, N, T)
+    prefix = torch.ones_like(opened[..., :1]).expand(-1, -1, -1, k.shape[2] - q.shape[2])
+    tokens = torch.cat([prefix, opened[..., square_of(hw, tile)]], dim=-1)
+    bias = torch.cat([torch.zeros_like(tokens, dtype=q.dtype).masked_fill(~tokens, -torch.inf),
+                      size.expand_as(opened).masked_fill(opened, -torch.inf)], dim=-1)
+    weights = (q @ torch.cat([k, mean_k], dim=2).mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+    return weights @ torch.cat([v, mean_v], dim=2)
+
+
+def best_shares(q, k, hw, tile, block):
+    """(B, H, L, T): logarithm of the greatest share that any query of a block gives to a closed tile."""
+    mean, size = means(k, hw, tile)
+    share = (q @ mean.mT * q.shape[-1] ** -0.5 + size).log_softmax(-1)
+    blocks = square_of(hw, block)
+    return torch.stack([share[:, :, blocks == i].amax(2) for i in range(blocks.max() + 1)], dim=2)
+
+
+def check(inputs, hw, tile, num_open, block):
+    """Output and gradients, given which tiles are open; and that these are those with the greatest shares."""
+    dtype, upstream, opened = inputs[0].dtype, torch.randn_like(inputs[0]), []
+
+    def ours(*inputs):
+        out, chosen, *_ = ops.fused(*inputs, list(hw), tile, num_open, block)
+        opened.append(chosen[0].cpu())
+        return out
+    got = with_grads(ours, inputs, upstream)
+    doubles = [x.cpu().double() for x in inputs]
+    wanted = with_grads(lambda *x: dense(*x, opened[0], hw, tile, block), doubles, upstream.cpu())
+    for what, a, b in zip(('out', 'grad q', 'grad k', 'grad v'), got, wanted, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert error(a.cpu(), b, floor=1) < TOLERANCE[dtype], what
+    shares = best_shares(*doubles[:2], hw, tile, block)
+    taken = shares.gather(-1, opened[0].long())
+    least = shares.topk(min(num_open, shares.shape[-1])).values[..., -1:]
+    # A tile that is open twice would leave one of those out whose shares are summed here.
+    assert (taken >= least - 10 * TOLERANCE[dtype]).all()
+    assert all(len(set(row.tolist())) == row.numel() for row in opened[0].flatten(0, 2))
+    return got
