@@ -6,16 +6,15 @@ A table stands between <!-- table: NAME --> and <!-- end -->; everything else in
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from generated import Files, keep
 from study_report import ALIGNMENT, SEGMENTATION, chain, compute, lengths, read_plan, seeds_of, shown, spread, table
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -42,8 +41,8 @@ ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
 # Of configs beside the recipes: the softmax baseline, and ablations of the stages (docs/paper.md).
 TWIN = re.compile('_(softmax|swap|nostage1|stage[12]only|qkv)_')
-PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
-         'docs/approximations.md', 'docs/reproducibility.md']
+PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/kernels.md',
+         'docs/frontier.md', 'docs/approximations.md', 'docs/reproducibility.md']
 
 
 def faults() -> str:
@@ -389,17 +388,13 @@ def fill(text: str) -> str:
                   lambda m: m[1] + TABLES[m[2]]() + '\n<!-- end -->', text, flags=re.DOTALL)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--check', action='store_true', help='change nothing; fail if a table is out of date')
-    args = parser.parse_args()
+def files() -> Files:
     for page in PAGES:
-        old = (ROOT / page).read_text()
-        new = fill(old)
-        if args.check and new != old:
-            sys.exit(f'{page}: tables differ from the records; run: python maintenance/make_tables.py')
-        if new != old:
-            (ROOT / page).write_text(new)
+        yield page, fill((ROOT / page).read_text(encoding='utf-8'))
+
+
+def main() -> None:
+    keep(ROOT, make_tables=files)
 
 
 if __name__ == '__main__':

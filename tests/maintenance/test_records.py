@@ -22,7 +22,8 @@ RECORDS = [ROOT / 'docs/results' / name for name in (
     'demo.json', 'real.json', 'study.json', 'frontier.json', 'faults.json', 'compiled_kernels.json')]
 RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json', 'model.json', 'training.json')]
 PAGES = [ROOT / name for name in ('README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md',
-                                  'docs/frontier.md', 'docs/approximations.md', 'docs/reproducibility.md')]
+                                  'docs/kernels.md', 'docs/frontier.md', 'docs/approximations.md',
+                                  'docs/reproducibility.md')]
 
 sys.path.insert(0, str(ROOT / 'maintenance'))  # where its scripts find each other
 
@@ -257,6 +258,7 @@ def tables(tmp_path, monkeypatch):
     (root / 'docs/results/heads.json').write_text(json.dumps(dict(rows=[
         {key: value for key, value in HEADS.items() if key != 'seconds'}])))
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
+    (root / 'docs/kernels.md').write_text(marked('speed_gpu'))
     module = tool('make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
     return module
