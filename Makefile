@@ -25,10 +25,9 @@ test-fuzz: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# Tables, generated pages, metafiles and pictures, a few minutes; `make tables CHECK=1` only says what is out of date.
 tables: $(READY)
-	$(BIN)/python maintenance/make_tables.py
-	$(BIN)/python maintenance/make_configs.py
-	$(BIN)/python maintenance/make_paper.py
+	$(THREADS) $(BIN)/python maintenance/make_all.py $(if $(CHECK),--check)
 
 # dist/adala_mm-*.whl: package, configs and tools in one file; an earlier build leaves nothing in it.
 wheel:

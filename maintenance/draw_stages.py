@@ -83,11 +83,11 @@ def fine_tuning(fig) -> None:
     ax.text(3.0, 5.45, 'loss of the task against labels', ha='center', va='center', fontsize=9, color=LOSS)
 
 
-def main(path: Path) -> None:
+def draw(path: Path) -> None:
     plt.rcParams.update({'svg.hashsalt': 'adala_mm', 'font.family': 'DejaVu Sans'})
     fig = plt.figure(figsize=(11, 4.7), facecolor='white')
-    for draw in (attention_alignment, feature_alignment, fine_tuning):
-        draw(fig)
+    for stage in (attention_alignment, feature_alignment, fine_tuning):
+        stage(fig)
     fig.subplots_adjust(left=0.005, right=0.995, top=1, bottom=0.06, wspace=0.02)
     for x, colour, text in ((0.4, FROZEN, 'frozen'), (0.52, LEARNS, 'learns')):
         fig.add_artist(FancyBboxPatch((x, 0.022), 0.018, 0.032, boxstyle='round,pad=0,rounding_size=0.004',
@@ -97,4 +97,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / 'docs/images/stages.svg')
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / 'docs/images/stages.svg')

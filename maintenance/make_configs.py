@@ -7,11 +7,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from adala_mm.utils.tables import keep_page, markdown_table
+from generated import Files, keep
+
+from adala_mm.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
-PAGE = ROOT / 'docs/configs.md'
 HEADER = '''\
 <!-- Written by maintenance/make_configs.py; what it says of a config is the first comment in it. -->
 # Configs
@@ -103,5 +104,9 @@ def page() -> str:
         [[link(path, path.relative_to(CONFIGS / '_base_').as_posix()), about(path)] for path in base])
 
 
+def files() -> Files:
+    yield 'docs/configs.md', page()
+
+
 if __name__ == '__main__':
-    keep_page(PAGE, page, 'python maintenance/make_configs.py')
+    keep(ROOT, make_configs=files)

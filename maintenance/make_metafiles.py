@@ -7,16 +7,15 @@ config has results only if a recorded run of it has.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
-import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
 import yaml
+from generated import Files, keep
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
@@ -204,18 +203,16 @@ def metafile(folder: Path, with_flops: bool = True) -> dict:
         Models=[model_entry(path, scores, with_flops) for path in sorted(folder.glob('*.py'))])
 
 
+def files() -> Files:
+    yield 'model-index.yml', model_index()
+    for folder in config_folders():
+        name = f'configs/{folder.name}/metafile.yml'
+        print(f'{name} ...', flush=True)  # counting takes a minute for the larger folders
+        yield name, as_text(metafile(folder))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--check', action='store_true', help='change nothing; fail if a file is out of date')
-    args = parser.parse_args()
-    files = {ROOT / 'model-index.yml': model_index()}
-    files |= {folder / 'metafile.yml': as_text(metafile(folder)) for folder in config_folders()}
-    for path, text in files.items():
-        if path.exists() and path.read_text(encoding='utf-8') == text:
-            continue
-        if args.check:
-            sys.exit(f'{path.relative_to(ROOT)} is out of date; run: python maintenance/make_metafiles.py')
-        path.write_text(text, encoding='utf-8')
+    keep(ROOT, make_metafiles=files)
 
 
 if __name__ == '__main__':

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from generated import Files, keep
 from mmengine.config import Config
 
 from adala_mm.utils.compose import composed
-from adala_mm.utils.tables import keep_page, markdown_table
+from adala_mm.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / 'docs/paper.md'
 FILES = {path.stem: path for path in sorted((ROOT / 'configs').glob('[!_]*/*.py'))}
 GPUS = 8  # of the paper
 VFMS = dict(dinov2l='DINOv2-L', clipl='CLIP-L', siglipl='SigLIP-L', in1kl='IN1K-L', dinov2b='DINOv2-B')
@@ -315,5 +315,9 @@ def page() -> str:
     return '\n'.join(parts)
 
 
+def files() -> Files:
+    yield 'docs/paper.md', page()
+
+
 if __name__ == '__main__':
-    keep_page(PAGE, page, 'python maintenance/make_paper.py')
+    keep(ROOT, make_paper=files)

@@ -1,22 +1,6 @@
 """Markdown tables of recorded results, for reports and for the docs."""
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
-
-def keep_page(page: Path, text: Callable[[], str], command: str) -> None:
-    """Command line of a program that writes one generated page, or with ``--check`` fails if it is out of date."""
-    parser = argparse.ArgumentParser(description=f'Writes {page.parent.name}/{page.name}.')
-    parser.add_argument('--check', action='store_true', help='change nothing; fail if the page is out of date')
-    check, wanted = parser.parse_args().check, text()
-    if check and (not page.exists() or page.read_text(encoding='utf-8') != wanted):
-        sys.exit(f'{page.parent.name}/{page.name} is out of date; run: {command}')
-    if not check:
-        page.write_text(wanted, encoding='utf-8')
-
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; cells are put in as they are."""
