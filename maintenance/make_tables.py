@@ -22,11 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.frontier import advice, agreements, each_size
-from adala_mm.utils.frontier import table as frontier_table
-from adala_mm.utils.row_log import latest_rows
-from adala_mm.utils.tables import ablation_table, markdown_table
-from adala_mm.utils.timing import (
+from adala_mm.utils.benchmark_tables import (
     attention_speed_table,
     check_table,
     depth_table,
@@ -34,6 +30,10 @@ from adala_mm.utils.timing import (
     model_speed_table,
     training_speed_table,
 )
+from adala_mm.utils.frontier import advice, agreements, each_size
+from adala_mm.utils.frontier import table as frontier_table
+from adala_mm.utils.row_log import latest_rows
+from adala_mm.utils.tables import ablation_table, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.

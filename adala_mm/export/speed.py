@@ -13,9 +13,10 @@ from mmengine.config import Config
 from adala_mm.export.graphs import export_onnx
 from adala_mm.export.parity import Run
 from adala_mm.export.target import HalfPrecision, Target, assemble
-from adala_mm.utils.records import machine
+from adala_mm.utils.benchmark_tables import speedup
+from adala_mm.utils.machine import machine, total_memory
+from adala_mm.utils.stopwatch import take_turns, wall_timer
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import speedup, take_turns, total_memory, wall_timer
 
 CPU = torch.device('cpu')
 SIZES = (224, 512, 1024)
