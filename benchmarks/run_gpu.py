@@ -1,10 +1,12 @@
-"""The benchmarks of one GPU, part by part, each in a process of its own with a budget; started by run_gpu.sh.
+"""Runs the benchmarks of one GPU part by part, each part in its own process with its own budget of seconds.
 
     benchmarks/run_gpu.sh [--out DIR] [--parts NAME ...] [--processes 16] [--dry-run]
 
-Each part has a file <part>.jsonl in DIR, and gets what parts before it have left of their budgets. run.jsonl says how
-parts ended, run.log is what they printed. Exit status: 0 if all is there, 10 + i if part i (from 0) is the first that
-failed or whose time was up, 1 if there is no GPU, 2 for a wrong option.
+Each part writes <part>.jsonl to DIR. What a part leaves of its budget goes to the parts after it. run.jsonl says how
+each part ended, and run.log holds their output.
+
+Exit status: 0 if every part is done; 10 + i if part i (counted from 0) is the first that failed or exceeded its time;
+1 if there is no GPU; 2 for a wrong option.
 """
 from __future__ import annotations
 
@@ -86,7 +88,8 @@ def run(command: list[str], seconds: float, log: Path, environment: dict[str, st
 
 def main(argv: Sequence[str] | None = None, run: Run = run) -> int:
     names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(prog='run_gpu.sh', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog='run_gpu.sh', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, help='folder of the records; benchmarks/results/<name of the GPU>')
     parser.add_argument('--parts', nargs='+', choices=names, default=names, metavar='NAME',
                         help=f'only some of {", ".join(names)}')

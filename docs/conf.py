@@ -16,7 +16,7 @@ version = release = adala_mm.__version__
 copyright = 'the authors of adala_mm, Apache-2.0'
 
 root_doc = 'docs/index'
-include_patterns = ['README.md', 'docs/**', 'configs/*/README.md']
+include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', '*/README.md', 'configs/*/README.md', 'docs/**']
 exclude_patterns = ['.*', '*.egg-info', 'build', 'data', 'work_dirs', '**/__pycache__']  # folders not even looked into
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
 

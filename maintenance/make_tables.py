@@ -39,10 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.
 ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
-# Of configs beside the recipes: the softmax baseline, and ablations of the stages (docs/paper.md).
-TWIN = re.compile('_(softmax|swap|nostage1|stage[12]only|qkv)_')
-PAGES = ['README.md', 'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/frontier.md',
-         'docs/approximations.md', 'docs/reproducibility.md']
+PAGES = ['README.md', 'docs/pick_attention.md', 'docs/attentions.md', 'docs/frontier.md', 'docs/approximations.md',
+         'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/kernels.md', 'docs/reproducibility.md']
 
 
 def faults() -> str:
@@ -89,9 +87,8 @@ def real_alignment() -> str:
     ]) + footnote(two)
 
 
-def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml', scored: str | None = None,
-          recipes: bool = False) -> str:
-    """Table of a study, or of those of its runs that score_study.py has ``scored`` on other images, or of `RECIPES`."""
+def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml', scored: str | None = None) -> str:
+    """Table of a study, or of those of its runs that score_study.py has ``scored`` on other images."""
     path = ROOT / file
     records, plan = json.loads((ROOT / f'docs/results/{path.stem}.json').read_text()), read_plan(path)
     if scored:
@@ -99,12 +96,10 @@ def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.y
         plan = {name: run for name, run in plan.items() if seeds_of(again, name)}
         # What they have gone through before they were scored is the study's.
         records = {key: run for key, run in records.items() if key.rpartition('/')[0] not in plan} | again
-    if recipes:
-        plan = {name: run for name, run in plan.items() if name in RECIPES}
     machines = [run['machine'] for run in shown(records, plan, columns)]
     places = dict.fromkeys(f'{m["cores"]} cores ({m["cpu"]}), {m["threads"]} of them a run, Python {m["python"]}, '
                            f'torch {m["torch"]}' for m in machines)
-    return table(records, plan, columns, by_budget=recipes) + (
+    return table(records, plan, columns) + (
         f'\n\nMean ± standard deviation over the seeds. {"; ".join(places)}. {commits(machines)}')
 
 
@@ -133,17 +128,6 @@ def footnote(run: dict) -> str:
     m = run['machine']
     return (f'\n\nOne run each, seed {run["seed"]}; {m["cores"]} cores ({m["cpu"]}), Python {m["python"]}, torch '
             f'{m["torch"]}, recorded at commit {m["commit"]}. Hash: first digits of the checkpoint\'s SHA-256.')
-
-
-def configs() -> str:
-    def names(pattern: str) -> str:
-        return '<br>'.join(f'[`{p.stem}`](configs/{p.parent.name}/{p.name})'
-                           for p in sorted((ROOT / 'configs/adala').glob(pattern)) if not TWIN.search(p.stem))
-    return markdown_table(['what', 'configs'], [
-        ['stage 1, COCO', names('stage1_*.py')], ['stage 2, ImageNet-22K', names('stage2_*.py')],
-        ['stage 3, ADE20K', names('mask2former_*_ade20k.py')],
-        ['stage 3, Cityscapes at 512 and 1024', names('mask2former_*_cityscapes.py')],
-        ['stage 3, ImageNet-1K', names('cls_*_in1k.py')]])
 
 
 def layers() -> str:
@@ -272,9 +256,15 @@ def agreement() -> str:
 
 
 def frontier() -> str:
-    """What compare_attentions.py found, and the advice that follows from it."""
+    """What compare_attentions.py found."""
     data = recorded('frontier')
-    return frontier_table(data) + '\n\n' + advice(data) + '\n\n' + conditions(data)
+    return frontier_table(data) + '\n\n' + conditions(data)
+
+
+def frontier_advice() -> str:
+    """Which attention that speaks for, by image size, training and time."""
+    data = recorded('frontier')
+    return advice(data) + '\n\n' + conditions(data)
 
 
 # Rows of the page on approximations: labels of the frontier's records, kernels first.
@@ -367,14 +357,13 @@ def compiled_kernels() -> str:
 
 
 TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, compiled_kernels=compiled_kernels,
-              frontier=frontier, costs=costs, downloads=downloads,
+              frontier=frontier, advice=frontier_advice, costs=costs, downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
               real_camvid=real_camvid,
               agreement=agreement,
-              recipe=lambda: study({key: ALIGNMENT[key] for key in ALIGNMENT if key != 'align/cosine'}, recipes=True),
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
-              demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'), configs=configs,
+              demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'),
               speed_attention=lambda: benchmark('attention', attention_speed_table),
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),

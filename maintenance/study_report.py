@@ -62,25 +62,14 @@ def shown(records: dict[str, dict], names: Iterable[str], columns: Iterable[str]
     return [run for run in runs if set(columns) <= set(run['scores'][-1])]
 
 
-def of_teacher(run: dict, metric: str) -> float:
-    """What the teacher of an alignment has where its student has ``metric``."""
-    exact = {'align/top1_agreement': 100.0, 'align/rel_error': 0.0, 'align/cosine': 1.0}
-    return exact[metric] if metric in exact else run['scores'][-1][metric.replace('/', '/teacher_')]
-
-
-def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tuple[str, int]],
-          by_budget: bool = False) -> str:
+def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tuple[str, int]]) -> str:
     """A row for each run of ``plan`` with records that have the scores of ``columns``: mean and spread.
 
     A row of the scores before training is above it where the plan has a label for that. Where all runs are alignments,
-    rows say what they cost in training. ``by_budget``: the teacher first, then from the fewest iterations to the most.
+    rows say what they cost in training.
     """
     rows, priced = [], 'align/rel_error' in columns
-    if by_budget:
-        run = shown(records, plan, columns)[0]
-        rows.append(['softmax teacher', f'{run["softmax_blocks"] + run["linear_blocks"]} / 0', '', '',
-                     *(f'{of_teacher(run, metric):.{digits}f}' for metric, (_, digits) in columns.items()), ''])
-    for name, which, label in sorted(labels(plan), key=lambda row: by_budget and iterations(records, *row[:2])):
+    for name, which, label in labels(plan):
         if not (runs := shown(records, [name], columns)):
             continue
         whole, steps = chain(records, seeds_of(records, name)[0]), runs[0]['scores'][which]['step']
@@ -93,12 +82,6 @@ def table(records: dict[str, dict], plan: dict[str, dict], columns: dict[str, tu
                      *([f'{compute(whole, steps):.1f}'] if priced else []), *scores, str(len(runs))])
     return markdown_table(['recipe', 'softmax / linear blocks', 'iterations', *['10¹² multiply-adds'] * priced,
                            *(title for title, _ in columns.values()), 'seeds'], rows)
-
-
-def iterations(records: dict[str, dict], name: str, which: int) -> int:
-    """Of a run's chain up to one of its validations; 0 without records."""
-    whole = chain(records, next(iter(seeds_of(records, name)), None))
-    return sum(lengths(whole, whole[-1]['scores'][which]['step'])) if whole else 0
 
 
 def progress(chains: list[list[dict]], metric: str) -> list[tuple[float, float]]:

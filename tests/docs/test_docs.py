@@ -341,10 +341,10 @@ def mine(tmp_path, monkeypatch) -> Path:
 
 # What each snippet is for: the finished config that it is put under -> the attentions that its blocks then have.
 CHILDREN = {
-    ('README.md', "model['backbone']['attention'] = [softmax]"): {
+    ('docs/attentions.md', "model['backbone']['attention'] = [softmax]"): {
         'adala/mask2former_dinov2l_ade20k': '22 of 24 blocks LinearAttention, 2 SoftmaxAttention',
         'adala/stage1_dinov2l_coco': '22 of 24 blocks LinearAttention, 2 SoftmaxAttention'},
-    ('README.md', "model['backbone']['attention'] = dict(type='adala_mm.RALAAttention')"): {
+    ('docs/attentions.md', "model['backbone']['attention'] = dict(type='adala_mm.RALAAttention')"): {
         'adala/cls_clipl_in1k': '24 of 24 blocks RALAAttention',
         'adala/stage2_dinov2l_in22k': '24 of 24 blocks RALAAttention',
         'beyond/mask2former_dinov2l_plus_ade20k': '24 of 24 blocks RALAAttention',  # its options go

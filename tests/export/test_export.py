@@ -31,7 +31,7 @@ from helpers.layers import attention
 ATTENTIONS.import_from_location()
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
 SIZE_BOUND = ('NystromformerAttention', 'ViGAttention')  # tokens fall into segments, whose number is the graph's length
-ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export.md has a record of all
+ONNX = ('LinearAttention', 'MLLAAttention')  # docs/export_detail.md has a record of all
 SEGMENTOR = dict(
     type='EncoderDecoder', decode_head=dict(
         type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, dropout_ratio=0.0,
