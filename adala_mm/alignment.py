@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, all_reduce_params, broadcast, get_world_size
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adala_mm.adapters import Adapter, Architecture, find_vit
 from adala_mm.calibration import calibrate
 from adala_mm.linearization import is_linear
+from adala_mm.models.algorithms.attention_alignment import compared
+from adala_mm.models.algorithms.base import mean_squared_error, relative_error
 from adala_mm.pairing import find_pair, first_of, frozen, report, require_whole, restored, steps_in, validated
 from adala_mm.utils.batches import Batches
 from adala_mm.utils.run_checkpoint import read_run, restore_run, write_run
@@ -174,24 +175,16 @@ def _prepare(model: nn.Module, teacher: nn.Module,
 
 def _attention_loss(architecture: Architecture, teacher: nn.Module, pairs: list[Pair], images: Tensor) -> Tensor:
     """(loss, relative error) of stage 1. Each block is differentiated as soon as the teacher has passed it."""
-    measured = []
+    def compare(student: nn.Module, got: Tensor | tuple, wanted: Tensor | tuple) -> Tensor:
+        got, wanted = first_of(got), first_of(wanted)
+        loss = mean_squared_error(got, wanted)
+        _backward(loss / len(pairs))
+        return torch.stack([loss.detach(), relative_error(got, wanted)])
 
-    def compare(student: nn.Module, softmax: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        with torch.enable_grad():
-            loss, error = _distance(first_of(student(*args, **kwargs)), first_of(output))
-            share = loss / len(pairs)
-        with torch.autocast(images.device.type, enabled=False):
-            share.backward()
-        measured.append(torch.stack([loss.detach(), error]))
-
-    with ExitStack() as hooks, torch.no_grad():
+    with torch.enable_grad(), ExitStack() as hooks, compared(pairs, compare) as measured, torch.no_grad():
         if isinstance(pairs[0][0], Adapter):  # the student's own patch embedding does not run
             patches = teacher.get_submodule(architecture.patches)
             hooks.callback(patches.register_forward_hook(pairs[0][0].layout).remove)
-        for student, softmax in pairs:
-            def hook(module, args, kwargs, output, student=student):
-                compare(student, module, args, kwargs, output)
-            hooks.callback(softmax.register_forward_hook(hook, with_kwargs=True).remove)
         architecture.features(teacher, images)
     return torch.stack(measured).mean(dim=0)
 
@@ -205,18 +198,15 @@ def _feature_loss(features: Callable[[nn.Module, Tensor], Tensor], model: nn.Mod
     if got.shape != wanted.shape:
         raise ValueError(f'the features of the model are {tuple(got.shape)}, those of its teacher '
                          f'{tuple(wanted.shape)}: linearize this teacher')
-    loss, error = _distance(got, wanted)
-    loss = factor * loss
-    with torch.autocast(images.device.type, enabled=False):
+    loss = factor * mean_squared_error(got, wanted)
+    _backward(loss)
+    return torch.stack([loss.detach(), relative_error(got, wanted)])
+
+
+def _backward(loss: Tensor) -> None:
+    """Adds gradients outside of autocast, as PyTorch recommends."""
+    with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
-    return torch.stack([loss.detach(), error])
-
-
-def _distance(got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared and relative error, in float32."""
-    wide = torch.promote_types(wanted.dtype, torch.float32)
-    got, wanted = got.to(wide), wanted.to(wide)
-    return F.mse_loss(got, wanted), (got.detach() - wanted).norm() / wanted.norm().clamp_min(1e-12)
 
 
 @contextmanager

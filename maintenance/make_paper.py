@@ -293,9 +293,10 @@ def totals() -> str:
     runs = dict.fromkeys(run for row in rows for run in chain(row.config))
     total = math.fsum(hours(run)[1] for run in runs)
     stage2 = math.fsum(hours(run)[1] for run in runs if run.startswith('stage2'))
-    return (f'The 12 tables have {listed} rows. {len(rows)} of them are runs, of {len({row.config for row in rows})} configs. '
-            f'With all that they start from, these are {len(runs)} runs. They would take more than {total:,.0f} GPU-hours, '
-            f'{stage2:,.0f} of them in stage 2. `tests/configs/test_paper.py` builds all of them.\n')
+    return (f'The 12 tables have {listed} rows. {len(rows)} of them are runs, of '
+            f'{len({row.config for row in rows})} configs. With all that they start from, these are {len(runs)} runs. '
+            f'They would take more than {total:,.0f} GPU-hours, {stage2:,.0f} of them in stage 2. '
+            '`tests/configs/test_paper.py` builds all of them.\n')
 
 
 def page() -> str:

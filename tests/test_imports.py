@@ -2,7 +2,7 @@
 import ast
 from graphlib import TopologicalSorter
 
-from conftest import ROOT
+from helpers import ROOT
 
 PACKAGE = ROOT / 'adala_mm'
 LAYERS = ('adala_mm.ops', 'adala_mm.models.attentions', 'adala_mm.models.backbones', 'adala_mm.models.algorithms')

@@ -4,13 +4,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from pathlib import Path
 
 from helpers import ROOT
 
 
 @functools.cache
 def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(f'tool_{name.rsplit("/", 1)[-1]}', ROOT / f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'tool_{Path(name).name}', ROOT / f'{name}.py')
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module

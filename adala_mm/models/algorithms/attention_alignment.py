@@ -3,17 +3,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adala_mm.models.algorithms.base import Alignment, relative_error
+from adala_mm.models.algorithms.base import Alignment, mean_squared_error, relative_error
 from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.backbones.vit import CUDA_GRAPH_MODES
 from adala_mm.ops import in_float32
@@ -98,11 +97,34 @@ def settle(loss: Tensor, attn: Attention, got: Tensor) -> Tensor:
 
 
 @contextmanager
-def attention_mse(student: nn.Module, teacher: nn.Module) -> Iterator[list[Tensor]]:
+def compared(pairs: Iterable[tuple[nn.Module, nn.Module]],
+             compare: Callable[[nn.Module, Any, Any], Tensor]) -> Iterator[list[Tensor]]:
+    """While it is open, each softmax attention that runs shows its input to the linear one that replaces it.
+
+    Args:
+        pairs: (linear, softmax) attentions. Compiled ones do not look at hooks that come later, and report nothing.
+        compare: is given the linear attention, its output for that input, and the softmax attention's. What it returns
+            joins the list that this gives.
+    """
+    found, learning = [], torch.is_grad_enabled()
+
+    def report_to(linear: nn.Module) -> Callable:
+        def report(softmax: nn.Module, args: tuple, kwargs: dict, wanted: Any) -> None:
+            with torch.set_grad_enabled(learning):
+                found.append(compare(linear, linear(*args, **kwargs), wanted))
+        return report
+
+    with ExitStack() as hooks:
+        for linear, softmax in pairs:
+            hooks.callback(softmax.register_forward_hook(report_to(linear), with_kwargs=True).remove)
+        yield found
+
+
+def attention_mse(student: nn.Module, teacher: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """The loss of stage 1 beside any other: while it is open, the teacher's blocks report to the student's.
 
-    Whenever the teacher runs, each of its attentions that the student has replaced shows its input h to the student's,
-    ``mean_{n,c} (student_l(h) - teacher_l(h))^2`` is differentiated on the spot, and the loss joins the list.
+    Whenever the teacher runs, each of its attentions that the student has replaced shows its input to the student's
+    (`compared`), their `mean_squared_error` is differentiated on the spot, and the loss joins the list.
 
     Costs one more pass through the student's attentions, forward and backward (a third of its blocks, about), with the
     activations of one block in memory at a time, and their gradients a second time. The teacher's blocks must not be
@@ -119,20 +141,9 @@ def attention_mse(student: nn.Module, teacher: nn.Module) -> Iterator[list[Tenso
     if any(isinstance(parameter, DTensor) for parameter in student.parameters()):
         raise ValueError('attention_weight needs whole parameters, and ShardedRunner has sharded them: use DDP (no '
                          'runner_type), or attention_weight=0')
-    losses, learning = [], torch.is_grad_enabled()
-
-    def report_to(attn: Attention) -> Callable:
-        def compare(softmax: Attention, args: tuple, wanted: Tensor) -> None:
-            with torch.set_grad_enabled(learning):
-                got = attn(*args)
-                losses.append(settle(F.mse_loss(got.float(), wanted.float()), attn, got))
-        return compare
-
-    with ExitStack() as hooks:
-        for block, twin in zip(student.blocks, teacher.blocks, strict=True):
-            if not block.attn.is_softmax:
-                hooks.callback(twin.attn.register_forward_hook(report_to(block.attn)).remove)
-        yield losses
+    pairs = [(block.attn, twin.attn) for block, twin in zip(student.blocks, teacher.blocks, strict=True)
+             if not block.attn.is_softmax]
+    return compared(pairs, lambda attn, got, wanted: settle(mean_squared_error(got, wanted), attn, got))
 
 
 @torch.no_grad()
@@ -150,8 +161,9 @@ class AttentionAlignment(Alignment):
     """Attention alignment (ViT-AdaLA section 3.2, eq. 3).
 
     ``loss = 1/L sum_l mean_{n,c} (linear_l(h_l) - softmax_l(h_l))^2`` with ``h_l = norm1_l(x_l)`` and x_l the stream
-    of the *softmax* ViT: every block sees exactly what it saw in pretraining, so blocks learn independently. Only the
-    query, key and value projections train, and what a variant adds to them; the rest is the frozen teacher itself.
+    of the *softmax* ViT; `mean_squared_error` is the term of a block. Every block sees exactly what it saw in
+    pretraining, so blocks learn independently. Only the query, key and value projections train, and what a variant adds
+    to them; the rest is the frozen teacher itself.
     The backbone's ``trainable`` narrows that down (``feature_map`` for the native recipes of Hedgehog and LoLCATS).
 
     One network serves as both: the backbone has its final linear attentions, and the softmax attentions they replace
@@ -288,7 +300,7 @@ class AttentionAlignment(Alignment):
             with torch.set_grad_enabled(self.target != 'weights' and torch.is_grad_enabled()):
                 got = (block.attn if self.target == 'output' else block.attn.attend)(h, *layout)
             loss = (weights_loss(block.attn, softmax, h, *layout) if self.target == 'weights' else
-                    F.mse_loss(got.float(), wanted.float()))
+                    mean_squared_error(got, wanted))
             errors.append(relative_error(got, wanted))
             losses.append(settle(loss, block.attn, got))
         errors = self.block_errors = torch.stack(errors)

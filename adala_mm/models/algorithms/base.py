@@ -12,9 +12,25 @@ from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import read_state_dict
 
 
+def in_full_precision(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, or in float64 if the teacher is."""
+    wide = torch.promote_types(teacher.dtype, torch.float32)
+    return student.to(wide), teacher.to(wide)
+
+
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """``mean (student - teacher)^2`` over all elements: what stages 1 and 2 make small.
+
+    For the outputs of the attentions of block l it is the term of that block in ViT-AdaLA eq. 3, ``mean_{n,c}
+    (linear_l(h_l) - softmax_l(h_l))^2``; the loss of stage 1 is the mean of these terms over blocks. For final tokens
+    it is eq. 4, the loss of stage 2.
+    """
+    return F.mse_loss(*in_full_precision(student, teacher))
+
+
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """``||student - teacher|| / ||teacher||`` over all elements: 0 is identical, 1 is as bad as all zeros."""
-    student, teacher = student.detach().float(), teacher.detach().float()
+    student, teacher = in_full_precision(student.detach(), teacher.detach())
     return (student - teacher).norm() / teacher.norm().clamp_min(1e-12)
 
 

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adala_mm.models.algorithms.base import mean_squared_error
+
 BETA = 1.0  # of smooth L1: quadratic for differences below it, linear above; PyTorch's default
-
-
-def _mse(student: Tensor, teacher: Tensor) -> Tensor:
-    return F.mse_loss(student, teacher)
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -24,7 +22,7 @@ def _smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
 
 # name -> (the tokens that it compares, the distance)
 TERMS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    'mse': ('all', _mse), 'cosine': ('patches', _cosine), 'smooth_l1': ('patches', _smooth_l1),
+    'mse': ('all', mean_squared_error), 'cosine': ('patches', _cosine), 'smooth_l1': ('patches', _smooth_l1),
     'class_token': ('class', _cosine)}
 
 
