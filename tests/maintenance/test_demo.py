@@ -136,7 +136,7 @@ def stage(demo, tmp_path, monkeypatch):
     def start(run, out, data_root):
         finished = {other.name for other in demo.RUNS if other.process and other.process.poll() is not None}
         events.append(('start', run.name, finished))
-        seen_busy.append(run.threads + sum(r.threads for r in demo.RUNS if r.process and not r.done))
+        seen_busy.append(run.threads + sum(r.threads for r in demo.RUNS if r.state == 'running'))
         (out / run.name).mkdir(parents=True)
         with open(out / run.name / 'console.log', 'w') as log:
             run.process = subprocess.Popen(['sh', '-c', commands.get(run.name, 'true')], stdout=log,
@@ -263,7 +263,7 @@ def test_progress(demo, tmp_path, capsys, monkeypatch):
     write_log(tmp_path / 'stage1', {'loss': 0.5, 'step': 10}, {'loss': 0.4, 'step': 75}, {'align/x': 1, 'step': 150})
     assert demo.progress(run, tmp_path) == (75, run.iterations)
 
-    by_name(demo)['teacher'].done, run.process = True, 'a process'
+    by_name(demo)['teacher'].state, run.state = 'done', 'running'
     whole = sum(r.cost for r in demo.RUNS)
     worked = by_name(demo)['teacher'].cost + run.cost * 75 / run.iterations
     monkeypatch.setattr(demo.time, 'time', lambda: 1060.0)
