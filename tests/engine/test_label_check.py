@@ -1,6 +1,7 @@
 """The check of labels stops a run before a wrong label reaches the loss, and says which file holds it."""
+from __future__ import annotations
+
 import contextlib
-import copy
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -13,34 +14,19 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from adala_mm.engine import LabelCheckHook, ProgressiveResolutionHook, RedrawFeaturesHook
+from adala_mm.engine import LabelCheckHook
 from helpers import ROOT, tiny_vit
+from helpers.segmentors import CLASSES, build
 
-CLASSES = 5
-SEGMENTOR = {
-    'type': 'mmseg.EncoderDecoder', 'backbone': tiny_vit(), 'train_cfg': {}, 'test_cfg': {'mode': 'whole'},
-    'decode_head': {'type': 'mmseg.FCNHead', 'in_channels': 32, 'channels': 32, 'num_convs': 0, 'concat_input': False,
-                    'num_classes': CLASSES, 'loss_decode': {'type': 'mmseg.CrossEntropyLoss', 'avg_non_ignore': True}}}
 CLASSIFIER = {
     'type': 'mmpretrain.ImageClassifier', 'backbone': tiny_vit(out_type='cls_token'),
     'head': {'type': 'mmpretrain.LinearClsHead', 'in_channels': 32, 'num_classes': CLASSES}}
-
-
-def build(config: dict):
-    with DefaultScope.overwrite_default_scope(config['type'].split('.')[0]):
-        return MMENGINE_MODELS.build(copy.deepcopy(config))
-
-
-@pytest.fixture(scope='module')
-def segmentor():
-    return build(SEGMENTOR)
 
 
 @pytest.fixture(scope='module')
@@ -245,46 +231,3 @@ def test_it_is_a_default_hook():
 def test_validation_and_test_are_checked_too(segmentor, moment):
     with pytest.raises(ValueError, match='labels/a.png has the label 5'):
         check(segmentor, scene(CLASSES), moment=moment)
-
-
-@pytest.mark.parametrize(('iteration', 'interval', 'redrawn'), [(0, 5, False), (4, 5, False), (5, 5, True),
-                                                                (10, 5, True), (5, None, False)])
-def test_random_features_are_redrawn_after_their_interval(iteration, interval, redrawn):
-    vits = [MMENGINE_MODELS.build(tiny_vit(attention=dict(type='adala_mm.PerformerAttention',
-                                                          redraw_interval=interval))) for _ in range(2)]
-    vits[1].load_state_dict(vits[0].state_dict())
-    before = [block.attn.feature_map.projection.clone() for block in vits[0].blocks]
-    for process, vit in enumerate(vits):
-        torch.manual_seed(process)  # processes are at different places in their own random sequences
-        RedrawFeaturesHook().before_train_iter(SimpleNamespace(iter=iteration, seed=3, model=vit), 0)
-    after = [[block.attn.feature_map.projection for block in vit.blocks] for vit in vits]
-    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
-    assert all(torch.equal(a, b) != redrawn for a, b in zip(after[0], before, strict=True))
-    assert not torch.equal(*after[0])  # layers do not share their features
-
-
-def test_progressive_resolution(pretrained):
-    model = MMENGINE_MODELS.build(dict(type='adala_mm.AttentionAlignment', backbone=tiny_vit(
-        attention=dict(type='adala_mm.LinearAttention'), init_cfg=pretrained)))
-    hook, seen = ProgressiveResolutionHook({4: 64, 0: 32, 2: 48}), []
-    model.teacher_ready, model.loss = True, lambda images: seen.append(tuple(images.shape[2:]))
-    for epoch in range(6):  # a resumed run begins anywhere
-        hook.before_train_epoch(SimpleNamespace(epoch=epoch, model=model))
-        model(torch.randn(1, 3, 64, 64), mode='loss')
-    assert seen == [(32, 32), (32, 32), (48, 48), (48, 48), (64, 64), (64, 64)]
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 65, 32)  # validation keeps its size
-
-
-def test_progressive_resolution_rejects_what_does_not_fit(segmentor):
-    with pytest.raises(ValueError, match='nothing about epoch 0'):
-        ProgressiveResolutionHook({1: 64})
-    with pytest.raises(ValueError, match='not for EncoderDecoder'):
-        ProgressiveResolutionHook({0: 64}).before_train_epoch(SimpleNamespace(epoch=0, model=segmentor))
-    model = MMENGINE_MODELS.build(dict(type='adala_mm.FeatureAlignment', backbone=tiny_vit(), teacher=tiny_vit()))
-    with pytest.raises(ValueError, match='60 is no multiple of the patch size 8'):
-        ProgressiveResolutionHook({0: 60}).before_train_epoch(SimpleNamespace(epoch=0, model=model))
-    iterations, epochs = (SimpleNamespace(train_loop=object.__new__(kind))
-                          for kind in (IterBasedTrainLoop, EpochBasedTrainLoop))
-    with pytest.raises(ValueError, match='IterBasedTrainLoop counts none: use train_cfg'):
-        ProgressiveResolutionHook({0: 64}).before_train(iterations)
-    ProgressiveResolutionHook({0: 64}).before_train(epochs)

@@ -1,84 +1,27 @@
-"""What goes wrong in the middle of a run is noticed before it does harm, and named."""
+"""What is not finite stops a run or is skipped before it does harm, and is named."""
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from adala_mm.engine import DeadLossHook, NonFiniteHook, ShardedRunner, TeacherDriftHook, WeightsCheckHook
+from adala_mm.engine import DeadLossHook, NonFiniteHook, ShardedRunner
 from adala_mm.engine.non_finite import first_not_finite
-from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
-from helpers import LINEAR, ROOT, tiny_vit
+from helpers import ROOT
 from helpers.processes import apart, exit_codes
+from helpers.stages import ADAMW, SGD, Act, Norms, Pictures, make_runner, pictures, stage
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
-
-NUMBER = itertools.count()
-BATCH = 2
-SGD = dict(type='SGD', lr=0.1)
-ADAMW = dict(type='AdamW', lr=0.01, weight_decay=0.1)
-
-
-class Pictures(torch.utils.data.Dataset):
-    """``numbers[i]`` is what picture i shows, equal numbers being equal pictures; a negative one has a NaN pixel."""
-
-    def __init__(self, numbers: list[int]) -> None:
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict:
-        number = self.numbers[index]
-        image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(abs(number)))
-        if number < 0:
-            image[1, 5, 7] = float('nan')
-        return dict(inputs=image, data_samples=BaseDataElement(metainfo=dict(img_path=f'{number}.jpg')))
-
-
-def pictures(batches: int, bad: tuple[int, ...] = ()) -> list[int]:
-    """Numbers of as many batches, those in ``bad`` (from 1) with a NaN in their second picture."""
-    numbers = list(range(1, batches * BATCH + 1))
-    for batch in bad:
-        numbers[batch * BATCH - 1] *= -1
-    return numbers
-
-
-class Act(Hook):
-    """Calls ``act(runner)`` before every iteration."""
-
-    def __init__(self, act: Callable[[Runner], None]) -> None:
-        self.act = act
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        self.act(runner)
-
-
-class Norms(BaseModel):
-    """A network with batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__(dict(type='ImgDataPreprocessor'))
-        self.layers = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
-
-    def forward(self, inputs, data_samples=None, mode='tensor'):
-        return {'loss': self.layers(inputs).square().mean()}
 
 
 class Averaging(Norms):
@@ -101,30 +44,6 @@ def broken(output: Tensor) -> Tensor:
     if broken.runs > 1:
         raise ValueError('no second time')
     return output * 1e30
-
-
-def stage(number: int, init_cfg: dict) -> BaseModel:
-    teacher = dict(teacher=tiny_vit(init_cfg=init_cfg)) if number == 2 else {}
-    model = MODELS.build(dict(
-        type=f'adala_mm.{("Attention", "Feature")[number - 1]}Alignment', **teacher,
-        data_preprocessor=dict(type='ImgDataPreprocessor'), backbone=tiny_vit(attention=LINEAR, init_cfg=init_cfg)))
-    model.init_weights()
-    return model
-
-
-def make_runner(place: Path, model: BaseModel, numbers: list[int], hook: dict | None = None, optimizer: dict = SGD,
-                hooks: tuple[Hook, ...] = (), save_every: int = 1, launcher: str = 'none', kind: type[Runner] = Runner,
-                **wrapper) -> Runner:
-    """A runner that takes the pictures in their order, once, with the checks that all configs have."""
-    return kind(
-        model, str(place), experiment_name=f'watchdogs_{next(NUMBER)}', launcher=launcher, default_scope='mmengine',
-        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)),
-        train_dataloader=dict(dataset=Pictures(numbers), batch_size=BATCH, num_workers=0,
-                              sampler=dict(type='DefaultSampler', shuffle=False)),
-        train_cfg=dict(type='IterBasedTrainLoop', max_iters=len(numbers) // BATCH // (2 if launcher != 'none' else 1)),
-        optim_wrapper=dict(type='OptimWrapper', optimizer=optimizer) | wrapper, log_level='WARNING',
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=save_every)),
-        custom_hooks=[NonFiniteHook(**(hook or {})), TeacherDriftHook(), DeadLossHook(), *hooks])
 
 
 @pytest.fixture(autouse=True)
@@ -437,164 +356,6 @@ def test_two_processes_accumulate_alike(together, sharp_pretrained):
     # Of the step's two batches on two processes, the second counted as nothing on both: DDP's mean of the first.
     wanted = step_of(stage(2, sharp_pretrained), [[1, 2, 3, 4]], 2)
     assert_same(torch.load(place / 'accumulate.pth'), wanted, rtol=1e-5, atol=1e-6)
-
-
-def in_training(model: nn.Module, iteration: int = 9, max_iters: int = 1000) -> SimpleNamespace:
-    lines: list[str] = []
-    return SimpleNamespace(model=model, iter=iteration, max_iters=max_iters, lines=lines, _resume=False,
-                           _load_from=None, logger=SimpleNamespace(warning=lines.append, info=lines.append))
-
-
-def teacher_of(model: BaseModel) -> nn.Module:
-    return model.frozen['teacher'] if 'teacher' in model.frozen else model.frozen['attentions']
-
-
-def flip_one_bit(model):
-    value = next(iter(teacher_of(model).parameters())).data.flatten()
-    value[0] = torch.nextafter(value[0], value[0] + 1)
-
-
-DRIFTS = {
-    'weight': (flip_one_bit, 'changed: frozen '),
-    'bias': (lambda model: [p.data.mul_(0.99) for p in teacher_of(model).parameters() if p.ndim == 1],
-             'changed: frozen '),
-    'gradient': (lambda model: next(teacher_of(model).parameters()).requires_grad_(), 'with gradients: frozen '),
-    'mode': (lambda model: teacher_of(model).train(), 'in training mode: frozen '),
-}
-
-
-@pytest.mark.parametrize('number', [1, 2])
-@pytest.mark.parametrize('kind', DRIFTS)
-def test_drift_of_the_teacher_is_found(number, kind, sharp_pretrained):
-    model, hook = stage(number, sharp_pretrained).train(), TeacherDriftHook(interval=10)
-    hook.before_train(in_training(model))
-    hook.after_train_iter(in_training(model), 0)
-    change, message = DRIFTS[kind]
-    change(model)
-    hook.after_train_iter(in_training(model, 10), 0)  # not the moment to look
-    for moment in (in_training(model, 19), in_training(model, 10, max_iters=11)):  # the interval; the last iteration
-        with pytest.raises(RuntimeError, match=rf'iteration \d+: the teacher .* process 0: {message}'):
-            hook.after_train_iter(moment, 0)
-
-
-def test_drift_of_other_frozen_weights_and_of_buffers_is_found(sharp_pretrained):
-    model, hook = stage(1, sharp_pretrained), TeacherDriftHook(interval=1)
-    teacher_of(model)[0].register_buffer('scale', torch.ones(2, dtype=torch.bfloat16))
-    hook.before_train(in_training(model))
-    model.backbone.blocks[0].attn.qkv.weight.data += 1  # which is what stage 1 is for
-    hook.after_train_iter(in_training(model), 0)
-    model.backbone.blocks[1].mlp.fc1.weight.data += 1
-    teacher_of(model)[0].scale[1] = 2
-    with pytest.raises(RuntimeError, match='changed: backbone.blocks.1.mlp.fc1.weight, frozen attentions.0.scale. Is'):
-        hook.after_train_iter(in_training(model), 0)
-
-
-@pytest.mark.parametrize('number', [1, 2])
-def test_training_does_not_move_the_teacher(number, sharp_pretrained, tmp_path):
-    model = stage(number, sharp_pretrained)
-    make_runner(tmp_path, model, pictures(4), hooks=(TeacherDriftHook(interval=1),)).train()
-
-
-def test_models_without_anything_frozen_have_no_drift():
-    hook, model = TeacherDriftHook(interval=1), Norms()
-    hook.before_train(in_training(model))
-    next(model.parameters()).data += 1
-    hook.after_train_iter(in_training(model), 0)
-
-
-def test_block_that_does_not_learn_is_named(sharp_pretrained, tmp_path):
-    hook = DeadLossHook(patience=10, policy='stop', momentum=0.3)
-    numbers = [1, 2] * 10
-    make_runner(tmp_path / 'alive', stage(1, sharp_pretrained), numbers, optimizer=ADAMW, hooks=(hook,)).train()
-
-    def act(runner):
-        if runner.iter == 0:
-            model.backbone.blocks[1].attn.register_forward_hook(lambda module, args, output: output.detach() + 0 * sum(
-                p.sum() for p in module.parameters()))
-
-    model, hook = stage(1, sharp_pretrained), DeadLossHook(patience=10, policy='stop', momentum=0.3)
-    runner = make_runner(tmp_path / 'dead', model, numbers, optimizer=ADAMW | dict(weight_decay=0.0),
-                         hooks=(hook, Act(act)))
-    with pytest.raises(RuntimeError, match=r'iteration 10: the error of 1 of 2 blocks has not fallen by 5%.*: block 1 '
-                                           r'\(0\.\d+ at first, now 0\.\d+\)\. Most likely the learning rate'):
-        runner.train()
-
-
-def feed(hook: DeadLossHook, model: BaseModel, errors: list[list[float]], start: int = 0) -> list[str]:
-    """Warnings of the hook while blocks have these errors."""
-    said = []
-    for i, row in enumerate(errors):
-        model.block_errors = torch.tensor(row)
-        runner = in_training(model, start + i)
-        hook.after_train_iter(runner, 0)
-        said += runner.lines
-    return said
-
-
-@pytest.fixture(scope='module')
-def aligning(sharp_pretrained) -> BaseModel:
-    return stage(1, sharp_pretrained)
-
-
-def falling(count: int) -> list[float]:
-    return [0.9 ** i for i in range(count)]
-
-
-def test_dead_loss_warns_of_what_does_not_fall(aligning):
-    rows = [[a, b] for a, b in zip(falling(40), [0.5, 0.7] * 20, strict=True)]  # noise is no progress
-    said = feed(DeadLossHook(patience=20), aligning, rows)
-    assert len(said) == 2 and all('1 of 2 blocks' in line and 'block 1 (0.5 at first' in line for line in said)
-    assert 'iteration 20:' in said[0] and 'iteration 40:' in said[1]
-    assert not feed(DeadLossHook(patience=20), aligning, [[a, a] for a in falling(40)])
-    assert not feed(DeadLossHook(patience=20), aligning, [[a, a] for a in falling(10) + [0.4] * 90])  # has converged
-
-
-def test_dead_loss_survives_batches_of_nan(aligning):
-    rows = [[float('nan')] * 2] + [[a, a] for a in falling(20)] + [[float('nan')] * 2] + [[0.1, 0.1]] * 18
-    assert not feed(DeadLossHook(patience=20), aligning, rows)
-
-
-def test_dead_loss_goes_on_after_a_resume(aligning, tmp_path):
-    hook, again, fresh = (DeadLossHook(patience=10) for _ in range(3))
-    rows = [[a, a] for a in falling(30)]
-    assert not feed(hook, aligning, rows)
-    checkpoint = {}
-    hook.before_save_checkpoint(in_training(aligning), checkpoint)
-    torch.save(checkpoint, tmp_path / 'saved.pth')
-    resumed = in_training(aligning)
-    resumed._resume = True
-    again.after_load_checkpoint(resumed, load_checkpoint(tmp_path / 'saved.pth'))
-    fresh.after_load_checkpoint(in_training(aligning), load_checkpoint(tmp_path / 'saved.pth'))  # only loaded from
-    flat = [[0.04, 0.04]] * 10  # low, but no longer falling
-    assert not feed(again, aligning, flat, start=30)
-    assert feed(fresh, aligning, flat, start=30)
-
-
-def test_dead_loss_counts_blocks_of_hybrids_as_the_network_does(pretrained):
-    model = MODELS.build(dict(type='adala_mm.AttentionAlignment', backbone=tiny_vit(
-        attention=[dict(type='adala_mm.SoftmaxAttention'), LINEAR], init_cfg=pretrained)))
-    said = feed(DeadLossHook(patience=5), model, [[0.5]] * 5)
-    assert '1 of 1 blocks' in said[0] and 'block 1 (' in said[0]
-
-
-def test_dead_loss_is_for_stage_1(sharp_pretrained):
-    assert not feed(DeadLossHook(patience=1), stage(2, sharp_pretrained), [[1.0]] * 3)
-
-
-def test_weights_that_change_in_the_first_forward_are_noticed(sharp_pretrained):
-    model, images = stage(2, sharp_pretrained), torch.randn(1, 3, 32, 32)
-    WeightsCheckHook().before_train(in_training(model))
-    handles = len(model._forward_hooks)
-    model(images)
-    assert len(model._forward_hooks) == handles - 1  # one look, then never again
-    WeightsCheckHook().before_train(in_training(model))
-
-    def initialise_again(module: nn.Module, args: tuple) -> None:
-        nn.init.normal_(module.norm1.weight)
-
-    model.backbone.blocks[0].register_forward_pre_hook(initialise_again)
-    with pytest.raises(RuntimeError, match='process 0: the weights have changed in the first forward'):
-        model(images)
 
 
 def test_they_are_default_hooks():

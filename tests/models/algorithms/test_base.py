@@ -1,14 +1,14 @@
 """The frozen teacher of both stages stays out of training, checkpoints and DDP, and is scored against correctly."""
+from __future__ import annotations
+
 import copy
-import logging
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, METRICS
+from mmengine.registry import METRICS
 from torch import nn
 
 from adala_mm.registry import MODELS
@@ -255,26 +255,6 @@ def test_head_follows_the_model_and_is_not_saved(with_head, stage):
 def test_head_of_a_checkpoint_without_one_raises(pretrained, stage):
     with pytest.raises(ValueError, match='no classification head'):
         build(stage, pretrained, head={'checkpoint': pretrained['checkpoint']})
-
-
-@pytest.mark.parametrize(('iteration', 'runs'), [(0, 1), (1, 0), (500, 0)])
-def test_validation_before_training(iteration, runs):
-    model, calls = nn.Linear(1, 1).train(), []
-
-    def validate():
-        model.eval()  # as every validation loop does
-        calls.append(runner.iter)
-
-    runner = SimpleNamespace(iter=iteration, model=model, hooks=[], val_loop=SimpleNamespace(run=validate),
-                             logger=logging.getLogger('test'))
-    HOOKS.build({'type': 'adala_mm.ValBeforeTrainHook'}).before_train(runner)
-    assert calls == [0] * runs
-    assert model.training
-
-
-def test_validation_before_training_needs_no_val_loop():
-    runner = SimpleNamespace(iter=0, model=None, val_loop=None, logger=None)
-    assert HOOKS.build({'type': 'adala_mm.ValBeforeTrainHook'}).before_train(runner) is None
 
 
 @both_stages
