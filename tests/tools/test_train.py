@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one error that names the thing and what to do about it."""
+"""tools/train.py and test.py: what a user gets wrong ends in one error that names it and what to do about it."""
 from __future__ import annotations
 
 import collections
@@ -266,3 +266,13 @@ def test_imagenet_without_its_split(place):
     shutil.rmtree(place / 'imagenet/val')
     with pytest.raises(SystemExit, match='val_dataloader: .*imagenet/val does not exist'):
         tool('train', CLASSIFIER, place, {})
+
+
+def test_scaling_a_rate_of_unknown_batch_is_refused(tmp_path, monkeypatch, capsys):
+    config = tmp_path / 'no_batch.py'
+    config.write_text('optim_wrapper = dict(optimizer=dict(lr=1.0))')
+    monkeypatch.setenv('LOCAL_RANK', '0')  # the tool sets it and leaves it
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(config), '--auto-scale-lr'])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
+    assert 'add auto_scale_lr = dict(enable=False, base_batch_size=...)' in capsys.readouterr().err
