@@ -55,8 +55,9 @@ def faults() -> str:
     m = data['machine']
     return '\n\n'.join([
         markdown_table(['fault', 'expected', 'seen'], others),
-        'SIGKILL in training, in validation and while a checkpoint is written, SIGTERM in these and at the last step '
-        'of an epoch: from how many of the seven a run with both features was resumed bitwise.',
+        'Each number says after how many of seven interruptions a run with both features was resumed bitwise: SIGKILL '
+        'in training, in validation and while a checkpoint is written; SIGTERM in these three and at the last step of '
+        'an epoch.',
         markdown_table(['', *twos], square), f'{m["cores"]} cores ({m["cpu"]}), torch {m["torch"]}, '
         f'commit {m["commit"]}.'])
 

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
+import make_paper
 import pytest
 import torch
 import yaml
@@ -20,9 +21,6 @@ from adala_mm.utils.cli import base_parser, find_config, load_config
 from adala_mm.utils.compose import composable, composed, composed_text
 from helpers import ROOT
 from helpers.scripts import load_tool
-
-sys.path.insert(0, str(ROOT / 'maintenance'))
-import make_paper
 
 
 @functools.cache

@@ -22,8 +22,6 @@ RECORDS = [ROOT / 'docs/results' / name for name in (
     'demo.json', 'real.json', 'study.json', 'frontier.json', 'faults.json', 'compiled_kernels.json')]
 RECORDS += [ROOT / 'benchmarks/results/cpu' / name for name in ('attention.json', 'model.json', 'training.json')]
 
-sys.path.insert(0, str(ROOT / 'maintenance'))  # where its scripts find each other
-
 
 def tool(name: str):
     spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'maintenance/{name}.py')

@@ -9,13 +9,11 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import score_study
 from mmengine.config import Config
+from study import Study, locked, main, read_study, training_cost, wanted
 
 from helpers import LINEAR, ROOT, tiny_vit
-
-sys.path.insert(0, str(ROOT / 'maintenance'))
-import score_study
-from study import Study, locked, main, read_study, training_cost, wanted
 
 CONFIG = '''
 model = dict(type='adala_mm.{kind}', data_preprocessor=dict(type='ImgDataPreprocessor', mean=[128] * 3, std=[64] * 3),

@@ -9,22 +9,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import compare_attentions
 import cv2
+import make_tables
 import numpy as np
 import pytest
 import timm
 import torch
+from compare_attentions import described, differences, parse_attentions
 from safetensors.torch import save_file
 
 from adala_mm.evaluation.likeness import fit_head, mean_iou, moved, shares_of
 from adala_mm.models.attentions import InLineAttention
 from adala_mm.utils import frontier
 from helpers import ROOT
-
-sys.path += [str(ROOT / 'tools/analysis_tools'), str(ROOT / 'maintenance')]
-import compare_attentions
-import make_tables
-from compare_attentions import described, differences, parse_attentions
 
 COSTS = 'vit_ms', 'vit_mib', 'vit_gmac', 'layer_ms', 'layer_mib', 'layer_gmac', 'parameters'
 
