@@ -6,7 +6,7 @@ import re
 import pytest
 from mmengine.config import Config
 
-from adala_mm.conversion import FAMILIES, SOURCES, convert, weights_table
+from adala_mm.conversion import FAMILIES, SOURCES, convert
 from adala_mm.conversion.convert import choose_family
 from adala_mm.conversion.from_timm import TIMM, facts
 from helpers import ROOT
@@ -97,7 +97,3 @@ def test_families_of_one_source_can_be_told_apart():
     rows = [(row.normalise, row.licence, *vars(row).values()) for row in FAMILIES.values()]
     assert len({str(row) for row in rows}) == len(FAMILIES)
     assert {family for source in SOURCES for family in source.families} == set(FAMILIES)
-
-
-def test_the_documented_table_is_this_one():
-    assert weights_table() in (ROOT / 'docs/weights.md').read_text()

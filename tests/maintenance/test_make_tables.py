@@ -65,6 +65,7 @@ def tables(tmp_path, monkeypatch):
         {key: value for key, value in HEADS.items() if key != 'seconds'}])))
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     (root / 'docs/kernels.md').write_text(marked('speed_gpu'))
+    (root / 'docs/weights.md').write_text(marked('families'))
     module = tool('make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
     return module
