@@ -71,7 +71,8 @@ class NormalEquations:
             FloatingPointError: if the sums are not finite.
         """
         if not (self.gram.isfinite().all() and self.moment.isfinite().all()):
-            raise FloatingPointError('the stream of student or teacher is not finite')
+            raise FloatingPointError('the stream of student or teacher is not finite: are the images? float16 '
+                                     'may overflow, so use float32 or bfloat16')
         s = self.moment.new_ones(self.moment.shape[1]) if scale is None else scale.detach().to(self.moment)
         penalty = (ridge * self.gram.diagonal().mean() * s.square().mean()).clamp_min(torch.finfo(s.dtype).tiny)
         values, vectors = torch.linalg.eigh(self.gram)

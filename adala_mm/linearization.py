@@ -146,4 +146,4 @@ def _check_supported(attn: nn.Module | None, i: int, architecture: Architecture)
     if f'{kind.__module__}.{kind.__qualname__}' not in architecture.attentions:
         names = ' or '.join(name.rsplit('.', 1)[1] for name in architecture.attentions)
         raise TypeError(f'block {i} has {kind.__name__ if attn is not None else f"no {architecture.attention}"} where '
-                        f'{names} is supported ({architecture.name})')
+                        f'{names} is supported ({architecture.name}): name it in keep_softmax')

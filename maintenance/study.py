@@ -30,9 +30,9 @@ from adala_mm.engine.preemption import FILE as PREEMPTED
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.cost import multiply_adds
-from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
+from adala_mm.utils.machine import cores, machine
+from adala_mm.utils.records import logs_of_run, newest_log, save
 from adala_mm.utils.runs import Job, locked, work_off
-from adala_mm.utils.timing import save
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 WORDS = ('label', 'swap')  # what tables call a run, which may change

@@ -1,14 +1,13 @@
-"""Reads what training runs leave behind, and says what they ran on."""
+"""What runs leave behind: logs of training, which are read here, and JSON files of measured rows."""
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import platform
 import re
-import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+from adala_mm.utils.atomic import write_atomically
 
 LOGGED_BESIDE_SCORES = {'step', 'iter', 'time', 'data_time', 'epoch'}
 
@@ -75,37 +74,18 @@ def curve(run: str | Path, key: str) -> tuple[list[int], list[float]]:
     return [row['step'] for row in rows], [row[key] for row in rows]
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def settings(args: argparse.Namespace) -> dict:
+    """The options that a record depends on: all but places on this machine."""
+    return {name: value for name, value in vars(args).items() if name not in ('out', 'data_root', 'config')}
 
 
-def machine() -> dict[str, str | int]:
-    """What a recorded figure depends on beside the code: processor, versions, commit."""
-    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
-                  if line.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else ''
-    return dict(cpu=model, cores=os.cpu_count(), python=platform.python_version(), torch=torch.__version__,
-                commit=git('rev-parse', '--short', 'HEAD') or 'unknown')
+def save(path: str | Path, data: dict) -> None:
+    """Writes a record as JSON; a file that is there is replaced once the new one is whole."""
+    write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + '\n').encode())
 
 
-def git_state() -> dict[str, str | bool | None]:
-    """Commit of this code, and whether the files differ from it; None outside of a checkout and without git."""
-    changes = git('status', '--porcelain')
-    return dict(commit=git('rev-parse', 'HEAD') or None, dirty=None if changes is None else bool(changes))
-
-
-def git(*words: str) -> str | None:
-    """What git says of the code that runs, wherever one happens to stand; None if it fails or is not there.
-
-    An installed package may lie in a repository that is not its own, as an environment inside of one: git does not
-    track it there, and has nothing to say.
-    """
-    here = Path(__file__)
-    for command in (['ls-files', '--error-unmatch', here.name], words):
-        try:
-            done = subprocess.run(['git', *command], capture_output=True, text=True, cwd=here.parent)
-        except OSError:
-            return None
-        if done.returncode:
-            return None
-    return done.stdout.strip()
+def exit_if_failed(rows: Iterable[dict]) -> None:
+    """Ends the program with a message if one of ``rows`` failed; one that memory or patience forbade did not."""
+    failed = [row for row in rows if row.get('note', '').startswith('failed')]
+    if failed:
+        raise SystemExit(f'{len(failed)} rows failed, the first: {failed[0]}')

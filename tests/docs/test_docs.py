@@ -4,7 +4,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -32,6 +31,7 @@ from adala_mm.utils.checkpoint import hub_file, hub_url
 from helpers import ROOT
 from helpers.processes import start_script, wait_for
 
+sys.path.append(str(ROOT / 'maintenance'))  # where its scripts find each other
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
 NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
 FENCE = re.compile(r'^( *)(```+|~~~+).*?^\1\2 *$', re.DOTALL | re.MULTILINE)
@@ -157,33 +157,6 @@ def test_weights_of_the_recipes_are_where_the_page_says():
     assert names.pop('deitt') == 'deit_tiny_patch16_224.fb_in1k'  # its recipes start from a file
     texts = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('configs/_base_/backbones/*.py')}
     assert names == {vfm: found[1] for vfm, text in texts.items() if (found := re.search(r"timm://([\w.]+)'", text))}
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_configs_page_is_up_to_date():
-    make_configs = load(ROOT / 'maintenance/make_configs.py')
-    assert (ROOT / 'docs/configs.md').read_text(encoding='utf-8') == make_configs.page(), (
-        'run: python maintenance/make_configs.py')
-
-
-def test_names_of_configs_are_parsed(tmp_path):
-    make_configs = load(ROOT / 'maintenance/make_configs.py')
-    vfms = ['dinov2l', 'l2vitt']
-    assert make_configs.split_name('mask2former_dinov2l_softmax_1024_cityscapes', vfms) == (
-        'mask2former', 'dinov2l', ['softmax', '1024'], 'cityscapes')
-    assert make_configs.split_name('task_cls_l2vitb_in1k', vfms) == ('task_cls', 'l2vitb', [], 'in1k')
-    for name in ('mask2former_ade20k', 'dinov2l_ade20k', 'stage1_dinov2l'):
-        with pytest.raises(ValueError, match=f'{name}: no config is named like that'):
-            make_configs.split_name(name, vfms)
-    config = tmp_path / 'config.py'
-    config.write_text('# ViT-B of Oquab et al. (2024), as\n# is. More.\nx = 1\n')
-    assert make_configs.about(config) == 'ViT-B of Oquab et al. (2024), as is.'
 
 
 def code_blocks(page: str) -> list[str]:

@@ -27,9 +27,9 @@ import torch
 from mmengine.config import Config
 
 from adala_mm.utils.checkpoint import load_checkpoint
-from adala_mm.utils.records import machine
+from adala_mm.utils.machine import machine
+from adala_mm.utils.records import save
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import save
 from helpers import ROOT
 from helpers.resuming import (
     CELLS,

@@ -12,9 +12,10 @@ import cv2
 import pytest
 import torch
 
-from adala_mm.utils import records, timing
+from adala_mm.utils import records
 from adala_mm.utils.atomic import write_atomically
-from adala_mm.utils.records import curve, machine, read_scalars
+from adala_mm.utils.machine import machine
+from adala_mm.utils.records import curve, read_scalars
 from helpers import ROOT
 
 MACHINE = {'cpu': 'A CPU', 'cores': 2, 'python': '3.11.1', 'torch': '2.11.0', 'commit': 'abc1234'}
@@ -140,7 +141,7 @@ def test_machine_knows_the_commit_of_the_code(tmp_path, monkeypatch):
 
 
 def test_machine_outside_of_a_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, '__file__', str(tmp_path / 'records.py'))
+    monkeypatch.setattr('adala_mm.utils.machine.__file__', str(tmp_path / 'machine.py'))
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     assert machine()['commit'] == 'unknown'
 
@@ -191,7 +192,7 @@ def test_recorder_keeps_what_it_knows(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize('writer', ['record_runs', 'save'])
 def test_a_kill_while_records_are_written_leaves_those_before(writer, run, tmp_path, monkeypatch):
     out = tmp_path / 'results/real.json'
-    timing.save(out, {'earlier_run': {'seed': 3}})
+    records.save(out, {'earlier_run': {'seed': 3}})
     before = out.read_bytes()
 
     def killed(*args) -> None:
@@ -200,7 +201,7 @@ def test_a_kill_while_records_are_written_leaves_those_before(writer, run, tmp_p
     monkeypatch.setattr('os.fsync', killed)
     monkeypatch.setattr(sys, 'argv', ['record_runs.py', str(run), '--out', str(out)])
     with pytest.raises(KeyboardInterrupt):
-        tool('record_runs').main() if writer == 'record_runs' else timing.save(out, {})
+        tool('record_runs').main() if writer == 'record_runs' else records.save(out, {})
     assert out.read_bytes() == before
 
 
@@ -251,6 +252,7 @@ def tables(tmp_path, monkeypatch):
         {key: value for key, value in HEADS.items() if key != 'seconds'}])))
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     (root / 'docs/kernels.md').write_text(marked('speed_gpu'))
+    (root / 'docs/weights.md').write_text(marked('families'))
     module = tool('make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
     return module

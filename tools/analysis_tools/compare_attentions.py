@@ -54,9 +54,10 @@ from adala_mm.utils.cli import one_message  # noqa: E402
 from adala_mm.utils.cost import multiply_adds  # noqa: E402
 from adala_mm.utils.fingerprint import file_sha256  # noqa: E402
 from adala_mm.utils.frontier import SOFTMAX, UNTRAINED, Training, advice, describe, draw, table  # noqa: E402
-from adala_mm.utils.records import cores, git_state, machine  # noqa: E402
+from adala_mm.utils.machine import cores, default_device, git_state, machine  # noqa: E402
+from adala_mm.utils.records import save  # noqa: E402
 from adala_mm.utils.runs import Job, locked, work_off  # noqa: E402
-from adala_mm.utils.timing import default_device, failure, peak_memory, save, take_turns, wall_timer  # noqa: E402
+from adala_mm.utils.stopwatch import failure, peak_memory, take_turns, wall_timer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = 8  # one line in so many of the alignment's list is for scores
