@@ -1,4 +1,4 @@
-"""Writes docs/paper.md, commands of the paper's tables and figures, from docs/paper.yml, the configs and the records.
+"""Writes the runs of the paper's tables and figures, docs/paper*.md, from docs/paper.yml, the configs and the records.
 
     python maintenance/make_paper.py [--check]
 """
@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,21 +32,35 @@ HEADER = '''\
 <!-- Written by maintenance/make_paper.py from docs/paper.yml, the configs and the records in docs/results. -->
 # The paper, row by row
 
-Each row of the tables of ViT-AdaLA and each of its figures, with the paper's number and the commands that ask for ours.
-**None of them has been run at the paper's scale**; where a recorded run asks the same question at a small one, it is
-named, and its figure is not to be compared with the paper's. What we found out about the paper's own figures is in
-[errata](errata.md), sentences that can be read in two ways are in [readings](readings.md), what it leaves open, and our
-choice, in [configs/adala](../configs/adala/README.md#what-the-paper-leaves-open-and-what-we-chose) and
+This page has each row of the tables of ViT-AdaLA, with the paper's number and the runs that ask for ours. [Another
+page](paper_figures.md) has the figures. **None of these runs has been made at the paper's scale.** Where a recorded
+run asks the same question at a small scale, the column "ours, small" has its number; do not compare it with the
+paper's.
+
+[Errata](errata.md) says what we found out about the paper's own figures. [Readings](readings.md) lists sentences that
+can be read in two ways. What the paper leaves open, and our choice, is in
+[configs/adala](../configs/adala/README.md#what-the-paper-leaves-open-and-what-we-chose) and
 [configs/baselines](../configs/baselines/README.md#what-the-paper-leaves-open-and-what-we-chose).
 
-- Commands are for the paper's 8 GPUs and stand in their order; each starts from the checkpoint of the one before it. A
-  stage that another row has trained is not trained again. The last command validates after every epoch, and its log
-  ends with the row's number.
-- Names without a file are [composed](configs.md#names). The config as it ran lies in the work dir of each run.
-- GPU-hours are one number a command, of one H100 each, 8 of which work at a time: a plain one is the paper's (Table 6,
-  epochs of Table 5), ≈ is that of another VFM scaled by multiply-adds or of an alignment of the same length, and
-  &gt; is counted from matrix products alone: three times those of a forward pass, at the rate that the paper's time of
-  stage 2 implies. A figure has the sum of its commands that train.
+'''
+RULES = '''\
+- **Runs** are configs. Start each one with `bash tools/dist_train.sh NAME 8`, in the order of the cell: each starts
+  from the checkpoint of the one before it. Do not train a run again that another row has trained. The last run
+  validates after every epoch, and its log ends with the number of the row.
+- **Names** without a file are [composed](configs.md#names). The work dir of a run holds the whole config.
+- **GPU-hours** are of one H100, of which 8 work at a time; there is one number for each run. A plain number is the
+  paper's (Table 6, epochs of Table 5). ≈ is the number of another VFM, scaled by multiply-adds, or of an alignment of
+  the same length. &gt; is counted from matrix products alone: three times those of a forward pass, at the rate that
+  the paper's time of stage 2 implies.
+'''
+FIGURES = '''\
+<!-- Written by maintenance/make_paper.py from docs/paper.yml, the configs and the records in docs/results. -->
+# The figures of the paper
+
+This page has each figure of ViT-AdaLA, with the commands that ask for ours. Runs are configs, as on [the page of the
+tables](paper.md): start each one with `bash tools/dist_train.sh NAME 8`, in the order of the cell. Then call the
+commands. GPU-hours are the sum of all commands that train. None of the runs has been made at the paper's scale.
+
 '''
 
 
@@ -158,18 +172,14 @@ def shown_hours(runs: tuple[str, ...]) -> str:
                        for about, value in map(hours, runs))
 
 
-def command(name: str) -> str:
-    return f'`bash tools/dist_train.sh {name} {GPUS}`'
-
-
-def commands(runs: tuple[str, ...]) -> str:
-    return '<br>'.join(map(command, runs))
+def named(runs: Iterable[str]) -> str:
+    return '<br>'.join(f'`{name}`' for name in runs)
 
 
 def small(number: int, config: str) -> str:
-    """What we have at small scale, or that we have nothing."""
-    if not (entry := facts()['tables'][number].get('small', {}).get(config)):
-        return 'not run'
+    """What we have at small scale."""
+    if not (entry := facts()['tables'][number]['small'].get(config)):
+        return ''
     record, key, metric, where = entry
     if record == 'demo':
         row = next(row for row in recorded('demo')['rows'] if row['name'] == key)
@@ -186,9 +196,14 @@ def decimals(score: float) -> str:
 
 
 def run_table(number: int) -> str:
-    return markdown_table(['row', 'paper', 'commands', 'GPU-hours', 'ours'], [
-        [row.label, decimals(row.score), commands(chain(row.config)), shown_hours(chain(row.config)),
-         small(number, row.config)] for row in rows_of(number)])
+    header, rows = ['row', 'paper', 'runs', 'GPU-hours'], []
+    for row in rows_of(number):
+        runs = chain(row.config)
+        rows.append([row.label, decimals(row.score), named(runs), shown_hours(runs)])
+    if 'small' in facts()['tables'][number]:
+        header.append('ours, small')
+        rows = [[*cells, small(number, row.config)] for cells, row in zip(rows, rows_of(number), strict=True)]
+    return markdown_table(header, rows)
 
 
 def side_by_side() -> str:
@@ -217,10 +232,9 @@ def clock(seconds: float) -> str:
 
 def times() -> str:
     own = facts()['times']
-    rows = [[VFMS[vfm], *map(clock, own[vfm]), commands((f'stage1_{vfm}_coco', f'stage2_{vfm}_in22k')), 'not run']
-            for vfm in own]
-    return markdown_table(['row', 'paper: stage 1, an epoch', 'stage 2, an epoch', 'commands', 'ours'],
-                          [*rows, ['Mean', *map(clock, facts()['mean_time']), 'those above', 'not run']])
+    rows = [[VFMS[vfm], *map(clock, own[vfm]), named((f'stage1_{vfm}_coco', f'stage2_{vfm}_in22k'))] for vfm in own]
+    return markdown_table(['row', 'paper: stage 1, an epoch', 'stage 2, an epoch', 'runs'],
+                          [*rows, ['Mean', *map(clock, facts()['mean_time']), 'those above']])
 
 
 def columns() -> str:
@@ -242,10 +256,10 @@ def columns() -> str:
 
 def measured() -> str:
     """Peak memory and throughput of DINOv2-L in the paper, by pixels."""
-    header = ['', *(f'{what} at {size} px' for size in (512, 1024) for what in ('paper: GB', 'images/s')), 'ours']
+    header = ['', *(f'{what} at {size} px' for size in (512, 1024) for what in ('paper: GB', 'images/s'))]
     return markdown_table(header, [
-        [METHODS[method], *(text for _, memory, rate in sizes.values() for text in (f'{memory:.4f}', f'{rate:.2f}')),
-         'not run'] for method, (_, sizes) in facts()['columns'].items()])
+        [METHODS[method], *(text for _, memory, rate in sizes.values() for text in (f'{memory:.4f}', f'{rate:.2f}'))]
+        for method, (_, sizes) in facts()['columns'].items()])
 
 
 def trained_by(line: str) -> list[str]:
@@ -265,10 +279,10 @@ def figures() -> str:
     rows = []
     for number, what, configs, lines, ours in facts()['figures']:
         runs = list(dict.fromkeys(run for name in configs for run in chain(name)))
-        shown = '<br>'.join([*map(command, runs), *(f'`{line}`' for line in lines)]) or 'none'
-        rows.append([str(number), what, shown, figure_hours(runs + [run for line in lines for run in trained_by(line)]),
-                     ours])
-    return markdown_table(['figure', 'what it shows', 'commands', 'GPU-hours', 'ours'], rows)
+        shown = '<br>'.join(f'`{line}`' for line in lines)
+        trained = [*runs, *(run for line in lines for run in trained_by(line))]
+        rows.append([str(number), what, named(runs), shown, figure_hours(trained), ours])
+    return markdown_table(['figure', 'what it shows', 'runs', 'then', 'GPU-hours', 'ours'], rows)
 
 
 def totals() -> str:
@@ -279,18 +293,18 @@ def totals() -> str:
     runs = dict.fromkeys(run for row in rows for run in chain(row.config))
     total = math.fsum(hours(run)[1] for run in runs)
     stage2 = math.fsum(hours(run)[1] for run in runs if run.startswith('stage2'))
-    return (f'{listed} rows of 12 tables and {len(facts()["figures"])} figures; {len(rows)} of the rows are runs of '
-            f'{len({row.config for row in rows})} configs. With all that they start from, {len(runs)} runs, which '
-            f'would take more than {total:,.0f} GPU-hours, {stage2:,.0f} of them in stage 2. '
+    return (f'The 12 tables have {listed} rows. {len(rows)} of them are runs, of '
+            f'{len({row.config for row in rows})} configs. With all that they start from, these are {len(runs)} runs. '
+            f'They would take more than {total:,.0f} GPU-hours, {stage2:,.0f} of them in stage 2. '
             '`tests/configs/test_paper.py` builds all of them.\n')
 
 
 def page() -> str:
-    parts = [HEADER, totals()]
+    parts = [HEADER + totals(), RULES]
     for number in range(1, 13):
         if number == 5:
             parts.append('## Table 5: settings\n\nEvery value is checked in every config '
-                         f'(`tests/configs/test_configs.py`).\n\n{settings()}\n')
+                         f'(`tests/configs/test_schedules.py`).\n\n{settings()}\n')
         elif number == 6:
             parts.append('## Table 6: time of an epoch on 8 H100\n\nA run logs its time; '
                          '`python tools/analysis_tools/benchmark_training.py` measures steps of both stages without '
@@ -308,15 +322,19 @@ def page() -> str:
                  'Peak memory and throughput are measured on a GPU, one image at a time, with the options of the '
                  "paper's attentions (`configs/_base_/attentions.py`):\n\n```bash\n"
                  f'{BENCHMARK}\n```\n\n{measured()}\n')
-    parts.append(f'## Figures\n\n{figures()}\n\n### Figure 3\n\n'
-                 '![memory and multiply-adds of attention modules over tokens](images/attention_costs.png)\n\n'
-                 '*Every attention of adala_mm alone, forward pass of one sequence. Softmax is there twice: with the '
-                 'N x N matrix, and by the fused kernel that PyTorch takes by itself.*\n')
     return '\n'.join(parts)
+
+
+def figures_page() -> str:
+    return (f'{FIGURES}{figures()}\n\n## Figure 3\n\n'
+            '![memory and multiply-adds of attention modules over tokens](images/attention_costs.png)\n\n'
+            '*Every attention of adala_mm alone, forward pass of one sequence. Softmax is there twice: with the '
+            'N x N matrix, and by the fused kernel that PyTorch takes by itself.*\n')
 
 
 def files() -> Files:
     yield 'docs/paper.md', page()
+    yield 'docs/paper_figures.md', figures_page()
 
 
 if __name__ == '__main__':
