@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument('configs', nargs='+', help='configs, as in tools/train.py')
     parser.add_argument('--gpus', type=int, default=8,
                         help='processes of a run (default: %(default)s, as in the paper)')
-    parser.add_argument('--images', type=int, help='images in an epoch; needed for the multiply-adds of all epochs')
+    parser.add_argument('--images', type=int, help='images in an epoch; needed if the config counts epochs')
     parser.add_argument('--out', help='also write the figures to this JSON file')
     args = parser.parse_args()
     logging.disable(logging.WARNING)
