@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
 
 from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.pickle_makers import CLASSES, DTYPES, MAKERS, STORAGES
 from adala_mm.utils.torch_files import read_torch_file
-from adala_mm.utils.unpickling import CLASSES, DTYPES, MAKERS, STORAGES
 
 # --- pickles, piece by piece: each of these is the code that leaves one object on the stack ---------------------------
 
