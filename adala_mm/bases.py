@@ -25,7 +25,7 @@ TRANSFORMERS = tuple(dict.fromkeys([
 
 
 def describe_base(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any] | str:
-    """How `build` gets the softmax model again: library, name and arguments; or why it cannot."""
+    """What `build` needs to make the softmax model again (library, name and arguments), or why it cannot be made."""
     vit, _ = find_vit(model)
     cls = type(model)
     name = f'{cls.__module__}.{cls.__qualname__}'
@@ -49,7 +49,7 @@ def describe_base(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any
 
 
 def build(base: Mapping[str, Any]) -> nn.Module:
-    """The softmax model, with random weights, that a file tells of.
+    """The softmax model that a file describes, with random weights.
 
     Raises:
         ValueError: for anything but the supported models.
@@ -91,13 +91,13 @@ def names_classes(args: Any) -> bool:
 
 
 def fetched_backbone(config: dict[str, Any]) -> str | None:
-    """The repository from which transformers would take a part of the model while it is built."""
+    """The repository from which transformers would load a part of the model while it builds the rest; None if none."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return next((part['backbone'] for part in parts if part.get('backbone')), None)
 
 
 def without_private(config: Any) -> Any:
-    """A config of transformers without what is no part of the architecture, such as kernels from the hub."""
+    """A config of transformers without entries that do not describe the architecture, such as kernels of the hub."""
     if not isinstance(config, dict):
         return config
     return {key: without_private(value) for key, value in config.items()

@@ -196,9 +196,9 @@ def priced() -> tuple[list[dict], str]:
         days = row['epochs'] / 86400 * (stated * paper['gpus'] if stated else row['epoch'] / rate)
         row.update(days=days, about='' if stated else '≈ ' if config.startswith('stage') else '> ')
     return list(rows.values()), (
-        f'Days: {paper["source"]}; ≈ at the multiply-adds a second that its time of stage 1 '
-        f'({rates["stage1"] / 1e12:.0f} · 10¹² a GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) implies; > the '
-        'same for matrix products alone, of which heads are but a part.')
+        f'Days: {paper["source"]}. ≈ marks an estimate: multiply-adds divided by the rate that the time of stage 1 '
+        f'({rates["stage1"] / 1e12:.0f} · 10¹² a second and GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) '
+        'implies. > marks the same estimate for matrix products alone; heads do more than these.')
 
 
 def costs() -> str:

@@ -1,11 +1,11 @@
-"""Tables of what the benchmarks in tools/analysis_tools measured, for their own output and for the pages."""
+"""Tables of the measurements of tools/analysis_tools: the tools print them, and the pages have them."""
 from __future__ import annotations
 
 from adala_mm.utils.tables import markdown_table
 
 
 def speedup(baseline: float, own: float) -> str:
-    """How many times less time than the baseline is needed; says so where it is more."""
+    """Time of the baseline divided by the own time, as text, which says so if the own one is slower."""
     text = f'{baseline / own:.2f}x'
     return f'{text}, slower' if float(text[:-1]) < 1 else text
 

@@ -1,4 +1,4 @@
-"""What a measured figure depends on beside the code that was measured: processor, device, versions, commit."""
+"""Facts of the machine and of this code, on which measured figures depend: processor, device, versions, commit."""
 from __future__ import annotations
 
 import importlib
@@ -12,7 +12,7 @@ import torch
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -27,7 +27,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What a recorded figure depends on beside the code: processor, versions, commit."""
+    """Processor, versions and commit."""
     model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
                   if line.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else ''
     return dict(cpu=model, cores=os.cpu_count(), python=platform.python_version(), torch=torch.__version__,
@@ -35,7 +35,7 @@ def machine() -> dict[str, str | int]:
 
 
 def hardware(device: torch.device) -> dict[str, str | int]:
-    """`machine`, and the device with what drives it."""
+    """The facts of `machine`, the number of threads, and the device with the versions of its software."""
     facts = machine() | dict(threads=torch.get_num_threads())
     if device.type == 'cpu':
         return facts | dict(device=facts['cpu'])
@@ -50,16 +50,16 @@ def hardware(device: torch.device) -> dict[str, str | int]:
 
 
 def git_state() -> dict[str, str | bool | None]:
-    """Commit of this code, and whether the files differ from it; None outside of a checkout and without git."""
+    """Commit of this code, and whether files differ from it; both are None outside of a checkout and without git."""
     changes = git('status', '--porcelain')
     return dict(commit=git('rev-parse', 'HEAD') or None, dirty=None if changes is None else bool(changes))
 
 
 def git(*words: str) -> str | None:
-    """What git says of the code that runs, wherever one happens to stand; None if it fails or is not there.
+    """The answer of git about the code that runs, whatever the current folder is; None if there is no answer.
 
-    An installed package may lie in a repository that is not its own, as an environment inside of one: git does not
-    track it there, and has nothing to say.
+    An installed package may lie inside of a repository that is not its own, for instance in its environment. Git does
+    not track the package there, so the state of that repository says nothing about it.
     """
     here = Path(__file__)
     for command in (['ls-files', '--error-unmatch', here.name], words):

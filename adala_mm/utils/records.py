@@ -1,4 +1,4 @@
-"""What runs leave behind: logs of training, which are read here, and JSON files of measured rows."""
+"""Reads the logs of training runs, and writes records as JSON."""
 from __future__ import annotations
 
 import argparse
@@ -13,7 +13,7 @@ LOGGED_BESIDE_SCORES = {'step', 'iter', 'time', 'data_time', 'epoch'}
 
 
 def newest_log(run: str | Path) -> Path:
-    """``<work dir>/<time of start>/vis_data/scalars.json`` of a run's last start; the config stands beside it.
+    """The log of a run's last start, ``<work dir>/<time of start>/vis_data/scalars.json``. Its config lies beside it.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
@@ -22,7 +22,7 @@ def newest_log(run: str | Path) -> Path:
 
 
 def logs_of_run(run: str | Path) -> list[Path]:
-    """The newest log, and those before it that it goes on from, the oldest first: each start of a run has its own.
+    """The newest log and the logs of the starts that it continues, the oldest first. Each start of a run has a log.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
@@ -42,7 +42,7 @@ def all_logs(run: str | Path) -> list[Path]:
 
 
 def resumed(log: Path) -> bool:
-    """Whether a start went on from a checkpoint; where its run.json does not say, whether it was to."""
+    """Whether a start continued from a checkpoint. If its run.json does not say so, whether its config asked for it."""
     noted = log.parents[1] / 'run.json'
     weights = json.loads(noted.read_text()).get('weights') if noted.exists() else None
     if weights is not None:  # --resume with nothing to resume begins anew
@@ -52,7 +52,7 @@ def resumed(log: Path) -> bool:
 
 
 def read_scalars(run: str | Path) -> list[dict]:
-    """All that a run logged, in order; each row has a ``step``. What was done again after a restart counts once.
+    """All rows that a run logged, in order; each has a ``step``. A step that was repeated after a restart counts once.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
@@ -75,7 +75,7 @@ def curve(run: str | Path, key: str) -> tuple[list[int], list[float]]:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """The options that a record depends on: all but places on this machine."""
+    """The options that a record depends on: all but paths of this machine."""
     return {name: value for name, value in vars(args).items() if name not in ('out', 'data_root', 'config')}
 
 
@@ -85,7 +85,7 @@ def save(path: str | Path, data: dict) -> None:
 
 
 def exit_if_failed(rows: Iterable[dict]) -> None:
-    """Ends the program with a message if one of ``rows`` failed; one that memory or patience forbade did not."""
+    """Ends the program with a message if one of ``rows`` failed. Rows that were skipped have not failed."""
     failed = [row for row in rows if row.get('note', '').startswith('failed')]
     if failed:
         raise SystemExit(f'{len(failed)} rows failed, the first: {failed[0]}')

@@ -1,4 +1,4 @@
-"""Time and memory of functions that are to be compared."""
+"""Measures time and memory of functions, so that they can be compared."""
 from __future__ import annotations
 
 import re
@@ -17,13 +17,13 @@ CACHE = 2 ** 28  # bytes, more than any L2 cache has
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
 
 
 def wall_timer(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """Seconds from a call until the device is done, launches included: what one waits for."""
+    """A timer of the seconds from a call until the device has finished, launches included: the time that one waits."""
     def seconds(function: Call) -> float:
         synchronize(device)
         start = clock()
@@ -34,9 +34,9 @@ def wall_timer(device: torch.device, clock: Callable[[], float] = time.perf_coun
 
 
 def gpu_timer(device: torch.device) -> Timer:
-    """Seconds that a GPU works on a call, from a cold cache and without waiting for launches.
+    """A timer of the seconds that a GPU works on a call. The cache is cold, and no launch is waited for.
 
-    The cache is flushed by reading: lines that were written would have to go back to memory while the call runs.
+    The cache is flushed by reading. Had it been written to, the GPU would copy it back to memory while the call runs.
     """
     cold = torch.zeros(CACHE // 4, device=device)
 
@@ -53,9 +53,9 @@ def gpu_timer(device: torch.device) -> Timer:
 
 
 def cuda_graph(function: Call) -> Call:
-    """The launches of ``function``, recorded once and replayed, without what Python and PyTorch do on the way.
+    """Records the launches of ``function`` once; the result replays them without the work of Python and PyTorch.
 
-    A replay reads inputs where they were, and writes results where it wrote them before.
+    A replay reads its inputs from the same memory, and writes its results to the same memory.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -70,10 +70,10 @@ def cuda_graph(function: Call) -> Call:
 
 def take_turns(functions: dict[str, Call], timer: Timer, seconds: float, least: int = 5,
                most: int = 50) -> dict[str, float]:
-    """Median seconds of each function. All take turns, in the reverse order every other round.
+    """Median seconds of each function. The functions take turns, and every other round has the reverse order.
 
-    The first round warms up and does not count. Rounds end after ``most``, or sooner when ``seconds`` have been
-    measured in all and each function had ``least`` turns.
+    The first round warms up and does not count. There are ``most`` rounds, or fewer: measuring ends once it has taken
+    ``seconds`` in total and each function has had ``least`` turns.
     """
     order, times, spent = list(functions), {name: [] for name in functions}, 0.0
     for name in order:
@@ -89,7 +89,7 @@ def take_turns(functions: dict[str, Call], timer: Timer, seconds: float, least: 
 
 
 def failure(function: Call, device: torch.device) -> str:
-    """Why ``function`` cannot run here; empty if it can."""
+    """Runs ``function``, and returns why it cannot run here; an empty string if it can."""
     try:
         function()
         synchronize(device)
@@ -106,7 +106,7 @@ def failure(function: Call, device: torch.device) -> str:
 
 
 def peak_memory(function: Call, device: torch.device) -> int:
-    """Most bytes that ``function`` holds at a time, beyond what was there before."""
+    """The greatest number of bytes that ``function`` holds at a time, beyond those that were in use before."""
     if device.type == 'cpu':
         return peak_bytes(function)
     torch.cuda.reset_peak_memory_stats(device)
@@ -117,9 +117,9 @@ def peak_memory(function: Call, device: torch.device) -> int:
 
 
 def softmax_kernels(function: Call) -> str:
-    """Which of PyTorch's kernels ``scaled_dot_product_attention`` takes in ``function``: flash, cudnn, efficient, math.
+    """Which kernel PyTorch takes for ``scaled_dot_product_attention`` in ``function``: flash, cudnn, efficient or math.
 
-    Empty if it is not called, or called where ``function`` is compiled or runs in inference mode.
+    The result is empty if that is not called, and if ``function`` is compiled or runs in inference mode.
     """
     found: dict[str, None] = {}
 
@@ -137,7 +137,7 @@ def softmax_kernels(function: Call) -> str:
 
 
 class Allowance:
-    """How many seconds and bytes a call may take, and a forecast of its seconds from the last that were measured."""
+    """How many seconds and bytes a call may take. The seconds are forecast from the last ones that were measured."""
 
     def __init__(self, seconds: float, nbytes: float = float('inf')) -> None:
         self.seconds = seconds
@@ -145,7 +145,7 @@ class Allowance:
         self.rates: dict[str, float] = {}
 
     def refuse(self, name: str, work: float, nbytes: float = 0) -> str:
-        """Why ``name`` should not do ``work`` units of work; empty if it may."""
+        """Why ``name`` must not do ``work`` units of work; an empty string if it may."""
         forecast = work * self.rates.get(name, 0)
         if nbytes > self.nbytes:
             return f'skipped: {nbytes / 2 ** 30:.0f} GiB'

@@ -5,7 +5,7 @@
 
 Sizes are short sides. Each model sees whole images, scaled from the files of its config's test set, also where the
 config says sliding windows; predictions are scored at the size of the labels. Writes segmentation.json and
-segmentation.png; see docs/analysis.md.
+segmentation.png; see docs/predictions.md.
 """
 from __future__ import annotations
 

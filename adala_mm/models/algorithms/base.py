@@ -1,4 +1,4 @@
-"""What all alignments share: a frozen teacher beside the student, and what both stages do: a common score."""
+"""What all alignments share: a frozen teacher beside the student, the losses and errors, and a common score."""
 from __future__ import annotations
 
 import torch
