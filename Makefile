@@ -20,7 +20,7 @@ test-faults: $(READY)
 
 # New forged and damaged checkpoints, in place of the same few hundred of `make test`: a few minutes.
 test-fuzz: $(READY)
-	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/utils/test_unpickling.py -k makes_data
+	FUZZ=4000 $(THREADS) $(BIN)/python -m pytest -q tests/utils/test_unpickling_fuzz.py -k makes_data
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,9 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-from adala_mm.utils.records import cores
+from adala_mm.utils.machine import cores, default_device, hardware
 from adala_mm.utils.row_log import RowLog
-from adala_mm.utils.timing import default_device, hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = ('mmengine', 'mmcv', 'mmseg', 'mmdet', 'timm')  # OpenMMLab's packages, and what comes with them

@@ -46,7 +46,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from adala_mm.utils.records import cores
+from adala_mm.utils.machine import cores
 from adala_mm.utils.tables import markdown_table
 
 TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'

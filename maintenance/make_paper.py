@@ -304,7 +304,7 @@ def page() -> str:
     for number in range(1, 13):
         if number == 5:
             parts.append('## Table 5: settings\n\nEvery value is checked in every config '
-                         f'(`tests/configs/test_configs.py`).\n\n{settings()}\n')
+                         f'(`tests/configs/test_schedules.py`).\n\n{settings()}\n')
         elif number == 6:
             parts.append('## Table 6: time of an epoch on 8 H100\n\nA run logs its time; '
                          '`python tools/analysis_tools/benchmark_training.py` measures steps of both stages without '

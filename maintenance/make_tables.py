@@ -20,13 +20,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from adala_mm.conversion import FAMILIES, SOURCES
 from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
-from adala_mm.utils.frontier import advice, agreements, each_size
-from adala_mm.utils.frontier import table as frontier_table
-from adala_mm.utils.row_log import latest_rows
-from adala_mm.utils.tables import ablation_table, markdown_table
-from adala_mm.utils.timing import (
+from adala_mm.utils.benchmark_tables import (
     attention_speed_table,
     check_table,
     depth_table,
@@ -34,13 +31,18 @@ from adala_mm.utils.timing import (
     model_speed_table,
     training_speed_table,
 )
+from adala_mm.utils.frontier import advice, agreements, each_size
+from adala_mm.utils.frontier import table as frontier_table
+from adala_mm.utils.row_log import latest_rows
+from adala_mm.utils.tables import ablation_table, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs of the study: the paper's recipe and ours, after stage 1, and after a short and a long stage 2.
 ENDS = (1, 250, 1200)
 RECIPES = [f'{recipe}_{end}' for recipe in ('paper', 'plus', 'coarse') for end in ENDS]
 PAGES = ['README.md', 'docs/pick_attention.md', 'docs/attentions.md', 'docs/frontier.md', 'docs/approximations.md',
-         'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/kernels.md', 'docs/reproducibility.md']
+         'docs/costs.md', 'docs/results.md', 'docs/performance.md', 'docs/kernels.md', 'docs/reproducibility.md',
+         'docs/weights.md']
 
 
 def faults() -> str:
@@ -194,9 +196,9 @@ def priced() -> tuple[list[dict], str]:
         days = row['epochs'] / 86400 * (stated * paper['gpus'] if stated else row['epoch'] / rate)
         row.update(days=days, about='' if stated else '≈ ' if config.startswith('stage') else '> ')
     return list(rows.values()), (
-        f'Days: {paper["source"]}; ≈ at the multiply-adds a second that its time of stage 1 '
-        f'({rates["stage1"] / 1e12:.0f} · 10¹² a GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) implies; > the '
-        'same for matrix products alone, of which heads are but a part.')
+        f'Days: {paper["source"]}. ≈ marks an estimate: multiply-adds divided by the rate that the time of stage 1 '
+        f'({rates["stage1"] / 1e12:.0f} · 10¹² a second and GPU) or stage 2 ({rates["stage2"] / 1e12:.0f} · 10¹²) '
+        'implies. > marks the same estimate for matrix products alone; heads do more than these.')
 
 
 def costs() -> str:
@@ -357,6 +359,14 @@ def compiled_kernels() -> str:
                            'issue slots'], [cells(key) for key in new]) + f'\n\nFeature map elu1; {versions}.'
 
 
+def families() -> str:
+    """Every family of pretrained weights in every source that `adala_mm.conversion` reads."""
+    rows = [[f'`{name}`', family.about, source.name,
+             'native, other sizes' if name in source.any_size else 'native', family.patch, family.licence]
+            for name, family in FAMILIES.items() for source in SOURCES if name in source.families]
+    return markdown_table(['family', 'what it is', 'source', 'parity tested at', 'patch', 'licence'], rows)
+
+
 TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, compiled_kernels=compiled_kernels,
               frontier=frontier, advice=frontier_advice, costs=costs, downloads=downloads,
               five_commands=five_commands, study_costs=study_costs, real_alignment=real_alignment,
@@ -369,7 +379,8 @@ TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, comp
               speed_model=lambda: benchmark('model', model_speed_table),
               speed_training=lambda: benchmark('training', training_speed_table),
               head_counts=head_counts, head_times=head_times,
-              speed_gpu=gpu, memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations)
+              speed_gpu=gpu, memory_by_depth=lambda: benchmark('training', depth_table), approximations=approximations,
+              families=families)
 
 
 def fill(text: str) -> str:

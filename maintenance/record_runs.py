@@ -11,8 +11,8 @@ from pathlib import Path
 
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.fingerprint import file_sha256
-from adala_mm.utils.records import machine, read_scores
-from adala_mm.utils.timing import save
+from adala_mm.utils.machine import machine
+from adala_mm.utils.records import read_scores, save
 
 
 def record(run: Path) -> dict:

@@ -20,8 +20,8 @@ from pathlib import Path
 from study import TOOLS, Run, Study
 
 from adala_mm.utils.cli import one_message
-from adala_mm.utils.records import cores, git_state
-from adala_mm.utils.timing import save
+from adala_mm.utils.machine import cores, git_state
+from adala_mm.utils.records import save
 
 
 def score(study: Study, run: Run, options: list[str]) -> dict:

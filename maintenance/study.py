@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from adala_mm.engine.preemption import FILE as PREEMPTED
 from adala_mm.models.algorithms.base import Alignment
 from adala_mm.registry import MODELS
 from adala_mm.utils.cost import multiply_adds
-from adala_mm.utils.records import cores, logs_of_run, machine, newest_log
-from adala_mm.utils.runs import locked
-from adala_mm.utils.timing import save
+from adala_mm.utils.machine import cores, machine
+from adala_mm.utils.records import logs_of_run, newest_log, save
+from adala_mm.utils.runs import Job, locked, work_off
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 WORDS = ('label', 'swap')  # what tables call a run, which may change
@@ -222,28 +222,25 @@ class Study:
     def weights(self, run: Run) -> Path:
         return self.work_dir(run) / self.records[self.key(run)]['checkpoint']
 
-    def run(self, runs: list[Run], jobs: int) -> int:
-        """Runs what is outstanding, ``jobs`` at a time; returns how many failed or had nothing to start from."""
+    def run(self, runs: list[Run], places: int) -> int:
+        """Runs what is outstanding, ``places`` at a time; returns how many failed or had nothing to start from."""
         todo = self.outstanding(runs)
         print(f'{len(runs)} runs, {len(runs) - len(todo)} of them recorded in {self.out}')
-        count, failed, running = 0, set(), {}
-        with ThreadPoolExecutor(jobs) as pool:
-            while todo or running:
-                for run in list(todo):
-                    if self.before(run) in failed:
-                        failed.add(run)
-                        todo.remove(run)
-                        print(f'{self.key(run)}: skipped, what it comes after failed', flush=True)
-                ready = [run for run in todo if self.before(run) not in [*todo, *running.values()]]
-                for run in ready[:jobs - len(running)]:
-                    todo.remove(run)
-                    running[pool.submit(self.train, run)] = run
-                    print(f'{self.key(run)}: started, {self.work_dir(run)}', flush=True)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    run, count = running.pop(future), count + 1
-                    if not self.finish(run, future, f'{count} done, {len(todo) + len(running)} to go'):
-                        failed.add(run)
-        return len(failed)
+        by_key, count = {self.key(run): run for run in todo}, 0
+        jobs = [Job(key, tuple(self.key(before) for before in [self.before(run)] if before in todo))
+                for key, run in by_key.items()]
+        with ThreadPoolExecutor(places) as pool:
+            for job in work_off(jobs, lambda job: pool.submit(self.train, by_key[job.name]), places):
+                if job.state == 'running':
+                    print(f'{job.name}: started, {self.work_dir(by_key[job.name])}', flush=True)
+                elif job.state == 'skipped':
+                    print(f'{job.name}: skipped, what it comes after failed', flush=True)
+                else:
+                    count += 1
+                    left = sum(job.state in ('waiting', 'running') for job in jobs)
+                    if not self.finish(by_key[job.name], job.future, f'{count} done, {left} to go'):
+                        job.state = 'failed'
+        return sum(job.state != 'done' for job in jobs)
 
     def finish(self, run: Run, future: Future, progress: str) -> bool:
         try:

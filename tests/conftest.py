@@ -132,3 +132,10 @@ def sharp_pretrained(pretrained, tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp('weights') / 'sharp_softmax.pth'
     torch.save({key: value + 1 if 'norm' in key and 'weight' in key else value for key, value in state.items()}, path)
     return pretrained | {'checkpoint': str(path)}
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory) -> Path:
+    """Photographs without labels, for tests that leave them as they are."""
+    from helpers.photographs import lay_out
+    return lay_out(tmp_path_factory.mktemp('photos'))

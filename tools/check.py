@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adala_mm.preflight import ERROR, OK, SKIPPED, WARNING, Plan, preflight, write_finding
 from adala_mm.utils.cli import base_parser, load_config, message_for_files, scale_learning_rate
-from adala_mm.utils.records import cores
+from adala_mm.utils.machine import cores
 
 
 def number_of_images(text: str) -> int | None:

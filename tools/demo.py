@@ -14,26 +14,33 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from mmengine.config import Config
 
+from adala_mm.utils.runs import Job, work_off
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass
-class Run:
-    """One training run; ``cost`` is its share of the whole, for the ETA."""
+@dataclass(eq=False, kw_only=True)
+class Run(Job):
+    """One training run."""
 
-    name: str
     config: str
-    needs: tuple[str, ...] = ()
-    cost: float = 1.0
-    threads: int = 1
     process: subprocess.Popen | None = field(default=None, repr=False)
-    done: bool = False
+
+    def wait(self) -> None:
+        """Until its process ends.
+
+        Raises:
+            subprocess.CalledProcessError: if it has failed.
+        """
+        if code := self.process.wait():
+            raise subprocess.CalledProcessError(code, self.process.args)
 
     @cached_property
     def iterations(self) -> int:
@@ -42,17 +49,17 @@ class Run:
 
 # In the order of the longest way to the end. Costs: seconds on two cores of a 2024 server CPU.
 RUNS = [
-    Run('teacher', 'teacher_demo_beacons', cost=110, threads=2),
-    Run('stage1', 'stage1_demo_beacons', ('teacher',), cost=25),
-    Run('stage2_only', 'stage2_demo_nostage1_beacons', ('teacher',), cost=28),
-    Run('stage2', 'stage2_demo_beacons', ('stage1',), cost=28),
-    Run('swap', 'fcn_demo_swap_beacons', ('teacher',), cost=22),
-    Run('coarse', 'fcn_demo_coarse_beacons', ('teacher',), cost=30),
-    Run('stage1_only', 'fcn_demo_stage1only_beacons', ('stage1',), cost=22),
-    Run('stage2_only_tuned', 'fcn_demo_stage2only_beacons', ('stage2_only',), cost=22),
-    Run('both', 'fcn_demo_beacons', ('stage2',), cost=22),
-    Run('mask2former', 'mask2former_demo_beacons', ('stage2',), cost=75),
-    Run('softmax', 'fcn_demo_softmax_beacons', ('teacher',), cost=22),
+    Run('teacher', config='teacher_demo_beacons', cost=110, threads=2),
+    Run('stage1', ('teacher',), config='stage1_demo_beacons', cost=25),
+    Run('stage2_only', ('teacher',), config='stage2_demo_nostage1_beacons', cost=28),
+    Run('stage2', ('stage1',), config='stage2_demo_beacons', cost=28),
+    Run('swap', ('teacher',), config='fcn_demo_swap_beacons', cost=22),
+    Run('coarse', ('teacher',), config='fcn_demo_coarse_beacons', cost=30),
+    Run('stage1_only', ('stage1',), config='fcn_demo_stage1only_beacons', cost=22),
+    Run('stage2_only_tuned', ('stage2_only',), config='fcn_demo_stage2only_beacons', cost=22),
+    Run('both', ('stage2',), config='fcn_demo_beacons', cost=22),
+    Run('mask2former', ('stage2',), config='mask2former_demo_beacons', cost=75),
+    Run('softmax', ('teacher',), config='fcn_demo_softmax_beacons', cost=22),
 ]
 
 
@@ -91,15 +98,15 @@ def fail(run: Run, out: Path) -> None:
 def report_progress(out: Path, began: float, live: bool) -> None:
     states, worked = [], 0.0
     for run in RUNS:
-        if run.done:
+        if run.state == 'done':
             worked += run.cost
-        elif run.process:
+        elif run.state == 'running':
             step, total = progress(run, out)
             worked += run.cost * step / total
             states.append(f'{run.name} {step}/{total}')
     elapsed, whole = time.time() - began, sum(run.cost for run in RUNS)
     eta = clock(elapsed * (whole - worked) / worked) if worked > 0.02 * whole else '...'
-    ended = sum(run.done for run in RUNS)
+    ended = sum(run.state == 'done' for run in RUNS)
     line = f'[{clock(elapsed)}] {100 * worked / whole:3.0f} %  ETA {eta}  {ended}/{len(RUNS)} runs  now: ' \
            + ', '.join(states)
     print(f'\r{line:<118}'[:119] if live else line, end='' if live else '\n', flush=True)
@@ -118,24 +125,21 @@ def main() -> None:
     data_root = str(Path(args.data_root).resolve())
     live, began, last_line = sys.stdout.isatty(), time.time(), 0.0
     print(f'{len(RUNS)} runs of tools/train.py, then a report: {out}/report.html')
-    while not all(run.done for run in RUNS):
-        for run in RUNS:
-            if run.process and not run.done and run.process.poll() is not None:
-                if run.process.returncode:
-                    fail(run, out)
-                run.done = True
+    with ThreadPoolExecutor() as pool:
+
+        def submit(run: Run) -> Future:
+            start(run, out, data_root)
+            return pool.submit(run.wait)
+
+        for run in work_off(RUNS, submit, places=2, interval=0.5):
+            if run and run.state == 'failed':
+                fail(run, out)
+            elif run and run.state == 'done':
                 message = f'[{clock(time.time() - began)}] done: {run.name}'
                 print(f'\r{message:<118}' if live else message, flush=True)
-        busy = sum(run.threads for run in RUNS if run.process and not run.done)
-        finished = {run.name for run in RUNS if run.done}
-        for run in RUNS:
-            if run.process is None and finished.issuperset(run.needs) and busy + run.threads <= 2:
-                start(run, out, data_root)
-                busy += run.threads
-        if time.time() - last_line > (1 if live else 20):
-            report_progress(out, began, live)
-            last_line = time.time()
-        time.sleep(0.5)
+            if time.time() - last_line > (1 if live else 20):
+                report_progress(out, began, live)
+                last_line = time.time()
     print(f'\n[{clock(time.time() - began)}] all runs done; drawing the report')
     subprocess.run([sys.executable, str(ROOT / 'tools/demo_report.py'), str(out), '--data-root', data_root,
                     '--seconds', str(time.time() - began)], check=True, cwd=out.parents[1])

@@ -33,8 +33,9 @@ from adala_mm.datasets.beacons import CLASSES, PALETTE
 from adala_mm.ops import linear_attention
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
+from adala_mm.utils.machine import machine
 from adala_mm.utils.pictures import overlay, picture_grid, shared_pca
-from adala_mm.utils.records import curve, machine
+from adala_mm.utils.records import curve
 from adala_mm.utils.tables import ablation_table
 
 SIDE = 1.75  # inches, of a picture in a grid

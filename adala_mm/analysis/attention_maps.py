@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adala_mm.models.algorithms.attention_alignment import softmax_weights
 from adala_mm.models.attentions import Attention
 from adala_mm.models.attentions.heads import centred
 from adala_mm.models.attentions.linear import LinearAttention
@@ -34,7 +35,7 @@ def attention_entropy(attn: Attention, h: Tensor, *layout: Any) -> Tensor | None
     q, k, _ = (x.float() for x in attn.turned(h, *layout))
     if attn.is_softmax:
         def weights(q: Tensor) -> Tensor:
-            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+            return softmax_weights(q, k)
     elif isinstance(attn, LinearAttention) and attn.feature_map != 'identity':
         q, k = FEATURE_MAPS[attn.feature_map](q, centred(k) if attn.center_keys else k)
 

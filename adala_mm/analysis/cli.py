@@ -10,7 +10,7 @@ from mmengine.config import DictAction
 
 from adala_mm.analysis.images import named_images, validation_images
 from adala_mm.analysis.networks import Network, Spec, load_networks
-from adala_mm.utils.timing import default_device
+from adala_mm.utils.machine import default_device
 
 
 def positive(text: str) -> int:

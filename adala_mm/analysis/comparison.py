@@ -11,6 +11,7 @@ from adala_mm.analysis.attention_maps import attention_entropy
 from adala_mm.analysis.networks import Network
 from adala_mm.analysis.similarity import MinibatchCKA, knn_agreement, probe_agreement
 from adala_mm.models.backbones import AdaLAViT
+from adala_mm.models.backbones.vit import pooled
 
 PATCHES = 64  # of each image that the linear probe sees
 SMALLEST = 4  # images in a batch that the unbiased estimate of CKA needs
@@ -40,11 +41,6 @@ def squares(ours: Tensor, theirs: Tensor, name: str) -> dict[str, Tensor]:
 def cosine(ours: Tensor, theirs: Tensor) -> Tensor:
     """Sum over images of the mean over tokens."""
     return torch.cosine_similarity(ours.float(), theirs.float(), dim=-1).mean(dim=1).sum()
-
-
-def pooled(model: AdaLAViT, tokens: Tensor) -> Tensor:
-    """One feature per image (B, C): the class token, or the mean of the patches where there is none."""
-    return tokens[:, 0] if model.class_token else tokens[:, model.num_prefix:].mean(dim=1)
 
 
 class Block:
@@ -135,7 +131,8 @@ class Comparison:
     def keep(self, which: int, model: AdaLAViT, tokens: Tensor) -> None:
         patches = tokens[:, model.num_prefix:]
         some = torch.linspace(0, patches.shape[1] - 1, min(PATCHES, patches.shape[1])).round().long()
-        self.features[which].append((pooled(model, tokens).float().cpu(), patches[:, some].float().cpu()))
+        whole = pooled(tokens, model.num_prefix, model.class_token)
+        self.features[which].append((whole.float().cpu(), patches[:, some].float().cpu()))
 
     def results(self, k: Sequence[int], clusters: int) -> dict:
         """All scores as plain values: ``teacher`` and ``students``.

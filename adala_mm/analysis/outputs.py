@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from adala_mm.analysis.networks import Network
-from adala_mm.utils.records import git_state
+from adala_mm.utils.machine import git_state, hardware
+from adala_mm.utils.records import save
 from adala_mm.utils.stack import stack_versions
-from adala_mm.utils.timing import hardware, save
 from adala_mm.version import __version__
 
 

@@ -64,8 +64,8 @@ def knn_agreement(student: Tensor, teacher: Tensor, k: int) -> float:
     return KNNMetric(k).compute_metrics(pairs)['agreement']
 
 
-def probe_agreement(student: np.ndarray, teacher: np.ndarray, fit: np.ndarray, clusters: int,
-                    seed: int = 0) -> dict[str, float]:
+def probe_agreement(student: np.ndarray, teacher: np.ndarray, fit: np.ndarray,
+                    clusters: int) -> dict[str, float]:
     """How well a linear probe on the student's features finds the teacher's classes, without labels.
 
     The classes are ``clusters`` of the teacher's features (k-means on the samples to fit with). Ridge regression to
@@ -89,7 +89,7 @@ def probe_agreement(student: np.ndarray, teacher: np.ndarray, fit: np.ndarray, c
         raise ValueError(f'{int(fit.sum())} samples to fit with and {int((~fit).sum())} held out are too few for '
                          f'{clusters} clusters: take more images')
     scale = teacher[fit].std(axis=0) + 1e-12
-    centres, _ = kmeans2(teacher[fit] / scale, clusters, minit='++', seed=seed)
+    centres, _ = kmeans2(teacher[fit] / scale, clusters, minit='++', seed=0)
     classes, _ = vq(teacher / scale, centres)
 
     def accuracy(features: np.ndarray) -> float:

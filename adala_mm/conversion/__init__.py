@@ -2,8 +2,8 @@
 from adala_mm.conversion.convert import PATCH_METHODS, compare, convert, resample
 from adala_mm.conversion.families import FAMILIES, Family
 from adala_mm.conversion.keys import SOURCES
-from adala_mm.conversion.output import config_text, metadata, report_table, weights_table, write
+from adala_mm.conversion.output import config_text, metadata, report_table, write
 from adala_mm.conversion.source import Converted
 
 __all__ = ['FAMILIES', 'PATCH_METHODS', 'SOURCES', 'Converted', 'Family', 'compare', 'config_text', 'convert',
-           'metadata', 'report_table', 'resample', 'weights_table', 'write']
+           'metadata', 'report_table', 'resample', 'write']

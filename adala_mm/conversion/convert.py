@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from adala_mm.conversion.from_timm import TIMM, facts, load_trunk, timm_vit
 from adala_mm.conversion.keys import recognise, refuse, rename, require, some
 from adala_mm.conversion.source import Converted, Source
 from adala_mm.models.backbones.vit import AdaLAViT
+from adala_mm.models.backbones.weights import resample_positions
 from adala_mm.utils.checkpoint import recorded_grid
 from adala_mm.utils.timm_models import refuse_other_rotary
 
@@ -255,8 +256,7 @@ def resample(converted: Converted, patch_size: int | None = None, method: str = 
         grid = img_size[0] // patch, img_size[1] // patch
     if grid != converted.grid and 'pos_embed' in state:
         prefix = 1 if 'cls_token' in state and not converted.family.no_embed_class else 0
-        state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], list(grid), old_size=list(converted.grid),
-                                                    num_prefix_tokens=prefix)
+        state['pos_embed'] = resample_positions(state['pos_embed'], converted.grid, grid, prefix)
         report.append(('resampled', 1, f'positions {"x".join(map(str, converted.grid))} -> '
                                        f'{"x".join(map(str, grid))}, bicubic, antialiased'))
     size = grid[0] * patch, grid[1] * patch

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from adala_mm.conversion.families import FAMILIES
-from adala_mm.conversion.keys import SOURCES
 from adala_mm.conversion.source import Converted
 from adala_mm.utils.tables import markdown_table
 from adala_mm.version import __version__
@@ -55,11 +53,3 @@ def report_table(converted: Converted) -> str:
     """What was loaded, dropped and resampled, as a Markdown table."""
     return markdown_table(['step', 'tensors', 'details'], [[step, str(count), text] for step, count, text
                                                            in converted.report])
-
-
-def weights_table() -> str:
-    """Every family in every source, as docs/weights.md has it."""
-    rows = [[f'`{name}`', family.about, source.name,
-             'native, other sizes' if name in source.any_size else 'native', family.patch, family.licence]
-            for name, family in FAMILIES.items() for source in SOURCES if name in source.families]
-    return markdown_table(['family', 'what it is', 'source', 'parity tested at', 'patch', 'licence'], rows)

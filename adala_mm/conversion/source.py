@@ -1,4 +1,4 @@
-"""What a source of weights is, by templates that say what becomes of each of its keys; and what is made of them."""
+"""`Source` describes how a library names the weights of a ViT; `Converted` holds these weights under our names."""
 from __future__ import annotations
 
 import re
@@ -64,12 +64,12 @@ class Converted:
 
     Args:
         state: tensors in float32.
-        source, prefix: what they were recognised as, and the prefix of their keys.
+        source, prefix: the source that the weights are from, and the prefix of their keys in the file.
         family_name: key of `FAMILIES`.
-        licence: of the weights, and who says so if it is not `FAMILIES`.
-        config: arguments of `AdaLAViT` without attention and ``init_cfg``.
+        licence: licence of the weights, with the name of who states it if that is not `FAMILIES`.
+        config: arguments of `AdaLAViT`, without ``attention`` and ``init_cfg``.
         grid: (h, w) of the position embeddings.
-        report: what was done: (step, number of tensors, details).
+        report: one entry for each step of the conversion: (step, number of tensors, details).
     """
 
     state: dict[str, Tensor]

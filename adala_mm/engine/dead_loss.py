@@ -10,6 +10,7 @@ from adala_mm.models.algorithms import AttentionAlignment
 from adala_mm.registry import HOOKS
 
 POLICIES = ('warn', 'stop')
+IMPROVEMENT = 0.05  # as a share of the first error
 
 
 @HOOKS.register_module()
@@ -17,11 +18,10 @@ class DeadLossHook(Hook):
     """Stage 1: names the blocks that do not learn, which the mean over all blocks would hide.
 
     Every ``patience`` iterations, a block's relative error, smoothed over iterations and averaged over processes, must
-    be below its error before the first step by ``min_improvement``. Other models are left alone.
+    be below its error before the first step by `IMPROVEMENT`. Other models are left alone.
 
     Args:
         patience: iterations between two looks, the first of which comes after as many.
-        min_improvement: fraction of the first error.
         policy: ``warn`` or ``stop``.
         momentum: of the smoothing, ``smooth += momentum * (error - smooth)``; 0.05 is a mean over some 20 iterations.
 
@@ -32,11 +32,10 @@ class DeadLossHook(Hook):
         RuntimeError: if the policy is ``stop``.
     """
 
-    def __init__(self, patience: int = 200, min_improvement: float = 0.05, policy: str = 'warn',
-                 momentum: float = 0.05) -> None:
+    def __init__(self, patience: int = 200, policy: str = 'warn', momentum: float = 0.05) -> None:
         if policy not in POLICIES:
             raise ValueError(f'unknown policy {policy!r}; choose one of {", ".join(POLICIES)}')
-        self.patience, self.min_improvement, self.policy, self.momentum = patience, min_improvement, policy, momentum
+        self.patience, self.policy, self.momentum = patience, policy, momentum
         self.first: Tensor | None = None
         self.smooth: Tensor | None = None
 
@@ -70,11 +69,11 @@ class DeadLossHook(Hook):
         learners = [i for i, block in enumerate(model.backbone.blocks) if not block.attn.is_softmax]
         rows = zip(learners, self.first.tolist(), self.smooth.tolist(), strict=True)
         dead = [f'block {i} ({first:.4g} at first, now {now:.4g})' for i, first, now in rows
-                if not now <= (1 - self.min_improvement) * first]
+                if not now <= (1 - IMPROVEMENT) * first]
         if not dead:
             return
         message = (f'iteration {runner.iter + 1}: the error of {len(dead)} of {len(learners)} blocks has not fallen by '
-                   f'{self.min_improvement:.0%} since training began: {", ".join(dead)}. Most likely the learning rate '
+                   f'{IMPROVEMENT:.0%} since training began: {", ".join(dead)}. Most likely the learning rate '
                    'is much too low, or so high that they do not settle')
         if self.policy == 'stop':
             raise RuntimeError(message)

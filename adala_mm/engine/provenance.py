@@ -21,9 +21,8 @@ from adala_mm.registry import HOOKS
 from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.checkpoint import checkpoint_sha256
 from adala_mm.utils.fingerprint import file_sha256
-from adala_mm.utils.records import git_state
+from adala_mm.utils.machine import default_device, git_state, hardware
 from adala_mm.utils.stack import stack_versions
-from adala_mm.utils.timing import default_device, hardware
 from adala_mm.version import __version__
 
 FILE = 'run.json'

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from adala_mm.evaluation.knn import KNNMetric
+from adala_mm.models.backbones.vit import pooled
 from adala_mm.utils.checkpoint import read_state_dict
 from adala_mm.utils.image_files import open_image
 
@@ -113,18 +114,18 @@ def likeness(model: nn.Module, reference: Reference) -> dict[str, float]:
     whose nearest other one, by the student's class token (mean patch if there is none) and cosine, is of their class.
     ``miou``: of the student's patches under the linear head that was fitted on the teacher's.
     """
-    wanted, pooled, top, error, begun = reference['features'], [], [], 0.0, 0
+    wanted, features, top, error, begun = reference['features'], [], [], 0.0, 0
     for tokens, classes in answers(model, reference['images'], reference):
         part = wanted[begun:begun + len(tokens)].to(tokens)
         error += float((tokens[:len(part)] - part).square().sum())
-        pooled.append(tokens[:, 0] if model.num_prefix_tokens else tokens.mean(dim=1))
+        features.append(pooled(tokens, model.num_prefix_tokens, class_token=model.num_prefix_tokens > 0))
         top.append(classes)
         begun += len(tokens)
     agree, metric = torch.cat(top) == reference['top'], KNNMetric(k=1)
     scores = dict(agreement=100 * float(agree[:len(wanted)].float().mean()),
                   rel_error=(error / float(wanted.square().sum())) ** 0.5)
     if 'labelled' in reference:
-        scores['knn'] = metric.accuracy(metric.neighbours(torch.cat(pooled).cpu()[reference['labelled']]),
+        scores['knn'] = metric.accuracy(metric.neighbours(torch.cat(features).cpu()[reference['labelled']]),
                                         reference['classes'])
     if 'scenes' in reference:
         maps = [patches(model, tokens) @ reference['weight'].to(tokens).T + reference['bias'].to(tokens)

@@ -13,21 +13,21 @@ from mmengine.config import Config
 from adala_mm.export.graphs import export_onnx
 from adala_mm.export.parity import Run
 from adala_mm.export.target import HalfPrecision, Target, assemble
-from adala_mm.utils.records import machine
+from adala_mm.utils.benchmark_tables import speedup
+from adala_mm.utils.machine import machine, total_memory
+from adala_mm.utils.stopwatch import take_turns, wall_timer
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import speedup, take_turns, total_memory, wall_timer
 
 CPU = torch.device('cpu')
 SIZES = (224, 512, 1024)
 
 
-def measure(target: Target, cfg: Config, run: Run, sizes: Sequence[int], dynamic: bool, opset: int,
-            seconds: float = 10) -> list[dict]:
+def measure(target: Target, cfg: Config, run: Run, sizes: Sequence[int], dynamic: bool,
+            opset: int) -> list[dict]:
     """Milliseconds of ``run`` and of the same model with softmax attention in all blocks, one image, in turns.
 
     Args:
         sizes: sides of square images, rounded up to what fits; the fixed size alone if not ``dynamic``.
-        seconds: to measure at each size.
     """
     twin = assemble(cfg, target.notes['part'], target.size, softmax=True, fixed=not dynamic)
     twin.model.load_state_dict(target.model.state_dict(), strict=False)
@@ -47,7 +47,7 @@ def measure(target: Target, cfg: Config, run: Run, sizes: Sequence[int], dynamic
                 continue
             image = torch.randn(1, 3, height, width)
             times = take_turns({'softmax': partial(softmax, image), 'own': partial(run, image)}, wall_timer(CPU),
-                               seconds, least=3)
+                               seconds=10, least=3)
             rows.append(row | {f'{name}_ms': 1000 * value for name, value in times.items()})
     return rows
 

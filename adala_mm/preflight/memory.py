@@ -31,7 +31,7 @@ from adala_mm.models.algorithms.base import Alignment, Distillation
 from adala_mm.preflight.plan import TRAIN, Plan
 from adala_mm.preflight.report import ERROR, OK, WARNING, Finding, Skipped
 from adala_mm.preflight.sizes import training_size
-from adala_mm.utils.timing import default_device, total_memory
+from adala_mm.utils.machine import default_device, total_memory
 
 GIB = 2 ** 30
 TIGHT = 0.9  # of the device: what an estimate may come to before it is no longer safe

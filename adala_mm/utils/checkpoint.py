@@ -165,12 +165,12 @@ def local_file(path: str) -> Path:
 
 
 def downloaded(url: str, folder: str | Path | None = None) -> Path:
-    """Where MMEngine keeps the download of an address: in ``folder``, or in PyTorch's cache."""
+    """The file in which MMEngine keeps what it downloads from ``url``: in ``folder``, or in PyTorch's cache."""
     return Path(folder or Path(torch.hub.get_dir(), 'checkpoints'), url.rsplit('/', 1)[-1].split('?')[0])
 
 
 def checkpoint_sha256(name: str) -> str | None:
-    """SHA-256 of the file (of each, if weights are in several) behind a checkpoint's name, if it is on this machine."""
+    """SHA-256 of the file, or of each of several files, that a name stands for; None if it is not on this machine."""
     path = downloaded(name) if '://' in name and not name.startswith(TIMM) else name
     try:
         return ' '.join(map(file_sha256, weight_files(local_file(str(path)))))

@@ -39,12 +39,11 @@ def flop_counter() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def multiply_adds(function: Callable[[], object], convolutions: bool = True) -> int:
-    """Multiply-adds of the matrix products (and convolutions) that ``function`` runs, as `flop_counter` sees them."""
+def multiply_adds(function: Callable[[], object]) -> int:
+    """Multiply-adds of the matrix products and convolutions that ``function`` runs, as `flop_counter` sees them."""
     with flop_counter() as counter:
         function()
-    counts = counter.get_flop_counts().get('Global', {})
-    return sum(flops for op, flops in counts.items() if convolutions or 'conv' not in str(op)) // 2
+    return counter.get_total_flops() // 2
 
 
 def by_part(function: Callable[[], object], parts: dict[str, nn.Module], clock: Callable[[], float],

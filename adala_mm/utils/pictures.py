@@ -89,7 +89,7 @@ def picture_grid(path: str | Path, columns: dict[str, list[np.ndarray]], title: 
 
 
 def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[str],
-                 lines: Sequence[Line2D] = (), fontsize: float = 9) -> None:
+                 lines: Sequence[Line2D] = ()) -> None:
     """Writes a name beside each point (x, y, name), where it covers least of other names, of points and of ``lines``.
 
     Names are placed one after the other, so the first ones are nearest to their points; one that is far from its point
@@ -106,7 +106,7 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], colours
     angles, reaches = (values.ravel() for values in np.meshgrid(np.linspace(0, 2 * np.pi, 24, endpoint=False), REACHES))
     halo = [withStroke(linewidth=2.5, foreground='white')]
     for i, (spot, (*place, name), colour) in enumerate(zip(spots, points, colours, strict=True)):
-        text = axis.annotate(name, place, xytext=(0, 0), textcoords='offset points', color=colour, fontsize=fontsize,
+        text = axis.annotate(name, place, xytext=(0, 0), textcoords='offset points', color=colour, fontsize=9,
                              ha='center', va='center', zorder=5, path_effects=halo)
         half = np.array([text.get_window_extent().width / 2 + 2, text.get_window_extent().height / 2 + 1])
         offsets = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (half + reaches[:, None])

@@ -1,20 +1,19 @@
-"""Reads what training runs leave behind, and says what they ran on."""
+"""Reads the logs of training runs, and writes records as JSON."""
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import platform
 import re
-import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+from adala_mm.utils.atomic import write_atomically
 
 LOGGED_BESIDE_SCORES = {'step', 'iter', 'time', 'data_time', 'epoch'}
 
 
 def newest_log(run: str | Path) -> Path:
-    """``<work dir>/<time of start>/vis_data/scalars.json`` of a run's last start; the config stands beside it.
+    """The log of a run's last start, ``<work dir>/<time of start>/vis_data/scalars.json``. Its config lies beside it.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
@@ -23,7 +22,7 @@ def newest_log(run: str | Path) -> Path:
 
 
 def logs_of_run(run: str | Path) -> list[Path]:
-    """The newest log, and those before it that it goes on from, the oldest first: each start of a run has its own.
+    """The newest log and the logs of the starts that it continues, the oldest first. Each start of a run has a log.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
@@ -43,7 +42,7 @@ def all_logs(run: str | Path) -> list[Path]:
 
 
 def resumed(log: Path) -> bool:
-    """Whether a start went on from a checkpoint; where its run.json does not say, whether it was to."""
+    """Whether a start continued from a checkpoint. If its run.json does not say so, whether its config asked for it."""
     noted = log.parents[1] / 'run.json'
     weights = json.loads(noted.read_text()).get('weights') if noted.exists() else None
     if weights is not None:  # --resume with nothing to resume begins anew
@@ -53,7 +52,7 @@ def resumed(log: Path) -> bool:
 
 
 def read_scalars(run: str | Path) -> list[dict]:
-    """All that a run logged, in order; each row has a ``step``. What was done again after a restart counts once.
+    """All rows that a run logged, in order; each has a ``step``. A step that was repeated after a restart counts once.
 
     Raises:
         FileNotFoundError: if the folder holds no log.
@@ -75,37 +74,18 @@ def curve(run: str | Path, key: str) -> tuple[list[int], list[float]]:
     return [row['step'] for row in rows], [row[key] for row in rows]
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def settings(args: argparse.Namespace) -> dict:
+    """The options that a record depends on: all but paths of this machine."""
+    return {name: value for name, value in vars(args).items() if name not in ('out', 'data_root', 'config')}
 
 
-def machine() -> dict[str, str | int]:
-    """What a recorded figure depends on beside the code: processor, versions, commit."""
-    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
-                  if line.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else ''
-    return dict(cpu=model, cores=os.cpu_count(), python=platform.python_version(), torch=torch.__version__,
-                commit=git('rev-parse', '--short', 'HEAD') or 'unknown')
+def save(path: str | Path, data: dict) -> None:
+    """Writes a record as JSON; a file that is there is replaced once the new one is whole."""
+    write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + '\n').encode())
 
 
-def git_state() -> dict[str, str | bool | None]:
-    """Commit of this code, and whether the files differ from it; None outside of a checkout and without git."""
-    changes = git('status', '--porcelain')
-    return dict(commit=git('rev-parse', 'HEAD') or None, dirty=None if changes is None else bool(changes))
-
-
-def git(*words: str) -> str | None:
-    """What git says of the code that runs, wherever one happens to stand; None if it fails or is not there.
-
-    An installed package may lie in a repository that is not its own, as an environment inside of one: git does not
-    track it there, and has nothing to say.
-    """
-    here = Path(__file__)
-    for command in (['ls-files', '--error-unmatch', here.name], words):
-        try:
-            done = subprocess.run(['git', *command], capture_output=True, text=True, cwd=here.parent)
-        except OSError:
-            return None
-        if done.returncode:
-            return None
-    return done.stdout.strip()
+def exit_if_failed(rows: Iterable[dict]) -> None:
+    """Ends the program with a message if one of ``rows`` failed. Rows that were skipped have not failed."""
+    failed = [row for row in rows if row.get('note', '').startswith('failed')]
+    if failed:
+        raise SystemExit(f'{len(failed)} rows failed, the first: {failed[0]}')

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from adala_mm.utils.fingerprint import sources_fingerprint
-from adala_mm.utils.timing import hardware, settings
+from adala_mm.utils.machine import hardware
+from adala_mm.utils.records import settings
 
 Row = dict[str, object]
 
@@ -26,7 +27,7 @@ class RowLog:
     Args:
         path: of such a file, or any other: then rows are kept in memory only.
         key: names of the entries that tell rows apart.
-        machine: what figures depend on, as `adala_mm.utils.timing.hardware` says.
+        machine: what figures depend on, as `adala_mm.utils.machine.hardware` says.
         settings: options of the benchmark, for the record.
 
     Raises:

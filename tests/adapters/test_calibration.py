@@ -16,11 +16,12 @@ from torch import nn
 from adala_mm import align, calibrate, linearize
 from adala_mm.adapters import find_vit
 from adala_mm.adapters.base import OUTPUTS, find_part
-from adala_mm.calibration import Calibration, NormalEquations
+from adala_mm.calibration import Calibration
 from adala_mm.models.attentions import Attention, MonarchAttention
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.records import read_scalars
+from adala_mm.utils.ridge_regression import NormalEquations
 from helpers.align_runs import Interrupted, equal, shuffled
 from helpers.processes import fresh_process
 from helpers.resuming import config
@@ -59,7 +60,7 @@ def test_parts_are_as_good_as_the_whole(monkeypatch):
     for part in zip(f.split(7), r.split(7), w.split(7), strict=True):
         parts.add(*part)
     torch.testing.assert_close(parts.solve(1e-2, s), whole.solve(1e-2, s), rtol=1e-12, atol=0)
-    monkeypatch.setattr('adala_mm.calibration.ROWS', 7)
+    monkeypatch.setattr('adala_mm.utils.ridge_regression.ROWS', 7)
     images = NormalEquations(5, 3)
     images.add(f.view(4, 15, 5), r.view(4, 15, 3), w.view(4, 15))
     torch.testing.assert_close(images.gram, whole.gram, rtol=1e-12, atol=0)

@@ -24,10 +24,9 @@ from PIL import Image
 from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import ProvenanceHook, provenance
 from adala_mm.registry import MODELS
-from adala_mm.utils import records
 from adala_mm.utils.checkpoint import checkpoint_sha256, load_checkpoint
 from adala_mm.utils.fingerprint import file_sha256, fingerprint
-from adala_mm.utils.records import git_state
+from adala_mm.utils.machine import git_state
 from helpers import ROOT
 from helpers.processes import put_back
 
@@ -276,11 +275,11 @@ def test_hash_of_a_large_file(tmp_path):
 def test_git_state(tmp_path, monkeypatch):
     if not shutil.which('git'):
         pytest.skip('no git')
-    monkeypatch.setattr(records, '__file__', str(tmp_path / 'package/records.py'))
+    monkeypatch.setattr('adala_mm.utils.machine.__file__', str(tmp_path / 'package/machine.py'))
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
     (tmp_path / 'package').mkdir()
     assert git_state() == dict(commit=None, dirty=None)
-    (tmp_path / 'package/records.py').write_text('one')
+    (tmp_path / 'package/machine.py').write_text('one')
     (tmp_path / 'code.py').write_text('of somebody else, whose repository holds the environment')
 
     def git(*words: str) -> str:
@@ -294,7 +293,7 @@ def test_git_state(tmp_path, monkeypatch):
     git('add', '.')
     git('commit', '-q', '-m', 'code')
     assert git_state() == dict(commit=git('rev-parse', 'HEAD').strip(), dirty=False)
-    (tmp_path / 'package/records.py').write_text('two')
+    (tmp_path / 'package/machine.py').write_text('two')
     assert git_state()['dirty'] is True
     monkeypatch.setenv('PATH', str(tmp_path))
     assert git_state() == dict(commit=None, dirty=None)

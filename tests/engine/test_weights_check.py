@@ -3,11 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from adala_mm.engine import WeightsCheckHook
 from adala_mm.registry import MODELS
 from adala_mm.utils.fingerprint import fingerprint
 from helpers import LINEAR, tiny_vit
+from helpers.stages import in_training, stage
 
 
 def runner_of(model, resume=False, load_from=None) -> SimpleNamespace:
@@ -57,3 +59,19 @@ def test_processes_that_differ_are_named(stage2, monkeypatch):
     monkeypatch.setattr('adala_mm.engine.weights_check.all_gather_object', lambda own: [own, own, 'other', own])
     with pytest.raises(RuntimeError, match=r'processes \[2\] hold other weights than process 0'):
         WeightsCheckHook().before_train(runner_of(stage2))
+
+
+def test_weights_that_change_in_the_first_forward_are_noticed(sharp_pretrained):
+    model, images = stage(2, sharp_pretrained), torch.randn(1, 3, 32, 32)
+    WeightsCheckHook().before_train(in_training(model))
+    handles = len(model._forward_hooks)
+    model(images)
+    assert len(model._forward_hooks) == handles - 1  # one look, then never again
+    WeightsCheckHook().before_train(in_training(model))
+
+    def initialise_again(module: nn.Module, args: tuple) -> None:
+        nn.init.normal_(module.norm1.weight)
+
+    model.backbone.blocks[0].register_forward_pre_hook(initialise_again)
+    with pytest.raises(RuntimeError, match='process 0: the weights have changed in the first forward'):
+        model(images)

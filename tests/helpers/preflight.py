@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from adala_mm.preflight import ERROR
+from adala_mm.preflight import ERROR, memory
 from helpers import ROOT
-from helpers.recipes import arguments
+from helpers.pictures import photo
+from helpers.recipes import arguments, mask2former
 
 CLASSIFIER = """
 default_scope = 'mmpretrain'
@@ -53,3 +54,31 @@ def red(result: tuple[int, dict[str, list[dict]]]) -> list[dict]:
     wrong = [finding for group in findings.values() for finding in group if finding['status'] == ERROR]
     assert code == bool(wrong)
     return wrong
+
+
+FLAGSHIP, STAGE1, STAGE2 = 'mask2former_dinov2l_ade20k', 'stage1_dinov2l_coco', 'stage2_dinov2l_in22k'
+ESTIMATE, HEAD_LINE = memory.estimate, memory.head_line
+RANDOM = {'model.backbone.init_cfg': None}
+BATCHES = {'train_dataloader.batch_size': 2}
+FOLDER = Path('ade/ADEChallengeData2016')
+
+
+def flagship(root: Path, *words: object, **options: object) -> tuple[int, dict[str, list[dict]]]:
+    return check(FLAGSHIP, '--data-root', root, *words, options=mask2former() | RANDOM | options)
+
+
+def assert_one_red(result: tuple[int, dict], name: str, *words: object, fix: str) -> None:
+    wrong = red(result)
+    assert [finding['name'] for finding in wrong] == [name], wrong
+    missing = [str(word) for word in words if str(word) not in wrong[0]['found']]
+    assert not missing, f'{missing} not in: {wrong[0]["found"]}'
+    assert fix in wrong[0]['fix']
+
+
+def classifier(place: Path, val_classes: int = 3) -> Path:
+    for split, count in (('train', 3), ('val', val_classes)):
+        for i in range(count):
+            photo(place / 'data/pets' / split / f'kind{i}' / 'a.png')
+    path = place / 'pets.py'
+    path.write_text(CLASSIFIER)
+    return path

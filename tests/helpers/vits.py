@@ -128,3 +128,7 @@ class MeanAttention(Attention):
 
 def batches(count: int = 2, size=(2, 3, 32, 32)) -> list[torch.Tensor]:
     return [torch.randn(size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5)
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

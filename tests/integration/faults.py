@@ -1,7 +1,7 @@
 """`make test-faults`: whatever happens to a run, nothing is lost. Real processes, real signals, a real full disk.
 
 Each test says which fault it is, what is expected, and what was seen; the table of them closes the run. The pieces
-that need no real process are in engine/test_resume.py, engine/test_watchdogs.py and test_distributed.py.
+that need no real process are in engine/test_resume.py, engine/test_non_finite.py and test_distributed.py.
 """
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ import torch
 from mmengine.config import Config
 
 from adala_mm.utils.checkpoint import load_checkpoint
-from adala_mm.utils.records import machine
+from adala_mm.utils.machine import machine
+from adala_mm.utils.records import save
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import save
 from helpers import ROOT
 from helpers.resuming import (
     CELLS,

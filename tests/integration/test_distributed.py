@@ -1,128 +1,30 @@
-"""Several processes on the CPU do what one does with the same total batch, in every stage and by every script."""
+"""Several processes on the CPU do what one does with the same total batch, in every stage."""
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
-import runpy
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from PIL import Image
 
-from adala_mm.datasets.beacons import draw_scene
 from adala_mm.engine import ShardedRunner
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import join_cpu_processes, leave_processes
 from adala_mm.utils.records import curve
 from helpers import LINEAR, ROOT, tiny_vit
-from helpers.processes import gloo_threads, start_script, wait_for
+from helpers.distributed import DIARY, POINTS, draw, ranks, run_in_processes
+from helpers.processes import gloo_threads, wait_for
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
-
-STAGE1 = str(ROOT / 'configs/demo/stage1_demo_beacons.py')
 STEPS = 4
 BATCH = 4  # of all processes together, in one step of the optimizer
-# Hooks that runs find by their import path. Rank 0 logs its own loss only: Diary notes what all ranks do together.
-DIARY = '''
-import json
-import os
-import time
-from pathlib import Path
-import torch
-from mmengine.dist import all_gather_object, all_reduce, get_rank, is_main_process
-from mmengine.hooks import Hook
-
-
-class Diary(Hook):
-    def before_train(self, runner):
-        self.steps = []
-        if is_main_process():
-            model = getattr(runner.model, 'module', runner.model)
-            torch.save(model.state_dict(), Path(runner.work_dir, 'start.pth'))
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        loss = outputs['loss'].detach().clone()
-        all_reduce(loss, op='mean')
-        images = all_gather_object([Path(sample.img_path).name for sample in data_batch['data_samples']])
-        # What is there after an iteration has been accumulated, and waits for the next.
-        waiting = all_gather_object(sum(p.grad.double().abs().sum().item() for p in runner.model.parameters()
-                                        if p.grad is not None))
-        self.steps.append(dict(loss=loss.item(), images=images, waiting=waiting))
-
-    def after_train(self, runner):
-        weights = all_gather_object(sum(p.double().sum().item() for p in runner.model.parameters()))
-        if is_main_process():
-            Path(runner.work_dir, 'diary.json').write_text(json.dumps(dict(steps=self.steps, weights=weights)))
-
-
-class Shares(Hook):
-    """How much of the student, and of its optimizer's state, each process holds."""
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        def held(tensors):
-            return sum(getattr(t, '_local_tensor', t).numel() for t in tensors)
-
-        moments = [part['exp_avg'] for part in runner.optim_wrapper.optimizer.state.values()]
-        teacher = runner.model.frozen['teacher']
-        shares = all_gather_object([held(runner.model.parameters()), held(moments), held(teacher.parameters())])
-        if is_main_process():
-            Path(runner.work_dir, 'shares.json').write_text(json.dumps(shares))
-
-
-class Here(Hook):
-    """Tells which process this is, once all of them train."""
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        Path(runner.work_dir, f'rank{get_rank()}').write_text(str(os.getpid()))
-        time.sleep(0.1)
-'''
-# Mask2Former compares masks at random points. Here each mask gets the same ones, whatever is in a batch beside it.
-POINTS = '''
-import torch
-
-TABLE = torch.rand(4096, 2, generator=torch.Generator().manual_seed(0))
-
-
-def rand(*size, **options):
-    size = size[0] if isinstance(size[0], tuple) else size
-    assert len(size) == 3 and size[-1] == 2, f'chance that this test does not know of: {size}'
-    return TABLE[:size[1]].repeat(size[0], 1, 1)
-
-
-torch.rand = rand
-'''
-
-
-def draw(root: Path, side: int) -> Path:
-    """A dozen images, and five to validate on: an odd number does not split evenly.
-
-    Label maps have three classes each: Mask2Former weighs the classes of an image by how many there are on a process.
-    """
-    for split, count in (('train', 12), ('val', 5)):
-        images, labels = (root / f'beacons/{kind}/{split}' for kind in ('images', 'labels'))
-        for folder in (images, labels):
-            folder.mkdir(parents=True)
-        for i in range(count):
-            rng = np.random.default_rng([count, i])
-            Image.fromarray(draw_scene(rng, side)[0]).save(images / f'{i:04d}.png')
-            bands = np.repeat(rng.permutation(6)[:3], [side // 4, side // 4, side // 2])
-            cv2.imwrite(str(labels / f'{i:04d}.png'), np.tile(bands.astype(np.uint8), (side, 1)))
-    return root
 
 
 def tiny_config(place: Path, stage: str, init_cfg: dict) -> Path:
@@ -181,12 +83,6 @@ def pretrained(pretrained, tmp_path_factory) -> dict:
     return pretrained | dict(checkpoint=str(path))
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return str(free.getsockname()[1])
-
-
 def join_and_leave(environment: dict) -> None:
     os.environ.update(environment)
     join_cpu_processes(Config(dict(launcher='pytorch')))
@@ -204,64 +100,11 @@ def test_no_thread_is_left_to_meet_the_end_of_the_interpreter():
     assert wait_for(process) == [0]
 
 
-def run_in_processes(script: str, *words: str, place: Path, name: str, environments: list[dict[str, str]]) -> str:
-    """A script in one process for each environment; what the first prints."""
-    logs = [place / f'{name}_rank{rank}.log' for rank in range(len(environments))]
-    codes = wait_for(*(start_script(script, *words, place=place, log=log, **environment)
-                       for log, environment in zip(logs, environments, strict=True)))
-    assert codes == [0] * len(logs), '\n'.join(log.read_text()[-3000:] for log in logs)
-    return logs[0].read_text()
-
-
-def ranks(count: int) -> list[dict[str, str]]:
-    """What torchrun puts into the environment of each of ``count`` processes."""
-    port = free_port()
-    return [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-            for rank in range(count)]
-
-
 def train(place: Path, run: Path, count: int, config: Path, *words: str) -> str:
     """`tools/train.py` in ``count`` processes; what rank 0 prints."""
     launch = ['--launcher', 'pytorch'] if count > 1 else []
     return run_in_processes('tools/train.py', str(config), '--work-dir', str(run), *launch, *words, place=place,
                             name=run.name, environments=ranks(count))
-
-
-def part_of_nothing(place: Path, **variables: str) -> dict[str, str]:
-    """An environment in which nothing but ``variables`` says what a script is part of; commands in ``place`` win."""
-    environment = {key: value for key, value in os.environ.items() if key not in (
-        'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'NNODES', 'NODE_RANK')}
-    return environment | dict(PATH=f'{place}:{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(place),
-                              OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', **variables)
-
-
-def write_command(path: Path, text: str) -> None:
-    path.write_text(f'#!/usr/bin/env bash\n{text}\n')
-    path.chmod(0o755)
-
-
-def called(place: Path, command: str, script: str, *words: str, **variables: str) -> list[str]:
-    """MASTER_PORT and the words with which a script of tools/ calls ``command``."""
-    write_command(place / command, 'printf "%s\\n" "${MASTER_PORT:-}" "$@"')
-    done = subprocess.run(['bash', str(ROOT / 'tools' / script), *words], cwd=place, text=True, check=True,
-                          env=part_of_nothing(place, **variables), stdout=subprocess.PIPE)
-    return done.stdout.splitlines()
-
-
-@contextlib.contextmanager
-def launched(script: str, *words: str, place: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """A script of tools/ in an environment of nothing but ``variables``; its processes end with the block."""
-    environment = part_of_nothing(place, **variables)
-    with open(place / f'console_{time.monotonic_ns()}.log', 'w+') as log:
-        process = subprocess.Popen(['bash', str(ROOT / 'tools' / script), *words], cwd=place, env=environment,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        process.log = Path(log.name)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:  # something went wrong: torchrun hands this on to its processes
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(timeout=600)
 
 
 @pytest.fixture(scope='module')
@@ -439,107 +282,3 @@ def test_what_cannot_be_sharded_is_named(config, distributed, message):
     model = MODELS.build(config or dict(type='adala_mm.FeatureAlignment', backbone=tiny_vit(), teacher=tiny_vit()))
     with pytest.raises(ValueError, match=message):
         ShardedRunner.wrap_model(SimpleNamespace(distributed=distributed), None, model)
-
-
-@pytest.fixture(scope='module')
-def demo(place) -> list[str]:
-    """Options that bring the demo's stage 1 down to one step on a dozen images, for any of the scripts."""
-    data = draw(place / 'pictures', side=80)
-    backbone = Config.fromfile(STAGE1).model.backbone
-    teacher = MODELS.build(backbone.to_dict() | dict(attention=dict(type='adala_mm.SoftmaxAttention'), init_cfg=None))
-    teacher.init_weights()
-    torch.save(teacher.state_dict(), place / 'teacher.pth')
-    return ['--data-root', str(data), '--cfg-options', f'model.backbone.init_cfg.checkpoint={place}/teacher.pth',
-            'train_cfg.max_iters=1', 'train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
-
-
-def torchrun(port: str, machines: int = 1, machine: int = 0, processes: int = 1) -> list[str]:
-    return ['-m', 'torch.distributed.run', f'--nnodes={machines}', f'--node_rank={machine}',
-            f'--nproc_per_node={processes}', '--master_addr=127.0.0.1', f'--master_port={port}']
-
-
-@pytest.fixture(scope='module')
-def two_machines(place, demo, tmp_path_factory) -> Path:
-    """Where dist_train.sh has left its results, called once on each of two machines."""
-    port, run = free_port(), place / 'two_machines'
-    for machine in range(2):
-        _, *words = called(tmp_path_factory.mktemp('machine'), 'python', 'dist_train.sh', STAGE1, '1', '--work-dir',
-                           str(run), *demo, NNODES='2', NODE_RANK=str(machine), MASTER_ADDR='127.0.0.1', PORT=port)
-        assert words[:7] == torchrun(port, machines=2, machine=machine) and words[9:11] == ['--launcher', 'pytorch']
-    first = run_in_processes(*words[7:], place=place, name='two_machines', environments=[  # as torchrun starts them
-        environment | dict(LOCAL_RANK='0') for environment in ranks(2)])
-    assert 'MMDistributedDataParallel' in first and 'Distributed training: True' in first and 'GPU number: 2' in first
-    return run
-
-
-def test_dist_train_on_two_machines(place, two_machines):
-    (loss,) = curve(two_machines, 'loss')[1]
-    assert np.isfinite(loss) and loss > 0
-    before = torch.load(place / 'teacher.pth')
-    state = load_checkpoint(two_machines / 'iter_1.pth')['state_dict']
-    changed = {key for key, value in before.items() if not torch.equal(value, state[f'backbone.{key}'])}
-    assert changed == {key for key in before if '.attn.qkv.' in key}
-
-
-def test_dist_test_scores_what_dist_train_has_left(place, demo, two_machines, tmp_path):
-    run = place / 'scored'
-    _, *words = called(tmp_path, 'python', 'dist_test.sh', STAGE1, str(two_machines / 'iter_1.pth'), '2', '--work-dir',
-                       str(run), *demo, PORT='12345')
-    assert words[:7] == torchrun('12345', processes=2) and words[10:12] == ['--launcher', 'pytorch']
-    assert 'Distributed launcher: pytorch' in run_in_processes(
-        *words[7:], place=place, name='scored', environments=ranks(2))
-    (scores,) = run.glob('*/[0-9]*.json')
-    wanted = curve(two_machines, 'align/rel_error')[1][-1]
-    assert json.loads(scores.read_text())['align/rel_error'] == pytest.approx(wanted, rel=1e-5)
-
-
-def test_one_lost_process_ends_all_of_them(place, demo):
-    run = place / 'lost'
-    with launched('dist_train.sh', STAGE1, '2', '--work-dir', str(run), *demo, 'train_cfg.max_iters=100000',
-                  'custom_hooks.0.type=diary.Here', place=place, PORT=free_port()) as process:
-        ranks = [run / f'rank{rank}' for rank in range(2)]
-        while not all(path.exists() and path.read_text() for path in ranks):
-            assert process.poll() is None, process.log.read_text()[-5000:]
-            time.sleep(0.1)
-        ours = [int(path.read_text()) for path in ranks]
-        os.kill(ours[1], signal.SIGKILL)
-        assert process.wait(timeout=600) != 0
-        with pytest.raises(ProcessLookupError):
-            os.kill(ours[0], 0)
-    assert not list(run.glob('*.pth'))
-
-
-def test_slurm_train(place, demo, tmp_path):
-    run, wanted_port = place / 'slurm', free_port()
-    port, *words = called(tmp_path, 'srun', 'slurm_train.sh', 'gpus', 'a job', STAGE1, str(run), *demo,
-                          PORT=wanted_port, NNODES='2', GPUS_PER_NODE='4', CPUS_PER_TASK='3',
-                          SRUN_ARGS='--quiet --time=10')
-    first = words.index('python')
-    assert words[:first] == ['-p', 'gpus', '--job-name=a job', '--nodes=2', '--gres=gpu:4', '--ntasks=8',
-                             '--ntasks-per-node=4', '--cpus-per-task=3', '--kill-on-bad-exit=1', '--quiet', '--time=10']
-    assert words[first + 1] == '-u' and port == wanted_port
-    assert words[first + 3:first + 6] == [STAGE1, f'--work-dir={run}', '--launcher=slurm']
-    # A cluster of one machine without GPUs: both tasks of a job as Slurm would start them.
-    write_command(tmp_path / 'scontrol', '[ "$*" = "show hostname cluster-[7]" ] && echo 127.0.0.1')
-    task = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', MASTER_PORT=port, SLURM_NTASKS='2',
-                SLURM_NODELIST='cluster-[7]')
-    out = run_in_processes(*words[first + 2:], place=place, name='slurm', environments=[
-        task | dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)])
-    assert 'Distributed launcher: slurm' in out and 'GPU number: 2' in out
-    assert len(curve(run, 'loss')[1]) == 1 and (run / 'iter_1.pth').exists()
-
-
-def test_slurm_launcher_outside_of_a_job_is_named(monkeypatch):
-    monkeypatch.delenv('SLURM_PROCID', raising=False)
-    with pytest.raises(ValueError, match='not started by srun; use tools/slurm_train.sh'):
-        join_cpu_processes(Config(dict(launcher='slurm')))
-
-
-def test_scaling_a_rate_of_unknown_batch_is_refused(tmp_path, monkeypatch, capsys):
-    config = tmp_path / 'no_batch.py'
-    config.write_text('optim_wrapper = dict(optimizer=dict(lr=1.0))')
-    monkeypatch.setenv('LOCAL_RANK', '0')  # the tool sets it and leaves it
-    monkeypatch.setattr(sys, 'argv', ['train.py', str(config), '--auto-scale-lr'])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
-    assert 'add auto_scale_lr = dict(enable=False, base_batch_size=...)' in capsys.readouterr().err

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adala_mm.ops import linear_attention_reference
-from adala_mm.utils import timing
+from adala_mm.utils import stopwatch
 from adala_mm.utils.row_log import RowLog, latest_rows, read_runs
 from adala_mm.utils.side_by_side import side_by_side
 from helpers import ROOT, tiny_vit
@@ -308,8 +308,8 @@ def test_cold_caches_are_clean(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, '_sleep', lambda cycles: None)
-    monkeypatch.setattr(timing, 'CACHE', 2 ** 20)
-    timer = timing.gpu_timer(CPU)
+    monkeypatch.setattr(stopwatch, 'CACHE', 2 ** 20)
+    timer = stopwatch.gpu_timer(CPU)
     with Watch():
         assert timer(lambda: log.append('call')) == 0.002
     *flush, first, call, last = log
@@ -322,10 +322,10 @@ def test_kernels_of_softmax_attention_are_seen():
         return torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
     x = torch.randn(1, 2, 8, 4)
-    assert timing.softmax_kernels(lambda: attention(x)) == 'flash'
+    assert stopwatch.softmax_kernels(lambda: attention(x)) == 'flash'
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert timing.softmax_kernels(lambda: attention(x.requires_grad_())) == 'math'
-    assert timing.softmax_kernels(lambda: x.softmax(-1)) == ''
+        assert stopwatch.softmax_kernels(lambda: attention(x.requires_grad_())) == 'math'
+    assert stopwatch.softmax_kernels(lambda: x.softmax(-1)) == ''
 
 
 def test_other_libraries(load, monkeypatch, capsys):
@@ -455,7 +455,7 @@ def test_lost_device_ends_the_benchmark(monkeypatch):
 
     def broken() -> None:
         raise RuntimeError('an illegal memory access')
-    assert timing.failure(broken, Device()) == 'failed: RuntimeError'
+    assert stopwatch.failure(broken, Device()) == 'failed: RuntimeError'
     lost.append(True)
     with pytest.raises(ZeroDivisionError):
-        timing.failure(broken, Device())
+        stopwatch.failure(broken, Device())

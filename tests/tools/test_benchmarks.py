@@ -10,16 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from adala_mm.utils import timing
-from adala_mm.utils.timing import (
-    Allowance,
-    crossovers,
-    failure,
-    peak_memory,
-    speedup,
-    take_turns,
-    wall_timer,
-)
+from adala_mm.utils import benchmark_tables as tables
+from adala_mm.utils.benchmark_tables import crossovers, speedup
+from adala_mm.utils.machine import hardware
+from adala_mm.utils.stopwatch import Allowance, failure, peak_memory, take_turns, wall_timer
 from helpers import LINEAR, ROOT, tiny_vit
 
 CPU = torch.device('cpu')
@@ -143,10 +137,10 @@ def test_crossover(times, text):
 def test_hardware_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A GPU')
     answer = SimpleNamespace(stdout='1.2.3\n1.2.3\n', returncode=0)
-    monkeypatch.setattr(timing.subprocess, 'run', lambda *args, **options: answer)
-    facts = timing.hardware(torch.device('cuda'))
+    monkeypatch.setattr('adala_mm.utils.machine.subprocess.run', lambda *args, **options: answer)
+    facts = hardware(torch.device('cuda'))
     assert facts['device'] == 'A GPU' and facts['driver'] == '1.2.3' and {'cuda', 'triton', 'commit'} <= set(facts)
-    assert timing.hardware(CPU)['device'] == facts['cpu'] and facts['threads'] == torch.get_num_threads()
+    assert hardware(CPU)['device'] == facts['cpu'] and facts['threads'] == torch.get_num_threads()
 
 
 def test_attention_core(bench, tmp_path):
@@ -160,7 +154,7 @@ def test_attention_core(bench, tmp_path):
         assert row['gb_per_s'] * row['ms'] * 1e6 == pytest.approx(moved)
         assert row['mib'] > 0 and row['copy_share'] > 0
     assert data['settings']['tokens'] == [64, 128] and {'device', 'torch', 'commit', 'threads'} <= set(data['machine'])
-    assert 'fla is left out: for GPUs only' in text and timing.attention_speed_table(data) in text
+    assert 'fla is left out: for GPUs only' in text and tables.attention_speed_table(data) in text
     assert (tmp_path / 'attention.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -207,7 +201,7 @@ def test_models(bench, tool, monkeypatch):
         assert row['mib'] > row['parameters'] * (2 if row['mode'] == 'bf16' else 4) / 2 ** 20
     plain, rala, linear = data['rows'][3:6]
     assert plain['parameters'] == linear['parameters'] < rala['parameters'] and plain['gmac'] > linear['gmac']
-    assert timing.model_speed_table(data) in text and 'ViT-S, bf16, Linear: ' in text
+    assert tables.model_speed_table(data) in text and 'ViT-S, bf16, Linear: ' in text
 
 
 def test_counts_are_of_segmentors(bench, capsys):
@@ -231,7 +225,7 @@ def test_parts_of_segmentors(bench, options):
     assert 1e9 * probe['gmac']['backbone'] == 4 * 768 * width + 12 * tokens * (12 * width ** 2 + 2 * tokens * width)
     assert all(set(row.get('seconds', row['gmac'])) == set(row['gmac']) for row in data['rows'])
     assert all(('seconds' in row) != bool(options) for row in data['rows'])
-    assert timing.head_share_table(data) in text and text.count(' s of CPU |') == 2 * (not options)
+    assert tables.head_share_table(data) in text and text.count(' s of CPU |') == 2 * (not options)
 
 
 @pytest.mark.parametrize('name', ['cls_dinov2l_in1k', 'stage1_dinov2l_coco', 'maskrcnn_dinov2l_1024_coco'])
@@ -343,7 +337,7 @@ def test_training(bench, tmp_path):
     assert [(row['depth'], row['version']) for row in data['depths']] == [
         (depth, version) for depth in (2, 3) for version in ('straightforward', 'ours, fp32')]
     assert data['loader']['images_per_s'] > 0 and data['loader']['config'] == 'stage1_demo_beacons'
-    assert timing.training_speed_table(data) in text and timing.depth_table(data) in text
+    assert tables.training_speed_table(data) in text and tables.depth_table(data) in text
 
 
 def test_training_says_which_is_slower(bench, tool, monkeypatch):

@@ -21,9 +21,8 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from adala_mm.utils.pictures import save_figure
-from adala_mm.utils.records import newest_log, read_scores
+from adala_mm.utils.records import newest_log, read_scores, save
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import save
 
 # What may differ between runs of one config: places, and how often a run was taken up again.
 NOT_COMPARED = ('randomness.seed', 'work_dir', 'launcher', 'resume')

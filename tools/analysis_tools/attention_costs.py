@@ -28,9 +28,11 @@ from adala_mm.models.attentions import build_attention
 from adala_mm.registry import ATTENTIONS
 from adala_mm.utils.compose import paper_attentions
 from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.machine import default_device, hardware, total_memory
 from adala_mm.utils.pictures import label_points, save_figure
+from adala_mm.utils.records import save, settings
+from adala_mm.utils.stopwatch import peak_memory
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import default_device, hardware, peak_memory, save, settings, total_memory
 
 UNFUSED = 'softmax, N x N matrix'
 SOFTMAX = 'softmax, fused kernel'

@@ -25,24 +25,20 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adala_mm.ops import elu1, linear_attention_packed, linear_attention_reference
+from adala_mm.utils.benchmark_tables import attention_speed_table
+from adala_mm.utils.machine import default_device, hardware, total_memory
+from adala_mm.utils.records import exit_if_failed, save, settings
 from adala_mm.utils.row_log import RowLog, open_log
 from adala_mm.utils.side_by_side import side_by_side
-from adala_mm.utils.timing import (
+from adala_mm.utils.stopwatch import (
     Allowance,
     Call,
-    attention_speed_table,
-    default_device,
-    exit_if_failed,
     failure,
     gpu_timer,
-    hardware,
     peak_memory,
-    save,
-    settings,
     softmax_kernels,
     synchronize,
     take_turns,
-    total_memory,
     wall_timer,
 )
 

@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data, find_config, one_message, relocate
 from adala_mm.utils.inert_lines import refuse_inert_lines
-from adala_mm.utils.records import cores
+from adala_mm.utils.machine import cores, hardware
+from adala_mm.utils.records import save, settings
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import hardware, save, settings
 
 
 def core_seconds(wall: float, workers: int) -> float:

@@ -33,28 +33,23 @@ from adala_mm.export.mask2former import symbolic_sizes
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.models.backbones.vit import COMPILE_MODES, CUDA_GRAPH_MODES
 from adala_mm.registry import ATTENTIONS, MODELS
+from adala_mm.utils.benchmark_tables import head_share_table, model_speed_table
 from adala_mm.utils.cli import find_config, one_message
 from adala_mm.utils.compose import paper_attentions
 from adala_mm.utils.cost import by_part, flop_counter, multiply_adds
+from adala_mm.utils.machine import default_device, hardware, total_memory
+from adala_mm.utils.records import exit_if_failed, save, settings
 from adala_mm.utils.row_log import open_log
-from adala_mm.utils.timing import (
+from adala_mm.utils.stopwatch import (
     Allowance,
     Call,
     Timer,
     cuda_graph,
-    default_device,
-    exit_if_failed,
     failure,
-    hardware,
-    head_share_table,
-    model_speed_table,
     peak_memory,
-    save,
-    settings,
     softmax_kernels,
     synchronize,
     take_turns,
-    total_memory,
     wall_timer,
 )
 

@@ -21,9 +21,9 @@ from adala_mm.analysis.images import normalise, read_image
 from adala_mm.datasets.image_files import EXTENSIONS
 from adala_mm.export.graphs import quiet, session
 from adala_mm.models.algorithms.base import relative_error
-from adala_mm.utils.records import machine
+from adala_mm.utils.machine import machine
+from adala_mm.utils.stopwatch import take_turns, wall_timer
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import take_turns, wall_timer
 
 
 def quantised(path: Path, out: Path) -> Path:

@@ -37,21 +37,12 @@ from adala_mm.models.attentions import Attention, LinearAttention
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.ops import linear_attention_reference
 from adala_mm.registry import MODELS
+from adala_mm.utils.benchmark_tables import depth_table, training_speed_table
 from adala_mm.utils.cli import find_config, one_message
+from adala_mm.utils.machine import default_device, hardware
+from adala_mm.utils.records import exit_if_failed, save, settings
 from adala_mm.utils.row_log import open_log
-from adala_mm.utils.timing import (
-    default_device,
-    depth_table,
-    exit_if_failed,
-    failure,
-    hardware,
-    peak_memory,
-    save,
-    settings,
-    take_turns,
-    training_speed_table,
-    wall_timer,
-)
+from adala_mm.utils.stopwatch import failure, peak_memory, take_turns, wall_timer
 
 PRECISION = dict(fp32={}, bf16=dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0))
 SOFTMAX, LINEAR = dict(type='adala_mm.SoftmaxAttention'), dict(type='adala_mm.LinearAttention')

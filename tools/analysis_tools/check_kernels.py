@@ -15,9 +15,11 @@ import torch
 from benchmark_attention import DTYPES, OURS, Core, coarse_to_fine, competitors, plain
 from torch import Tensor
 
+from adala_mm.utils.machine import default_device, hardware
+from adala_mm.utils.records import exit_if_failed, save, settings
 from adala_mm.utils.row_log import open_log
 from adala_mm.utils.side_by_side import side_by_side
-from adala_mm.utils.timing import default_device, exit_if_failed, failure, hardware, save, settings
+from adala_mm.utils.stopwatch import failure
 
 KEY = ('name', 'dtype', 'dim', 'tokens')
 BOUNDS = dict(fp32=1e-4, fp16=0.005, bf16=0.02)  # of output and gradient

@@ -28,7 +28,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -54,9 +54,10 @@ from adala_mm.utils.cli import one_message  # noqa: E402
 from adala_mm.utils.cost import multiply_adds  # noqa: E402
 from adala_mm.utils.fingerprint import file_sha256  # noqa: E402
 from adala_mm.utils.frontier import SOFTMAX, UNTRAINED, Training, advice, describe, draw, table  # noqa: E402
-from adala_mm.utils.records import cores, git_state, machine  # noqa: E402
-from adala_mm.utils.runs import locked  # noqa: E402
-from adala_mm.utils.timing import default_device, failure, peak_memory, save, take_turns, wall_timer  # noqa: E402
+from adala_mm.utils.machine import cores, default_device, git_state, machine  # noqa: E402
+from adala_mm.utils.records import save  # noqa: E402
+from adala_mm.utils.runs import Job, locked, work_off  # noqa: E402
+from adala_mm.utils.stopwatch import failure, peak_memory, take_turns, wall_timer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = 8  # one line in so many of the alignment's list is for scores
@@ -365,34 +366,39 @@ def work_of(setting: Setting, size: int, trainings: Sequence[Training]) -> float
     return size ** 2 * sum(scored + setting.batch * (3 * training[0] + 4 * training[1]) for training in trainings)
 
 
-def run_jobs(setting: Setting, attentions: Attentions, jobs: list[tuple[str, int, int, list[Training]]],
+def run_jobs(setting: Setting, attentions: Attentions, tasks: list[tuple[str, int, int, list[Training]]],
              processes: int) -> int:
     """All of them, so many at a time; returns how many failed."""
-    works = [work_of(setting, size, trainings) for _, size, _, trainings in jobs]
-    began, done, failed = time.time(), 0.0, 0
+    by_name = {key(label, size, seed, trainings[-1]): (label, size, seed, trainings)
+               for label, size, seed, trainings in tasks}
+    jobs = [Job(name, cost=work_of(setting, size, trainings)) for name, (_, size, _, trainings) in by_name.items()]
+    began = time.time()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context('spawn')) as pool:
-        futures = {pool.submit(run_job, setting, label, attentions[label], size, seed, trainings): i
-                   for i, (label, size, seed, trainings) in enumerate(jobs)}
+
+        def submit(job: Job) -> Future:
+            label, *rest = by_name[job.name]
+            return pool.submit(run_job, setting, label, attentions[label], *rest)
+
         try:
-            for count, future in enumerate(as_completed(futures), 1):
-                i = futures[future]
-                label, size, seed, _ = jobs[i]
-                done += works[i]
-                left = clock((time.time() - began) / done * (sum(works) - done))
-                head = f'[{clock(time.time() - began)}] {count}/{len(jobs)}  ETA {left}  '
-                try:
-                    told = future.result()
-                except Exception as error:  # whatever it is, the other rows go on
-                    failed += 1
-                    told = [f'{label}, {size} px, seed {seed} FAILED, {type(error).__name__}: {error}\n'
-                            f'    see {log_of(setting, label, size, seed)}']
+            for job in work_off(jobs, submit, processes):
+                if job.state == 'running':
+                    continue
+                label, size, seed, _ = by_name[job.name]
+                ended = [job for job in jobs if job.state in ('done', 'failed')]
+                done, whole = (sum(job.cost for job in some) for some in (ended, jobs))
+                left = clock((time.time() - began) / done * (whole - done))
+                head = f'[{clock(time.time() - began)}] {len(ended)}/{len(jobs)}  ETA {left}  '
+                error = job.future.exception()  # whatever it is, the other rows go on
+                told = job.future.result() if error is None else [
+                    f'{label}, {size} px, seed {seed} FAILED, {type(error).__name__}: {error}\n'
+                    f'    see {log_of(setting, label, size, seed)}']
                 print(head + f'\n{" " * len(head)}'.join(told), flush=True)
         except BaseException:  # an interrupt: rows and checkpoints are whole at any time
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    return failed
+    return sum(job.state == 'failed' for job in jobs)
 
 
 def clock(seconds: float) -> timedelta:

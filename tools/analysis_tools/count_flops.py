@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adala_mm.models.backbones import AdaLAViT
 from adala_mm.utils.cli import find_config, one_message
 from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.records import save
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import save
 
 BASELINES = ('hedgehog', 'lolcats', 'linformer', 'performer', 'cosformer', 'nystromformer', 'monarch')
 CONFIGS = ['mask2former_dinov2l_softmax_ade20k', 'mask2former_dinov2l_ade20k',

@@ -19,8 +19,8 @@ from adala_mm.preflight.disk import checkpoints
 from adala_mm.preflight.memory import GIB, estimate
 from adala_mm.preflight.sizes import training_size
 from adala_mm.utils.cli import load_config, one_message
+from adala_mm.utils.records import save
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import save
 
 
 def costs(config: str, gpus: int) -> dict:

@@ -34,9 +34,10 @@ from adala_mm.analysis import (
 from adala_mm.analysis.comparison import Sums, cosine, squares
 from adala_mm.utils.cli import one_message
 from adala_mm.utils.cost import multiply_adds
+from adala_mm.utils.machine import total_memory
 from adala_mm.utils.pictures import save_figure, size_axis
+from adala_mm.utils.stopwatch import Allowance, failure, peak_memory, take_turns, wall_timer
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import Allowance, failure, peak_memory, take_turns, total_memory, wall_timer
 
 SIZES = [128, 256, 512, 1024, 2048]
 SHARE = 0.8  # of the device's memory that a call may take unless told otherwise

@@ -5,7 +5,7 @@
 
 Sizes are short sides. Each model sees whole images, scaled from the files of its config's test set, also where the
 config says sliding windows; predictions are scored at the size of the labels. Writes segmentation.json and
-segmentation.png; see docs/analysis.md.
+segmentation.png; see docs/predictions.md.
 """
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from adala_mm.engine import LabelCheckHook
 from adala_mm.registry import DATASETS
 from adala_mm.utils.cli import check_data, one_message
 from adala_mm.utils.pictures import save_figure, size_axis
+from adala_mm.utils.stopwatch import failure, wall_timer
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import failure, wall_timer
 
 SIZES = [128, 256, 512, 1024]
 LONGEST = 16  # times the short side: no image is that long

@@ -31,8 +31,8 @@ from torch import Tensor
 from adala_mm.models.algorithms import AttentionAlignment
 from adala_mm.utils.checkpoint import read_state_dict
 from adala_mm.utils.cli import base_parser, load_config, one_message
+from adala_mm.utils.records import save
 from adala_mm.utils.tables import markdown_table
-from adala_mm.utils.timing import save
 
 
 def draw_images(folder: str, side: int, count: int, seed: int = 0) -> list[Tensor]:

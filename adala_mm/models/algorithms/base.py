@@ -1,4 +1,4 @@
-"""What all alignments share: a frozen teacher beside the student, and what both stages do: a common score."""
+"""What all alignments share: a frozen teacher beside the student, the losses and errors, and a common score."""
 from __future__ import annotations
 
 import torch
@@ -7,6 +7,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adala_mm.models.backbones.vit import pooled
 from adala_mm.ops import RotaryPositions
 from adala_mm.registry import MODELS
 from adala_mm.utils.checkpoint import read_state_dict
@@ -168,13 +169,12 @@ class Alignment(Distillation):
         if 'head' in self.frozen:
             columns['agree'] = (self._top_class(student) == self._top_class(teacher)).float()
         # A row that is a view would be sent to other processes with all tokens of the batch.
-        pooled = zip(*([row.clone() for row in self._pool(tokens, self.backbone.class_token).cpu()]
-                       for tokens in (student, teacher)), strict=True)
+        vit = self.backbone
+        pairs = zip(*([row.clone() for row in pooled(tokens, vit.num_prefix, vit.class_token).cpu()]
+                      for tokens in (student, teacher)), strict=True)
         return [dict(zip(columns, row, strict=True), pooled=pair)
-                for row, pair in zip(zip(*(c.tolist() for c in columns.values()), strict=True), pooled, strict=True)]
-
-    def _pool(self, tokens: Tensor, on_class_token: bool) -> Tensor:
-        return tokens[:, 0] if on_class_token else tokens[:, self.backbone.num_prefix:].mean(dim=1)
+                for row, pair in zip(zip(*(c.tolist() for c in columns.values()), strict=True), pairs, strict=True)]
 
     def _top_class(self, tokens: Tensor) -> Tensor:
-        return self.frozen['head'](self._pool(tokens, self.head['out_type'] == 'cls_token')).argmax(dim=-1)
+        feature = pooled(tokens, self.backbone.num_prefix, self.head['out_type'] == 'cls_token')
+        return self.frozen['head'](feature).argmax(dim=-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adala_mm.models.algorithms.base import mean_squared_error
+from adala_mm.models.backbones.vit import pooled
 
 BETA = 1.0  # of smooth L1: quadratic for differences below it, linear above; PyTorch's default
 
@@ -60,8 +61,7 @@ def feature_terms(weights: Mapping[str, float], student: Tensor, teacher: Tensor
     """
     pair = [tokens.float() for tokens in (student, teacher)]
     patches = [tokens[:, num_prefix:] for tokens in pair]
-    views = {'class': [tokens[:, 0] if class_token else rest.mean(dim=1)
-                       for tokens, rest in zip(pair, patches, strict=True)]}
+    views = {'class': [pooled(tokens, num_prefix, class_token) for tokens in pair]}
     if chosen is None:
         views.update(all=pair, patches=patches)
     else:

@@ -21,7 +21,7 @@ class FocusedAttention(Attention):
     ``out_i = q'_i [mean_j k'_j^T v_j] / (q'_i · mean_j k'_j + eps) + dwconv5x5(v)_i``
 
     Lengths are taken over all C channels, before heads are split, as the published code does. The convolution's
-    kernels are shared by the heads. Class and register tokens, which the paper has not, have no position and see no
+    kernels are shared by the heads. Class and register tokens, absent from the paper, have no position and see no
     convolution. Positions are resampled to other grids. In float32 throughout: the cube of 1e-6 is 0 in float16.
 
     Args:

@@ -17,7 +17,7 @@ class MLLAAttention(Attention):
     ``o_i = rope(phi(q_i)) [mean_j rope(phi(k_j))^T v_j] / (phi(q_i) · mean_j phi(k_j) + eps) + dwconv3x3(v)_i``,
     ``phi = elu + 1``. The rotation runs over all C channels, C / 4 frequencies ``10000^(-4 i / C)`` by row, then as
     many by column: so the first half of the heads knows rows only, the second columns only. The denominator is not
-    rotated, so weights may be negative. Any grid; class and register tokens, which the paper has not, turn by zero
+    rotated, so weights may be negative. Any grid; class and register tokens, absent from the paper, turn by zero
     and see no convolution (which starts at 0). In float32 throughout.
 
     MLLA's block has neither a value nor an output projection, but convolutions and a gate around; a pretrained ViT has

@@ -21,7 +21,7 @@ class PolaFormerAttention(Attention):
     ``mean_j + eps``. Then ``out = proj((o + dwconv5x5(v)) * gate(x))``.
 
     The convolution's kernels are shared by the heads and start at 0, the gate is linear and starts as 1. Class and
-    register tokens, which the paper has not, have no position and see no convolution. Positions are resampled to other
+    register tokens, absent from the paper, have no position and see no convolution. Positions are resampled to other
     grids. In float32 throughout.
 
     Args:

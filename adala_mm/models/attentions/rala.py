@@ -21,7 +21,7 @@ class RALAAttention(Attention):
 
     rot being a rotation by place: row times ``10000^-linspace(0, 1, D / 4)`` on the first half of a head's channels,
     column times the same on the second. The denominator is not rotated, so weights may be negative. Any grid; class
-    and register tokens, which the paper has not, turn by zero and see no convolution. The gate is linear and starts
+    and register tokens, absent from the paper, turn by zero and see no convolution. The gate is linear and starts
     as 1, the convolution as 0. In float32 throughout.
 
     Args:

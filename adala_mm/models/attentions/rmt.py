@@ -19,7 +19,7 @@ class RMTAttention(Attention):
     equation multiplies after it.
 
     Not linear: O(N^2 D). ``decomposed`` attends along rows (w tokens each), then the result along columns, for
-    O(N (h + w) D). Class and register tokens, which the paper has not, have place 0 and no decay and see no
+    O(N (h + w) D). Class and register tokens, absent from the paper, have place 0 and no decay and see no
     convolution (which starts at 0); rows and columns have no room for them.
 
     Args:

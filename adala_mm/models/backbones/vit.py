@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from mmengine.model import BaseModule
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, get_act_layer, resample_abs_pos_embed, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, get_act_layer, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala_mm.models.attentions import Attention, build_attention
 from adala_mm.models.attentions.build import require_rotation
-from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_facts
+from adala_mm.models.backbones.weights import is_extra, load_vit, read_grid, record_facts, resample_positions
 from adala_mm.ops import RotaryPositions, same_grid
 from adala_mm.registry import MODELS
 
@@ -71,6 +71,11 @@ class Blocks(nn.ModuleList):
             if i in wanted or i == len(self) - 1:
                 kept[i] = x
         return kept
+
+
+def pooled(tokens: Tensor, num_prefix: int, class_token: bool) -> Tensor:
+    """One feature per image (B, C) of tokens (B, N, C): the class token, or the mean of all but ``num_prefix``."""
+    return tokens[:, 0] if class_token else tokens[:, num_prefix:].mean(dim=1)
 
 
 def compile_mode(compile: bool | str) -> str | None:
@@ -258,8 +263,7 @@ class AdaLAViT(BaseModule):
         if position is None:
             return self.norm_pre(torch.cat([*prefix, x], dim=1)), hw
         if not same_grid(hw, self.pos_grid):
-            position = resample_abs_pos_embed(position, list(hw), old_size=list(self.pos_grid),
-                                              num_prefix_tokens=0 if self.no_embed_class else self.num_prefix)
+            position = resample_positions(position, self.pos_grid, hw, 0 if self.no_embed_class else self.num_prefix)
         if self.no_embed_class:
             x = torch.cat([*prefix, x + position], dim=1)
         else:
@@ -294,12 +298,9 @@ class AdaLAViT(BaseModule):
     def _format(self, tokens: Tensor, hw: tuple[int, int]) -> Tensor:
         if self.out_type == 'raw':
             return tokens
-        if self.out_type == 'cls_token':
-            return tokens[:, 0]
-        patches = tokens[:, self.num_prefix:]
-        if self.out_type == 'avg_featmap':
-            return patches.mean(dim=1)
-        return patches.transpose(1, 2).unflatten(2, hw).contiguous()  # (B, C, h, w)
+        if self.out_type != 'featmap':
+            return pooled(tokens, self.num_prefix, self.out_type == 'cls_token')
+        return tokens[:, self.num_prefix:].transpose(1, 2).unflatten(2, hw).contiguous()  # (B, C, h, w)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise lr decay, mmpretrain's convention.

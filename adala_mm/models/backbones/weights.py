@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,13 +252,22 @@ def _fit_positions(model: nn.Module, state: dict[str, Tensor], grid: tuple[int, 
     return doubts
 
 
+def resample_positions(positions: Tensor, grid: Sequence[int], wanted: Sequence[int], num_prefix: int) -> Tensor:
+    """Position embeddings (1, P + h w, C) of the grid (h, w) for another one, bicubic with antialiasing as in timm.
+
+    Args:
+        grid, wanted: (h, w) of what there is and of what is asked for.
+        num_prefix: P, embeddings of class and register tokens, which stay as they are.
+    """
+    return resample_abs_pos_embed(positions, list(wanted), old_size=list(grid), num_prefix_tokens=num_prefix)
+
+
 def resize_positions(model: nn.Module, state: dict[str, Any], key: str, grid: tuple[int, int],
                      notes: list[str]) -> None:
     """``state[key]``, position embeddings of ``grid``, for the model's grid, in place; nothing if there are none."""
     if tuple(grid) == model.pos_grid or key not in state:
         return
-    state[key] = resample_abs_pos_embed(state[key], list(model.pos_grid), old_size=list(grid),
-                                        num_prefix_tokens=0 if model.no_embed_class else model.num_prefix)
+    state[key] = resample_positions(state[key], grid, model.pos_grid, 0 if model.no_embed_class else model.num_prefix)
     notes.append(f'positions {grid[0]}x{grid[1]} -> {model.pos_grid[0]}x{model.pos_grid[1]}')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import torch
+from mmengine.optim import OptimWrapper
 from torch import nn
 
 
@@ -86,3 +87,31 @@ def naive_window(layer, x, hw, num_prefix=0):
             heads.append(torch.stack(outs))
         images.append(torch.cat(heads, dim=1))
     return torch.stack(images)
+
+
+SMALL = dict(embed_dims=(8, 12, 16, 24), depths=(2, 1, 3, 2), num_heads=(1, 2, 2, 3))
+
+
+def randomise(module, std=0.5):
+    """Every parameter and statistic visible in the output, in float64."""
+    for name, value in module.double().state_dict().items():
+        if name.endswith('running_var'):
+            value.uniform_(0.5, 2)
+        elif value.is_floating_point():
+            value.normal_(std=std)
+    return module
+
+
+def project(layer, x):
+    return x @ layer.proj.weight.T + layer.proj.bias
+
+
+def step(model, data):
+    """One step of training: the losses, and the parameters that did not move."""
+    model.init_weights()
+    model.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = model.train_step(data, OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-2)))
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    # BatchNorm takes off what these biases add: nothing but the rounding of their gradients can move them.
+    return losses, still - {f'backbone.downsamples.0.conv.{i}.bias' for i in (0, 3)}

@@ -7,23 +7,20 @@ import pytest
 import torch
 from mmengine.config import Config
 from timm import create_model
-from timm.models.eva import Eva
 from torch import nn
 
-import adala_mm
-from adala_mm import align, export, linearize
+from adala_mm import export, linearize
 from adala_mm.export import graphs
 from adala_mm.export.parity import shapes
 from adala_mm.export.weights import export_timm
 from adala_mm.models.attentions import Attention, LinearAttention, build_attention
-from adala_mm.models.backbones.weights import positions_for
-from adala_mm.ops import RotaryPositions, turn
+from adala_mm.ops import RotaryPositions
 from adala_mm.registry import ATTENTIONS, MODELS
 from helpers import tiny_vit
+from helpers.rotary import awake, loaded, narrow, own
 
 ATTENTIONS.import_from_location()
 NAMES = sorted(ATTENTIONS.module_dict)
-SOFTMAX = {'type': 'adala_mm.SoftmaxAttention'}
 GRIDS = ((4, 4), (5, 3), (2, 9), (11, 7))
 # timm's name of each published size: what `AdaLAViT` is told beside what all have.
 SIZES = {
@@ -36,35 +33,6 @@ SIZES = {
 }
 DINOV3 = dict(img_size=256, patch_size=16, num_registers=4, layer_scale=1e-5, norm_eps=1e-5, qkv_bias=False,
               rotary=dict())
-# A narrow one of timm's, and ours.
-NARROW = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=0, dynamic_img_size=True,
-              use_rot_pos_emb=True, rope_type='dinov3', rope_temperature=100, rope_rotate_half=True,
-              use_abs_pos_emb=False, num_reg_tokens=4, init_values=1e-5, qkv_bias=False, use_fc_norm=False)
-
-
-def awake(model: nn.Module) -> nn.Module:
-    """Every part off its neutral start: LayerScale of 1e-5 would hide the blocks."""
-    for name, parameter in model.named_parameters():
-        fan = parameter.shape[1] if parameter.ndim == 2 else 16
-        nn.init.normal_(parameter, mean=float('norm' in name and 'weight' in name or 'gamma' in name),
-                        std=fan ** -0.5 / 2)
-    return model.eval()
-
-
-def narrow(**changes) -> Eva:
-    return awake(Eva(**NARROW | changes))
-
-
-def own(**changes) -> nn.Module:
-    return MODELS.build(tiny_vit(num_registers=4, layer_scale=1.0, qkv_bias=False, rotary=dict()) | changes)
-
-
-def loaded(theirs: Eva, path, **options) -> nn.Module:
-    """Our ViT with timm's weights, by way of a file."""
-    torch.save(theirs.state_dict(), path)
-    model = own(init_cfg=dict(type='Pretrained', checkpoint=str(path)), **options)
-    model.init_weights()
-    return model.eval()
 
 
 def with_grads(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
@@ -76,6 +44,7 @@ def with_grads(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
 
 
 # --- against timm ----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('name', SIZES)
 def test_every_size_equals_timm(name, tmp_path):
@@ -119,6 +88,7 @@ def test_every_attention_equals_the_one_in_timm(kind):
 
 # --- against complex numbers -----------------------------------------------------------------------------------------
 
+
 def turned_by_hand(x: torch.Tensor, hw: tuple[int, int], num_prefix: int) -> torch.Tensor:
     """x (B, H, N, D) in float64: channels i and i + D / 2 are a complex number, and its angle grows."""
     out, (h, w), half = x.clone(), hw, x.shape[-1] // 2
@@ -159,49 +129,6 @@ def test_queries_and_keys_of_patches_are_turned(kind, hw, num_prefix):
     assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-def test_coordinates_are_disturbed_in_training_as_in_timm():
-    disturbances = dict(shift=0.1, jitter=1.5, rescale=2.0)
-    theirs = narrow(**{f'rope_{name}_coords': value for name, value in disturbances.items()}).rope
-    ours = own(rotary=disturbances)
-    for training in (True, False):
-        theirs.train(training)
-        ours.train(training)
-        assert 'rotary' not in str(ours.state_dict().keys())
-        torch.manual_seed(3)
-        sin, cos = theirs.get_embed((3, 5)).chunk(2, dim=-1)
-        torch.manual_seed(3)
-        *_, found = ours.layout(torch.zeros(1), (3, 5))
-        torch.testing.assert_close((found.cos, found.sin), (cos[:, :4], sin[:, :4]), rtol=1e-6, atol=1e-6)
-        still = RotaryPositions(8)((3, 5))
-        assert torch.equal(found.cos, still.cos) != training
-    *_, found = own().train().layout(torch.zeros(1), (3, 5))  # nothing unless asked for
-    assert torch.equal(found.cos, still.cos)
-
-
-def test_tables_stay_in_float32():
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        *_, rotation = own().to(dtype).layout(torch.zeros(1, dtype=dtype), (4, 4))
-        assert rotation.cos.dtype == rotation.sin.dtype == torch.float32
-    x = torch.randn(1, 2, 16, 8, dtype=torch.bfloat16)
-    assert turn(x, rotation).dtype == torch.bfloat16
-    torch.testing.assert_close(turn(x, rotation), turn(x.float(), rotation).bfloat16(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(base=0.0), 'base=0.0 .* above 0'), (dict(shift=-0.1), 'shift=-0.1 .* at least 0'),
-    (dict(jitter=0.5), 'jitter=0.5 .* at least 1'), (dict(rescale=math.inf), 'rescale=inf .* finite')])
-def test_numbers_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        own(rotary=options)
-
-
-def test_channels_that_four_does_not_divide():
-    with pytest.raises(ValueError, match='6 channels in a head.*multiple of 4'):
-        own(embed_dim=24)
-
-
 @pytest.mark.parametrize(('kind', 'invariant'), [('SoftmaxAttention', True), ('MLLAAttention', False),
                                                  ('LinearAttention', False), ('HedgehogAttention', False)])
 def test_only_softmax_depends_on_differences_of_places_alone(kind, invariant):
@@ -216,15 +143,6 @@ def test_only_softmax_depends_on_differences_of_places_alone(kind, invariant):
         wanted, found = (layer(x, (16, 16), 0, rotation) for rotation in (here, there((16, 16))))
     moved = ((found - wanted).norm() / wanted.norm()).item()
     assert moved < 1e-5 if invariant else moved > 0.05, moved
-
-
-# --- in the network --------------------------------------------------------------------------------------------------
-
-def softmax_file(path, **options) -> tuple[dict, nn.Module]:
-    """A file of a softmax ViT with rotary positions, as ``init_cfg``, and the ViT."""
-    model = awake(own(**options))
-    torch.save(model.state_dict(), path)
-    return dict(type='Pretrained', checkpoint=str(path)), model
 
 
 class OwnAttend(Attention):
@@ -306,102 +224,6 @@ def test_layers_that_hand_on_all_that_they_are_told_turn():
     linearize(narrow(), Doubled)
 
 
-@pytest.mark.parametrize(('target', 'attention', 'trainable'), [
-    ('output', 'LinearAttention', None), ('heads', 'InLineAttention', 'qkv'),
-    ('weights', 'HedgehogAttention', 'feature_map')])
-def test_stage_1_turns_teacher_and_student(target, attention, trainable, tmp_path):
-    init_cfg, teacher = softmax_file(tmp_path / 'softmax.pth')
-    backbone = dict(tiny_vit(num_registers=4, layer_scale=1.0, qkv_bias=False, rotary=dict(rescale=2.0)),
-                    attention=dict(type=f'adala_mm.{attention}'), trainable=trainable, init_cfg=init_cfg)
-    model = MODELS.build(dict(type='adala_mm.AttentionAlignment', target=target, backbone=backbone)).train()
-    model.init_weights()
-    images = torch.randn(2, 3, 24, 40)
-    found = model(images, mode='loss')
-    found['loss'].backward()
-    with torch.no_grad():
-        x, hw = teacher.embed(images)
-        layout, losses = teacher.layout(x, hw), []  # the stream is not disturbed
-        assert len(layout) == 3
-        for block, student in zip(teacher.blocks, model.backbone.blocks, strict=True):
-            h = block.norm1(x)
-            if target == 'weights':
-                (q, k, _), (wanted_q, wanted_k, _) = (a.turned(h, *layout) for a in (student.attn, block.attn))
-                wanted = (wanted_q @ wanted_k.mT / 8 ** 0.5).softmax(-1)
-                losses.append(-(wanted * student.attn.weights(q, k).log()).sum(-1).mean())
-            else:
-                got, wanted = ((a if target == 'output' else a.attend)(h, *layout)
-                               for a in (student.attn, block.attn))
-                losses.append((got - wanted).square().mean())
-            x = block(x, *layout)
-        torch.testing.assert_close(found['loss'], torch.stack(losses).mean())
-        torch.testing.assert_close(model.teacher_features(images), teacher.forward_features(images))
-
-
-def test_stage_2_with_the_loss_of_stage_1(tmp_path):
-    init_cfg, teacher = softmax_file(tmp_path / 'softmax.pth')
-    backbone = dict(tiny_vit(num_registers=4, layer_scale=1.0, qkv_bias=False, rotary=dict()), init_cfg=init_cfg)
-    model = MODELS.build(dict(type='adala_mm.FeatureAlignment', teacher=backbone, attention_weight=1.0, backbone=dict(
-        backbone, attention=dict(type='adala_mm.WindowAttention', window_size=9))))  # a window of all is softmax
-    model.init_weights()
-    losses = model.train()(torch.randn(2, 3, 24, 40), mode='loss')
-    assert losses['loss'].item() < 1e-10 and losses['attention_mse'].item() < 1e-10
-
-
-def a_window_of_all(rotary: dict, path) -> tuple[dict, dict]:
-    """Configs of a teacher and of a student that is its teacher by another name."""
-    init_cfg, _ = softmax_file(path)
-    teacher = dict(tiny_vit(num_registers=4, layer_scale=1.0, qkv_bias=False, rotary=rotary), init_cfg=init_cfg)
-    return teacher, dict(teacher, attention=dict(type='adala_mm.WindowAttention', window_size=9))
-
-
-DISTURBED = dict(shift=0.5, jitter=2.0, rescale=2.0)
-
-
-def test_positions_stay_where_they_are_in_feature_alignment(tmp_path):
-    teacher, student = a_window_of_all(DISTURBED, tmp_path / 'softmax.pth')
-    model = MODELS.build(dict(type='adala_mm.FeatureAlignment', teacher=teacher, backbone=student))
-    model.init_weights()
-    model.eval()
-    assert model.train()(torch.randn(2, 3, 24, 40), mode='loss')['rel_error'] < 1e-5
-    assert model.backbone.training and model.backbone.blocks.training
-
-
-def test_positions_stay_where_they_are_in_the_alignment_of_a_task_model(tmp_path):
-    teacher, student = a_window_of_all(DISTURBED, tmp_path / 'softmax.pth')
-    whole, path = MODELS.build(dict(type='mmpretrain.ImageClassifier', backbone=teacher)), tmp_path / 'model.pth'
-    whole.backbone.init_weights()
-    torch.save(whole.state_dict(), path)
-    model = MODELS.build(dict(type='adala_mm.TaskModelAlignment', task_model='mmpretrain.ImageClassifier',
-                              teacher=dict(type='Pretrained', checkpoint=str(path)), backbone=student))
-    model.init_weights()
-    assert model.train()(torch.randn(2, 3, 24, 40), mode='loss')['rel_error'] < 1e-5
-
-
-@pytest.mark.parametrize('make', [lambda: own(rotary=DISTURBED), lambda: narrow(
-    **{f'rope_{name}_coords': value for name, value in DISTURBED.items()})], ids=['ours', 'timm'])
-def test_positions_stay_where_they_are_in_align(make):
-    teacher, images = awake(make()), torch.randn(2, 3, 24, 40)
-    student = linearize(teacher, dict(type='adala_mm.WindowAttention', window_size=9)).train()
-    with torch.no_grad():
-        assert not torch.allclose(student.forward_features(images), teacher.forward_features(images), rtol=0.1)
-    for stage in (1, 2):
-        (record,) = align(student, teacher, [images], stage=stage, steps=1, lr=1e-12)
-        assert record['rel_error'] < 1e-5 and all(module.training for module in student.modules()), stage
-
-
-@pytest.mark.parametrize('stage', [1, 2])
-def test_align_save_and_load(stage, tmp_path):
-    teacher = awake(own(swiglu=True, mlp_ratio=2.7, rotary=dict(base=50.0, rescale=2.0)))
-    student = linearize(teacher)
-    first, last = (line['rel_error'] for line in align(student, teacher, [torch.randn(2, 3, 24, 40)], stage=stage,
-                                                       steps=8, lr=1e-3, log_interval=4))
-    assert last < first
-    adala_mm.save(student, tmp_path / 'student.safetensors')
-    twin, images = adala_mm.load(tmp_path / 'student.safetensors').eval(), torch.randn(2, 3, 40, 24)
-    assert torch.equal(twin.forward_features(images), student.eval().forward_features(images))
-    assert all(getattr(twin.rotary, name) == getattr(teacher.rotary, name) for name in ('base', 'rescale', 'shift'))
-
-
 def test_what_is_recomputed_is_turned_alike():
     disturbed, images, grads = dict(shift=0.2, jitter=1.2, rescale=2.0), torch.randn(2, 3, 24, 40), []
     plain = awake(own(rotary=disturbed, attention=dict(type='adala_mm.LinearAttention')))
@@ -436,74 +258,6 @@ def test_blocks_compile_in_one_piece():
     for block in model.blocks:
         block.compile(backend='eager', fullgraph=True)
     torch.testing.assert_close(model(images)[0], wanted)
-
-
-def test_other_files_are_named(tmp_path):
-    init_cfg, _ = softmax_file(tmp_path / 'rotary.pth')
-    with pytest.raises(ValueError, match=r'(?s)missing +pos_embed +- +\(1, 21, 32\).*say rotary=dict\(\)'):
-        own(rotary=None, init_cfg=init_cfg).init_weights()
-    init_cfg, _ = softmax_file(tmp_path / 'plain.pth', rotary=None)
-    for options in ({}, dict(num_registers=2)):  # the grid of positions that are not wanted is no matter
-        with pytest.raises(ValueError, match=r'(?s)unexpected +pos_embed +\(1, 21, 32\).*: leave out rotary'):
-            own(init_cfg=init_cfg, **options).init_weights()
-    init_cfg, _ = softmax_file(tmp_path / 'small.pth')
-    own(img_size=48, init_cfg=init_cfg).init_weights()  # of any size
-    with pytest.raises(ValueError, match=r'init_cfg\.grid=\(4, 4\) .* rotary positions.*leave it out'):
-        own(init_cfg=dict(init_cfg, grid=(4, 4))).init_weights()
-
-
-@pytest.mark.parametrize(('changes', 'options'), [
-    (dict(num_reg_tokens=0), dict(num_registers=0)), (dict(num_reg_tokens=1, class_token=False), dict(num_registers=1)),
-    (dict(num_reg_tokens=0, use_abs_pos_emb=True), dict(num_registers=0, rotary=None))], ids=str)
-def test_names_of_other_rotary_vits_of_timm_are_not_taken_for_dinov3(changes, options, tmp_path):
-    theirs = narrow(**changes, rope_type='cat', rope_rotate_half=False)
-    with pytest.raises(ValueError, match=r'(?s)does not fit this ViT.*unexpected +blocks\.\*\.gamma_1'):
-        loaded(theirs, tmp_path / 'timm.pth', class_token=changes.get('class_token', True), **options)
-
-
-@pytest.mark.parametrize('path', ['timm://vit_pe_core_tiny_patch16_384', 'pe.pth', 'timm://vit_small_patch16_rope_224'])
-def test_rotary_positions_that_no_weight_shows_are_refused(path, tmp_path, monkeypatch):
-    theirs, local = create_model('vit_pe_core_tiny_patch16_384', depth=2), tmp_path / 'pe.pth'
-    state = theirs.state_dict()
-    torch.save(state if path == 'pe.pth' else {key: state[key] for key in state if 'attn_pool' not in key}, local)
-    monkeypatch.setattr('adala_mm.utils.checkpoint.local_file', lambda path: local)
-    model = own(img_size=384, patch_size=16, embed_dim=192, num_heads=3, num_registers=0, layer_scale=None,
-                pre_norm=True, qkv_bias=True, rotary=None, init_cfg=dict(type='Pretrained', checkpoint=path))
-    with pytest.raises(ValueError, match="rotary positions .*of another kind than DINOv3's.*linearize"):
-        model.init_weights()
-
-
-def test_a_whole_model_of_another_size():
-    small, large = (nn.ModuleDict(dict(backbone=own(img_size=size))) for size in (32, 48))
-    state = small.state_dict()
-    fitted = positions_for(large, state)
-    assert fitted.keys() == state.keys()
-    large.load_state_dict(fitted)
-
-
-def test_biases_of_the_file(tmp_path):
-    """Zeros are left out of a ViT without biases; others are an error, and a ViT with biases wants some."""
-    theirs, path = narrow(qkv_bias=True), tmp_path / 'timm.pth'
-    torch.save(theirs.state_dict(), path)
-    with pytest.raises(ValueError, match=r'unexpected +blocks\.\*\.attn\.qkv\.bias +\(x 2\)'):
-        own(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
-    for block in theirs.blocks:
-        nn.init.zeros_(block.attn.q_bias)
-        nn.init.zeros_(block.attn.v_bias)
-    model, images = loaded(theirs, path, norm_eps=1e-6), torch.randn(1, 3, 24, 40)
-    torch.testing.assert_close(model.forward_features(images), theirs.forward_features(images), rtol=1e-6, atol=1e-6)
-    torch.save(narrow().state_dict(), path)
-    with pytest.raises(ValueError, match=r'missing +blocks\.\*\.attn\.qkv\.bias +\(x 2\)'):
-        own(qkv_bias=True, init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
-
-
-@pytest.mark.parametrize(('key', 'library'), [('storage_tokens', 'official DINOv3'),
-                                              ('embeddings.register_tokens', 'transformers')])
-def test_names_of_other_libraries_ask_for_the_converter(key, library, tmp_path):
-    path = tmp_path / 'theirs.pth'
-    torch.save({key: torch.ones(1, 4, 32), 'mask_token': torch.ones(1, 32), 'blocks.0.ls1.gamma': torch.ones(32)}, path)
-    with pytest.raises(ValueError, match=f'holds weights of {library}.*convert_vfm.py'):
-        own(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
 
 
 def test_graphs_hold_for_other_sizes(tmp_path):
