@@ -32,7 +32,8 @@ HEADER = """\
 """
 # Collection -> its paper, and the folder whose README tells more.
 PAPERS = {
-    'ViT-AdaLA': ('adala', dict(Title='ViT-AdaLA: Adapting Vision Transformers with Linear Attention')),
+    'ViT-AdaLA': ('adala', dict(Title='ViT-AdaLA: Adapting Vision Transformers with Linear Attention',
+                                URL='https://arxiv.org/abs/2603.16063')),
     'Linear': ('baselines', dict(
         Title='Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention')),
     'Hedgehog': ('baselines', dict(

@@ -229,6 +229,7 @@ def test_snippet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(SNIPPET, scope)
+    assert SNIPPET in (ROOT / 'README.md').read_text(encoding='utf-8')
     assert len(SNIPPET.splitlines()) <= 15 and len(made) == 1
     assert scope['model'].num_linear_blocks == 3 and not attentions(made[0])
 
