@@ -1,4 +1,4 @@
-"""Pretrained weights of other libraries as weights of `AdaLAViT`; `tools/convert_vfm.py` is the command."""
+"""Converts pretrained weights of other libraries for `AdaLAViT`; `tools/convert_vfm.py` is the command."""
 from adala_mm.conversion.convert import PATCH_METHODS, compare, convert, resample
 from adala_mm.conversion.families import FAMILIES, Family
 from adala_mm.conversion.keys import SOURCES

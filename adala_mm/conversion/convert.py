@@ -1,4 +1,4 @@
-"""Pretrained weights as those of `AdaLAViT`: structure and family, other sizes, and comparison with the source."""
+"""Converts weights for `AdaLAViT`: finds structure and family, resizes, and compares with the source."""
 from __future__ import annotations
 
 import math
@@ -34,10 +34,10 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     """Weights of any of `SOURCES` at their native size.
 
     Args:
-        state: all tensors of the file, as `read_state_dict` gives them.
+        state: all tensors of the file, from `read_state_dict`.
         family: key of `FAMILIES`; needed where keys and shapes fit several.
         num_heads: needed for ViTs of unusual width only.
-        img_size: (height, width) in pixels; tells the grid of position embeddings that cannot be square.
+        img_size: (height, width) in pixels; it determines a grid of positions that is not square.
         name: timm's name of the model, whose facts are then timm's own.
         grid: (h, w) of the position embeddings in patches; None for what the file records, or the numbers allow.
 
@@ -80,7 +80,7 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
 
 
 def arrange(ours: dict[str, Tensor], source: Source) -> list[tuple[str, int, str]]:
-    """Gives what some sources have in another form that of `AdaLAViT`, in place; returns the lines of the report.
+    """Brings tensors that some sources store in another form into that of `AdaLAViT`, in place; returns report lines.
 
     The tokens are the same: a kernel over flattened patches (row, column, channel; SigLIP 2 NaFlex) is one of a
     convolution, and a distillation token, which stands behind the class token and has a position as that has, is a
@@ -161,7 +161,7 @@ def grid_of(ours: dict[str, Tensor], source: Source, patch: int, img_size: tuple
 
 def choose_family(ours: dict[str, Tensor], grid: tuple[int, int], source: Source, family: str | None,
                   known: dict[str, Any] | None) -> str:
-    """The family that keys, shapes and what timm says leave; a ValueError if there are several, or none."""
+    """The only family that fits keys, shapes and timm's facts; raises ValueError if several fit, or none."""
     registers, class_token = 'reg_token' in ours, 'cls_token' in ours
     rotary = 'pos_embed' not in ours
     bare = not rotary and ours['pos_embed'].shape[1] == math.prod(grid)
@@ -226,7 +226,7 @@ def check_exactly(ours: dict[str, Tensor], config: dict[str, Any], source: Sourc
 
 def resample(converted: Converted, patch_size: int | None = None, method: str = 'flexi',
              img_size: tuple[int, int] | None = None) -> Converted:
-    """The same ViT for other patches and another size.
+    """Resamples a ViT for another patch size and another image size.
 
     Args:
         patch_size: P; None keeps it.

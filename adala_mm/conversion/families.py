@@ -1,4 +1,4 @@
-"""What a file of weights does not say about itself: one row of facts per family of pretrained ViTs."""
+"""Facts that files of weights do not contain: one row for each family of pretrained ViTs."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Family:
     """Facts of one family of ViTs.
 
     Args:
-        about: who it is, in a few words.
+        about: a short description.
         normalise: (mean, std) of the images, per RGB channel of 0 ... 255.
         licence: of the published weights.
         patch: patch sizes of the published weights.
@@ -45,7 +45,7 @@ class Family:
 
     @property
     def structure(self) -> dict[str, bool]:
-        """What the keys and shapes of a file show of a family."""
+        """The facts of a family that the keys and shapes of a file show."""
         return {'class token': self.class_token, 'registers': self.registers,
                 'LayerScale': self.layer_scale is not None, 'norm before the first block': self.pre_norm,
                 'rotary positions': self.rotary, 'positions for patches only': self.no_embed_class}

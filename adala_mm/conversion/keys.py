@@ -25,7 +25,7 @@ SOURCES = (TIMM, DINOV2, OPENAI, TRANSFORMERS_VIT, TRANSFORMERS_DINOV2, TRANSFOR
 SWIGLU = 'the gate and the values of its MLP are one matrix (SwiGLU of DINOv2 ViT-g), and those of AdaLAViT are two'
 NAFLEX = ("timm's NaFlexVit, which embeds flattened patches of images of any aspect; convert the same weights as "
           'transformers has them, such as google/siglip2-base-patch16-naflex')
-ROTARY = 'rotary positions other than those of DINOv3 (EVA-02, PE), which AdaLAViT has not'
+ROTARY = 'rotary positions other than those of DINOv3 (EVA-02, PE), which AdaLAViT lacks'
 POOLED = 'its last norm comes after pooling, so that the backbone has none'
 # What no plain ViT has, by the beginning of a key.
 REFUSED = {re.compile(pattern): reason for pattern, reason in {
@@ -35,7 +35,7 @@ REFUSED = {re.compile(pattern): reason for pattern, reason in {
     r'embeds\.': NAFLEX,
     r'.*\.mlp\.(w12|weights_in)\.|.*\.ffn\.w12\.': SWIGLU,
     r'(.*\.)?(rope\.|rel_pos|relative_position)':
-        'relative positions (BEiT), or rotary positions other than those of DINOv3 (EVA), which AdaLAViT has not',
+        'relative positions (BEiT), or rotary positions other than those of DINOv3 (EVA), which AdaLAViT lacks',
     r'.*\.(q_norm|k_norm)\.': 'queries and keys are normalised, which AdaLAViT does not do',
 }.items()}
 
@@ -65,7 +65,7 @@ def refuse(state: dict[str, Tensor]) -> None:
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[Source, str]:
-    """The one of `SOURCES` whose marks the keys bear, and their prefix; a ValueError for none and for several."""
+    """The source whose marks the keys have, and their prefix; raises ValueError if none or several fit."""
     found = [(source, prefix) for source in SOURCES for prefix in source.prefixes
              if source.mark({key.removeprefix(prefix) for key in state if key.startswith(prefix)})]
     if len(found) == 1:
@@ -81,7 +81,7 @@ def recognise(state: dict[str, Tensor]) -> tuple[Source, str]:
 
 
 def rename(state: dict[str, Tensor], source: Source, prefix: str) -> tuple[dict[str, Tensor], list]:
-    """Tensors under our keys and in our shapes, and what was done; a ValueError names keys that nothing explains."""
+    """Tensors under our keys and in our shapes, and a report; raises ValueError for keys without a rule."""
     ours: dict[str, Tensor] = {}
     dropped, unexplained, converted = defaultdict(list), [], 0
     for key, value in state.items():

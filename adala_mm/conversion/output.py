@@ -1,4 +1,4 @@
-"""What a conversion leaves: a safetensors file with metadata, a config, and tables."""
+"""Writes the results of a conversion: a safetensors file with metadata, a config, and tables."""
 from __future__ import annotations
 
 import json
@@ -26,7 +26,7 @@ def write(converted: Converted, out: Path, notes: dict[str, str]) -> int:
     """Writes ``backbone.*`` with the metadata ``notes`` to a new file; returns the number of tensors.
 
     Raises:
-        FileExistsError: if there is such a file; it stays as it is.
+        FileExistsError: if the file exists; it stays as it is.
     """
     content = save({f'backbone.{key}': value.contiguous() for key, value in converted.state.items()}, notes)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,9 @@ from adala_mm.utils.inert_lines import refuse_inert_lines
 
 @HOOKS.register_module()
 class ConfigCheckHook(Hook):
-    """Before a run: no line of its config changes nothing, and the log says which attentions its blocks have.
+    """Refuses config lines without effect before a run, and logs which attention each block has.
 
-    Our tools refuse such lines when they read a config; the hook is for those of mmseg, mmpretrain and mmdet.
+    Our tools refuse such lines when they read a config; this hook serves the tools of mmseg, mmpretrain and mmdet.
 
     Raises:
         ValueError: as `adala_mm.utils.inert_lines.refuse_inert_lines`.

@@ -1,4 +1,4 @@
-"""Where a run stands in its data, as a checkpoint says it: a count of iterations means nothing on other processes."""
+"""Records in a checkpoint where a run stands in its data: counts of iterations depend on the number of processes."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ KEY = 'data_position'  # in a checkpoint's meta
 
 @dataclass(frozen=True)
 class Stream:
-    """How samples are dealt out: to so many processes, in batches of so many, of which an epoch has so many."""
+    """How samples are distributed: number of processes, images in a batch, and batches in an epoch."""
 
     samples: int
     batches: int

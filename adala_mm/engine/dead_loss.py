@@ -65,7 +65,7 @@ class DeadLossHook(Hook):
             self.look(runner, model)
 
     def look(self, runner: Runner, model: AttentionAlignment) -> None:
-        """Warns of blocks, or stops for them."""
+        """Warns of blocks that do not learn, or stops the run."""
         learners = [i for i, block in enumerate(model.backbone.blocks) if not block.attn.is_softmax]
         rows = zip(learners, self.first.tolist(), self.smooth.tolist(), strict=True)
         dead = [f'block {i} ({first:.4g} at first, now {now:.4g})' for i, first, now in rows

@@ -23,16 +23,16 @@ SAMPLES, STEPS = range(2)  # what a key is for
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """A run that was killed and resumed computes what an uninterrupted one computes, to the last bit on a CPU.
+    """Makes a resumed run compute what an uninterrupted run computes; on a CPU, with equal bits.
 
-    No generator's state is saved. Instead every random number is a function of where it is used: a training step draws
-    from (seed, iteration, process), the pipeline of a sample from (seed, epoch, position of the sample in it). So
-    neither the number of workers nor a restart shows, and processes that share a batch augment it as one process would.
+    No state of a random generator is saved. Each random number follows from the place where it is used: a training step
+    draws from (seed, iteration, process), the pipeline of a sample from (seed, epoch, position of the sample in it). So
+    the number of workers and restarts change nothing, and processes that share a batch augment it as one process does.
 
     On resume
 
-    - the newest whole checkpoint is taken, by what the files say of themselves: a torn one, and what a killed process
-      had half written, is passed over with a message;
+    - the newest complete checkpoint is taken; the files themselves say how old they are. Damaged and half-written files
+      are skipped with a message;
     - the sampler starts at the next sample, also inside an epoch, without reading what was seen;
     - a validation that was due when the checkpoint was written, and may have been lost, is done (again) first.
 

@@ -17,7 +17,7 @@ class LabelCheckHook(Hook):
     pass. A wrong label in validation would otherwise just lower the score. Label maps of more than 8 bits are looked at
     as they are written, too, since pipelines keep the low byte of an id.
 
-    One class alone in the first batches of training trains, and is told: masks of 0 and 255 look like that.
+    If the first batches of training hold one class only, training continues with a warning: masks of 0 and 255 do.
 
     Args:
         patience: batches of training, after which one class alone is told.

@@ -113,7 +113,7 @@ def files_of(batch: dict) -> list[str]:
 
 @HOOKS.register_module()
 class NonFiniteHook(Hook):
-    """Keeps NaN and infinity out of the weights: a step whose loss or gradients have one is not taken, by any process.
+    """Keeps NaN and infinity out of the weights: if loss or gradients have one, no process takes the step.
 
     MMEngine calls no hook between backward pass and step, so this one stands in the optimizer wrapper, before
     gradients are clipped. It costs a pass over the gradients and one number exchanged and read per step; MMEngine

@@ -25,7 +25,7 @@ def pending_steps(wrapper: OptimWrapper) -> int:
 
 @HOOKS.register_module()
 class PendingGradientsHook(GatheringHook):
-    """A checkpoint that falls between two updates has the gradients that were summed up so far.
+    """Saves the gradients summed so far in a checkpoint that falls between two updates.
 
     With ``accumulative_counts=4`` an epoch of 1,251 iterations ends three iterations after an update. MMEngine would
     save the weights alone, and a resumed run would lose these three iterations. Here the file has them as well, as long

@@ -20,7 +20,7 @@ FILE = 'preempted.pth'
 
 @HOOKS.register_module()
 class PreemptionHook(Hook):
-    """SIGTERM, with which clusters announce the end of a job, saves a checkpoint and ends the run: nothing is lost.
+    """Saves a checkpoint and ends the run on SIGTERM, with which clusters announce the end of a job.
 
     The checkpoint, ``preempted.pth`` in the work dir, is what ``--resume`` takes up, in the middle of an epoch, an
     accumulation or a validation too. Processes agree on the iteration after which they stop.

@@ -10,7 +10,7 @@ from adala_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class ProgressiveResolutionHook(Hook):
-    """Aligns at small images first and at full size last: most of the training at a fraction of the cost.
+    """Aligns on small images first and at full size last, so most of the training costs a fraction.
 
     Images of a batch are resized (bicubic, antialiased) after loading, for student and teacher alike.
 

@@ -30,7 +30,7 @@ FILE = 'run.json'
 
 @HOOKS.register_module()
 class ProvenanceHook(Hook):
-    """Writes down what a run was: ``<work dir>/<time of start>/run.json``, beside the log of that start.
+    """Records what a run was in ``<work dir>/<time of start>/run.json``, beside the log of that start.
 
     ================  =================================================================================================
     command           full command line; ``directory`` is where it was given

@@ -18,7 +18,7 @@ from adala_mm.registry import RUNNERS
 
 @RUNNERS.register_module()
 class ShardedRunner(Runner):
-    """MMEngine's runner with parameters, gradients and optimizer state spread over all processes (FSDP).
+    """MMEngine's runner with parameters, gradients and optimizer state sharded over all processes (FSDP).
 
     Each of ``model.backbone.blocks`` is gathered when it is run and dropped again; what is outside of them is gathered
     for the whole step. The frozen teacher of stage 2 is no submodule and stays whole on every process. Results are

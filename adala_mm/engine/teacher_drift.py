@@ -22,7 +22,7 @@ def checksums(tensors: dict[str, Tensor]) -> list[int]:
 
 @HOOKS.register_module()
 class TeacherDriftHook(Hook):
-    """The teacher stays as it was loaded: no weight or buffer of it changes, it is in eval mode and has no gradients.
+    """Checks that the teacher stays as it was loaded: no weight or buffer changes, eval mode, no gradients.
 
     So do the frozen weights of any model, of which the teacher of stage 1 has most. Looked at every ``interval``
     iterations and at the end of training, on every process. One look reads every weight once, where it is, and copies
@@ -46,7 +46,7 @@ class TeacherDriftHook(Hook):
         self.reference = dict(zip(self.tensors(), checksums(self.tensors()), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must not change."""
+        """Tensors that must not change."""
         parameters = dict(self.model.named_parameters())
         found = {name: parameters[name] for name in self.frozen}
         for role, module in self.teacher.items():

@@ -9,7 +9,7 @@ from adala_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class ValBeforeTrainHook(Hook):
-    """Scores the model as it starts, before its first training step; a resumed run has done that already.
+    """Validates once before the first training step; a resumed run has done this already.
 
     MMEngine has no such switch, and "what did this stage gain?" needs the score before it.
     """

@@ -23,7 +23,7 @@ def loaded_networks(model: nn.Module) -> dict[str, nn.Module]:
 
 @HOOKS.register_module()
 class WeightsCheckHook(Hook):
-    """Before the first training step: the weights are those that were loaded, and the same on every process.
+    """Checks before the first step that the weights are those that were loaded, and equal on all processes.
 
     Backbones note what they loaded (``loaded``, keys and fingerprint). Something that initialises a model again after
     its weights have been put in, or processes that did not get them, would otherwise show as a low score days later.

@@ -1,4 +1,4 @@
-"""Models as graphs of their own, which need neither this package nor OpenMMLab: ``torch.export`` and ONNX."""
+"""Exports models as graphs (``torch.export``, ONNX) that run without this package and without OpenMMLab."""
 from __future__ import annotations
 
 import importlib.util
@@ -24,10 +24,10 @@ LIMIT = 2 ** 31  # bytes of a protobuf, which an ONNX file is
 
 
 def trace(target: Target, dynamic: bool) -> ExportedProgram:
-    """The graph of a model, for any batch, and for any size of `size_note` if ``dynamic``.
+    """Traces a model for any batch size, and if ``dynamic`` for every image size of `size_note`.
 
     Raises:
-        ValueError: for a model that depends on the size in ways that a graph cannot hold.
+        ValueError: if the model depends on the size in a way that a graph cannot express.
     """
     step = target.multiple
     rows, columns = (max(LEAST, side // step) for side in target.size)
@@ -44,7 +44,7 @@ def trace(target: Target, dynamic: bool) -> ExportedProgram:
 
 
 def export_torch(target: Target, path: Path, dynamic: bool = True) -> Run:
-    """Writes a ``.pt2`` file, and returns it as a function, read back."""
+    """Writes a ``.pt2`` file, reads it back, and returns it as a function."""
     notes = target.notes | {'size': size_note(target, dynamic, LEAST)}
     torch.export.save(trace(target, dynamic), path, extra_files={'adala_mm.json': json.dumps(notes)})
     return torch.export.load(path).module()
@@ -54,8 +54,8 @@ def export_onnx(target: Target, path: Path, dynamic: bool = True, opset: int = O
     """Writes an ONNX file, and returns it as a function that ONNX Runtime runs on the CPU.
 
     Raises:
-        ImportError: without the packages that it takes.
-        ValueError: for a model that ONNX cannot hold.
+        ImportError: if a package for ONNX is missing.
+        ValueError: if ONNX cannot express the model.
     """
     require_packages()
     if opset < OPSET:
@@ -104,7 +104,7 @@ def require_packages() -> None:
 
 
 def size_note(target: Target, dynamic: bool, least: int = 1) -> str:
-    """Which sizes a graph takes, ``least`` patches along a side being the smallest."""
+    """Says which sizes a graph accepts; a side has at least ``least`` multiples."""
     if not dynamic:
         return '{} x {} only'.format(*target.size)
     return f'any multiple of {target.multiple}' + f' from {least * target.multiple} on' * (least > 1)
@@ -112,7 +112,7 @@ def size_note(target: Target, dynamic: bool, least: int = 1) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters report every rewrite; what goes wrong, they raise."""
+    """Silences the exporters, which report every rewrite; they raise real errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A linearized model of timm, transformers or mmpretrain as something to export: it needs no config."""
+"""Prepares a linearized model of timm, transformers or mmpretrain for export, without a config."""
 from __future__ import annotations
 
 import inspect
@@ -27,10 +27,10 @@ class Tokens(nn.Module):
 
 
 class OwnLogits(nn.Module):
-    """What the model itself answers with: a tensor, or the ``logits`` of transformers' results.
+    """The model's own output: a tensor, or the ``logits`` of transformers' results.
 
     Args:
-        resize: whether positions are to be resized where the model has to be told so.
+        resize: whether to ask the model to resize its positions, if it takes such an argument.
     """
 
     def __init__(self, model: nn.Module, resize: bool = False) -> None:
@@ -50,7 +50,7 @@ def of_linearized(model: nn.Module, part: str = 'backbone', size: Sequence[int] 
 
     Args:
         part: ``backbone`` for the final normalised tokens of the ViT, ``model`` for class logits.
-        size: (H, W) of the example; what the model was built for if None.
+        size: (H, W) of the example; None for the size that the model was built for.
         fixed: whether the graph will be tied to that size.
 
     Raises:
@@ -93,7 +93,7 @@ def has_classes(model: nn.Module) -> bool:
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Mean and std of pixels from 0 to 255, in RGB, as timm's model tells them; nothing if it does not."""
+    """Mean and std of RGB pixels from 0 to 255, as timm's model states them; empty if it states none."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if not cfg.get('mean') or not cfg.get('std'):
         return {}

@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the model computes."""
+"""Checks that an exported file computes what the model computes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ class Difference(NamedTuple):
 
 
 def shapes(size: tuple[int, int], multiple: int, dynamic: bool) -> list[tuple[int, int, int]]:
-    """(B, H, W) to compare at: two batches, and if the size is free a second one, which is not square."""
+    """Shapes (B, H, W) to compare at: two batch sizes, and if the size is free a second size that is not square."""
     height, width = size
     narrow = max(2, width // 2 // multiple) * multiple
     sizes = [size, (height + multiple, narrow)] if dynamic else [size]

@@ -1,4 +1,4 @@
-"""Time of a model and of its softmax twin in ONNX Runtime."""
+"""Times a model and its softmax twin in ONNX Runtime."""
 from __future__ import annotations
 
 import tempfile
@@ -53,7 +53,7 @@ def measure(target: Target, cfg: Config, run: Run, sizes: Sequence[int], dynamic
 
 
 def speed_report(rows: list[dict], attention: str) -> str:
-    """A table of what `measure` found, and what it was measured on."""
+    """Table of the results of `measure`, with the machine that measured them."""
     import onnxruntime
     table = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What of a config is exported: its backbone, or its whole model, as one function of the image."""
+"""Builds the part of a config that is exported, backbone or whole model, as one function of the image."""
 from __future__ import annotations
 
 import copy
@@ -31,9 +31,9 @@ class Target:
         model: the backbone, classifier or segmentor, in evaluation mode.
         module: images (B, 3, H, W), normalised, to a tuple of outputs.
         outputs: their names.
-        multiple: of which H and W are to be multiples, in pixels.
+        multiple: H and W must be multiples of this number of pixels.
         size: (H, W) of the example.
-        attentions: config of the attention of each block; empty if the backbone has no choice of them.
+        attentions: config of the attention of each block; empty if the backbone offers no choice.
         notes: what a reader of the file should know.
     """
 
@@ -100,8 +100,8 @@ class SegLogits(nn.Module):
 class HalfPrecision(nn.Module):
     """A copy of a target's module in float16, whose images and outputs stay float32.
 
-    What the model itself does in float32, such as the sums of linear attention over all tokens, stays there: the graph
-    says so, where a converter of finished graphs would not know.
+    What the model itself computes in float32, such as the sums of linear attention over all tokens, stays in float32.
+    The graph contains these casts; a converter of finished graphs would not know of them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -119,8 +119,8 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
     Args:
         cfg: of a classifier, a segmentor, or stage 1 or 2, whose student is taken.
         part: ``backbone``, or ``model`` for backbone and head.
-        size: (H, W) of the example; the backbone's ``img_size`` if None.
-        softmax: with softmax attention in all blocks.
+        size: (H, W) of the example; None for the backbone's ``img_size``.
+        softmax: whether to use softmax attention in all blocks.
         fixed: a plain ViT is built for images of that size alone. Its positions and the tables over its grid are
             resampled when weights are loaded, so that a graph of it resizes none.
 
@@ -176,10 +176,10 @@ def assemble(cfg: Config, part: str = 'backbone', size: Sequence[int] | None = N
 
 
 def load(target: Target, cfg: Config, checkpoint: str | Path | None) -> None:
-    """Loads ``checkpoint``, or for a backbone what its config's ``init_cfg`` names, strictly.
+    """Loads ``checkpoint`` strictly; without one, a backbone gets the weights that ``init_cfg`` names.
 
     Raises:
-        FileNotFoundError, ValueError: for a missing or unreadable file, one that does not fit, or if there is none.
+        FileNotFoundError, ValueError: if there is no file, or if it cannot be read or does not fit.
     """
     init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint)) if checkpoint else cfg.model.backbone.get('init_cfg')
     if target.model is target.backbone:
@@ -205,7 +205,7 @@ def load(target: Target, cfg: Config, checkpoint: str | Path | None) -> None:
 
 
 def name_classes(target: Target, checkpoint: str | Path | None) -> None:
-    """Puts the names of the classes into ``target.notes``, if training wrote them into its checkpoint."""
+    """Copies the names of the classes from a checkpoint of training into ``target.notes``."""
     if target.model is target.backbone or checkpoint is None:
         return
     meta = load_checkpoint(local_file(str(checkpoint))).get('meta')

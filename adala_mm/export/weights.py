@@ -1,4 +1,4 @@
-"""The weights of a backbone for timm and transformers, whose models `adala_mm.linearize` then makes linear."""
+"""Writes the weights of a backbone for timm and transformers; `adala_mm.linearize` makes their models linear."""
 from __future__ import annotations
 
 import json
@@ -38,7 +38,7 @@ def export_timm(target: Target, path: Path, family: str | None = None) -> Run:
         Images to final tokens, as `AdaLAViT.forward_features`, or to logits if the target is a classifier.
 
     Raises:
-        ValueError: for a backbone that is no plain ViT, or of a family that timm has not, or a head of another kind.
+        ValueError: if the backbone is no plain ViT, timm lacks its family, or the head is of another kind.
     """
     converted = describe(target, TIMM, tuple(FAMILIES), family)
     head = linear_head(target)
@@ -176,7 +176,7 @@ def describe(target: Target, source: Source, names: tuple[str, ...], family: str
 def their_names(ours: Converted) -> dict[str, Tensor]:
     """State dict of ``ours`` with the keys and shapes of its source, by the rules of conversion read backwards.
 
-    Without what attentions have of their own, of which the source knows nothing.
+    It leaves out the parameters that only our attentions have.
     """
     state = {}
     for key, value in ours.state.items():

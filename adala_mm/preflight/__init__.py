@@ -1,4 +1,4 @@
-"""Pre-flight check: everything that would fail later in a training run, found before it starts."""
+"""Pre-flight check: finds before a training run starts what would fail later."""
 from __future__ import annotations
 
 import functools
@@ -35,7 +35,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def preflight(plan: Plan) -> Iterator[Finding]:
-    """All findings, as they are made: data set by data set, then model, checkpoints, sizes and resources."""
+    """Yields all findings as they are made: libraries, model, each data set, checkpoints, sizes and resources."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ('libraries', libraries), ('model', functools.partial(model, plan))]
     for loader in plan.loaders:

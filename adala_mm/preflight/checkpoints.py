@@ -1,4 +1,4 @@
-"""Checks of every checkpoint that the run starts from: there, safely readable, and of the model's family."""
+"""Checks every checkpoint that the run starts from: it exists, is safe to read, and fits the model."""
 from __future__ import annotations
 
 import copy
@@ -117,7 +117,7 @@ def whole_model(plan: Plan, path: str) -> Finding:
 
 
 def fit(title: str, path: str, network: nn.Module, state: dict) -> Finding:
-    """How the keys and shapes of a file compare to a network's, which MMEngine loads what fits of."""
+    """Compares the keys and shapes of a file with a network's; MMEngine would load only those that fit."""
     wanted = network.state_dict()
     reshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     missing, left = [key for key in wanted if key not in state], [key for key in state if key not in wanted]

@@ -1,4 +1,4 @@
-"""Looks at images and label files, many at a time: decoded to the end, sizes and label values noted."""
+"""Decodes many images and label files completely, and notes sizes and label values."""
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,4 @@
-"""The run that is to be checked: its config, and the parts of it that several checks look at, each made once."""
+"""The planned run: its config, and the parts that several checks need, each made once."""
 from __future__ import annotations
 
 import copy

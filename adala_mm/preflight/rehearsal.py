@@ -1,4 +1,4 @@
-"""What MMEngine's runner builds before the first step, built by its own methods and for all processes of the plan."""
+"""Builds what MMEngine's runner builds before the first step, by its own methods, for all planned processes."""
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,4 @@
-"""What a check says, and how a list of findings reads on a terminal."""
+"""The findings of a check, and how they are printed on a terminal."""
 from __future__ import annotations
 
 import sys
@@ -40,7 +40,7 @@ def one_line(error: BaseException) -> str:
 
 def findings_of(name: str, check: Callable[[], Iterator[Finding]],
                 fix: str = 'correct what the message names') -> Iterator[Finding]:
-    """What ``check`` yields; an error in it is one more finding, so that all other checks still run."""
+    """Yields the findings of ``check``. An error in it becomes a finding, so that all other checks still run."""
     try:
         yield from check()
     except Skipped as reason:

@@ -1,4 +1,4 @@
-"""Loops, optimizer, schedulers and hooks of a run: they can be built, and what they are to do lies within the run."""
+"""Checks that loops, optimizer, schedulers and hooks can be built, and that they act within the run."""
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Image sizes against the patch: of the backbone, of the pipelines, of the data_preprocessor, of hooks."""
+"""Compares the image sizes of backbone, pipelines, data_preprocessor and hooks with the patch."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

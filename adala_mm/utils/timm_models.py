@@ -27,4 +27,4 @@ def refuse_other_rotary(name: str) -> None:
     rope = getattr(on_meta(name), 'rope', None)
     if rope is not None and not isinstance(rope, RotaryEmbeddingDinoV3):
         raise ValueError(f"{name} has rotary positions of another kind than DINOv3's (timm's {type(rope).__name__}), "
-                         "which AdaLAViT has not; adala_mm.linearize takes timm's model as it is")
+                         "which AdaLAViT lacks; adala_mm.linearize takes timm's model as it is")

@@ -94,7 +94,7 @@ def load_vit(model: nn.Module, init_cfg: dict) -> list[str]:
                          f'{Path(path).stem}_converted.safetensors{f" --key {place}" if place else ""}')
     if PE_CORE <= state.keys():
         raise ValueError(f'{path} holds weights of PE core ({", ".join(sorted(PE_CORE))}), whose rotary positions are '
-                         "of another kind than DINOv3's, which AdaLAViT has not; adala_mm.linearize takes timm's model "
+                         "of another kind than DINOv3's, which AdaLAViT lacks; adala_mm.linearize takes timm's model "
                          'as it is')
     wanted = model.state_dict()
     dropped = [key for key in state if HEAD_KEYS.match(key) and key not in wanted]
