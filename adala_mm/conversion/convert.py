@@ -60,7 +60,7 @@ def convert(state: dict[str, Tensor], family: str | None = None, num_heads: int 
     heads = num_heads or (known and known['num_heads']) or usual.get((width, hidden))
     if heads is None:
         raise ValueError(f'a ViT of width {width} with an MLP of {hidden} is none of the published ones, and no weight '
-                         'shows how many heads it has: say it with --num-heads')
+                         'shows how many heads it has: give the number with --num-heads')
     config |= {'num_heads': heads, 'norm_eps': source.norm_eps or chosen.norm_eps}
     for key in ('class_token', 'no_embed_class', 'pre_norm', 'layer_scale', 'act'):
         if getattr(chosen, key) != getattr(Family, key):

@@ -47,7 +47,7 @@ class ShardedRunner(Runner):
                              'DDP (no runner_type)')
         blocks = getattr(getattr(model, 'backbone', None), 'blocks', None)
         if not blocks:
-            raise ValueError(f'ShardedRunner shards model.backbone.blocks, which {type(model).__name__} has not: use '
+            raise ValueError(f'ShardedRunner shards model.backbone.blocks, which {type(model).__name__} lacks: use '
                              'DDP (no runner_type)')
         model.init_weights()  # while tensors are whole; every process reads the same file
         kind = get_device()

@@ -184,12 +184,12 @@ def load(target: Target, cfg: Config, checkpoint: str | Path | None) -> None:
     init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint)) if checkpoint else cfg.model.backbone.get('init_cfg')
     if target.model is target.backbone:
         if not init_cfg:
-            raise ValueError("the config's backbone names no weights (init_cfg): say a CHECKPOINT")
+            raise ValueError("the config's backbone names no weights (init_cfg): give a CHECKPOINT")
         target.model.init_cfg = init_cfg
         target.model.init_weights()
         return
     if checkpoint is None:
-        raise ValueError('a head has no weights without a CHECKPOINT: say the one that training wrote, or leave out '
+        raise ValueError('a head has no weights without a CHECKPOINT: give the one that training wrote, or leave out '
                          '--part model')
     state = read_state_dict(str(checkpoint))
     if isinstance(target.backbone, AdaLAViT):  # it may be of another size than the weights

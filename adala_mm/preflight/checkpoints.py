@@ -167,7 +167,7 @@ def not_downloaded(title: str, path: str) -> Finding | None:
         return Finding(title, ERROR, f'{path} is not here and cannot be downloaded ({type(error).__name__})',
                        f'fetch {hub_url(name)} and name that file with --cfg-options '
                        'model....init_cfg.checkpoint=FILE')
-    return Finding(title, WARNING, f'{path} is not here yet: {size / 1e9:.1f} GB come on first use, unchecked so far',
+    return Finding(title, WARNING, f'{path} is not here yet: {size / 1e9:.1f} GB to download on first use, unchecked',
                    f'hf download {repository} {file}')
 
 

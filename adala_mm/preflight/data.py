@@ -98,7 +98,7 @@ def images(plan: Plan, loader: str) -> Iterator[Finding]:
     if otherwise:
         yield Finding(name, WARNING, f'{len(otherwise)} are read in another way than in stages 1 and 2 and by the '
                       f'tools, {share}: {some(otherwise)}', 'save WebP and AVIF files upright, and TIFF files as RGB '
-                      'without alpha (docs/data.md)')
+                      'without alpha (docs/image_files.md)')
     dark = [look.path for look in seen.looks if look.dark]
     if dark:
         yield Finding(name, WARNING, f'{len(dark)} have 16 bits and are nearly black in 8, {share}: {some(dark)}',
@@ -161,7 +161,7 @@ def wrong_labels(plan: Plan, name: str, loader: str, seen: Scan) -> Iterator[Fin
         values = frozenset().union(*(look.values for look in looks)) - {ignore}
         if beyond:
             shifted = not any(reduced) and max(beyond.values()) == classes
-            yield Finding(name, ERROR, f'{len(beyond)} hold labels that {role} with num_classes={classes} has not: '
+            yield Finding(name, ERROR, f'{len(beyond)} hold labels that {role} with num_classes={classes} lacks: '
                           + some([f'{path} ({value})' for path, value in beyond.items()]),
                           f'if labels run from 1 to {classes} and 0 means none, set reduce_zero_label=True in the '
                           f'data set and in LoadAnnotations; else correct num_classes' if shifted else

@@ -145,7 +145,7 @@ def unfinished(schedulers: list, loop: BaseLoop) -> Iterator[Finding]:
                       'is from then on', 'let `end` be the length of the run, or leave it out')
     elif last.end > end:
         yield Finding('schedule', WARNING, f'{title(last)} ends at {last.end}, but the run has {end} {steps}: the '
-                      f'{name} never comes to its last value', 'let `end` be the length of the run, or leave it out')
+                      f'{name} never reaches its last value', 'let `end` be the length of the run, or leave it out')
 
 
 def hooks(runner: Rehearsal) -> Iterator[Finding]:

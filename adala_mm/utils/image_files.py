@@ -1,4 +1,4 @@
-"""Image files to pixels: opened in one way by stages 1 and 2, tools/check.py and the tools (docs/data.md)."""
+"""Image files to pixels: opened in one way by stages 1 and 2, tools/check.py and the tools (docs/image_files.md)."""
 from __future__ import annotations
 
 from io import BytesIO

@@ -276,7 +276,7 @@ def assert_ordinary(got: dict, wanted: dict) -> None:
     (dict(), False, 'start it with tools/dist_train.sh'),
     (dict(type='adala_mm.AttentionAlignment', backbone=tiny_vit(attention=LINEAR)), True, 'cannot run stage 1'),
     (dict(type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=18)), True,
-     'shards model.backbone.blocks, which ImageClassifier has not'),
+     'shards model.backbone.blocks, which ImageClassifier lacks'),
 ], ids=['alone', 'stage1', 'no_blocks'])
 def test_what_cannot_be_sharded_is_named(config, distributed, message):
     model = MODELS.build(config or dict(type='adala_mm.FeatureAlignment', backbone=tiny_vit(), teacher=tiny_vit()))

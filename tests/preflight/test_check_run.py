@@ -89,7 +89,7 @@ def test_epochs_of_few_steps(processes, batch, steps, place):
     (1, [dict(WARM_UP, end=150)], OK, ''),
     (4, [dict(WARM_UP, end=100)], WARNING, 'takes 100 of 80 steps'),  # 15 images each are 8 steps
     (1, [dict(FALL, end=200)], WARNING, 'PolyLR ends at 200 of 300 steps: the lr stays as it is from then on'),
-    (1, [dict(FALL, end=400)], WARNING, 'PolyLR ends at 400, but the run has 300 steps: the lr never comes'),
+    (1, [dict(FALL, end=400)], WARNING, 'PolyLR ends at 400, but the run has 300 steps: the lr never reaches'),
     (1, [dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, end=7)], WARNING,
      'CosineAnnealingLR ends at 210 of 300 steps'),
     (1, [dict(type='CosineAnnealingLR', by_epoch=True, end=12)], WARNING, 'ends at 12, but the run has 10 epochs'),

@@ -51,7 +51,7 @@ def test_the_command(trained, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(('args', 'said'), [
     (['none.pth', 'a.pt2'], 'no checkpoint at none.pth'),
-    (['a.pt2'], r'names no weights \(init_cfg\): say a CHECKPOINT'),
+    (['a.pt2'], r'names no weights \(init_cfg\): give a CHECKPOINT'),
     (['a.pt2', '--part', 'model'], 'a head has no weights without a CHECKPOINT'),
     (['{weights}', 'a.pt2', '--size', '30', '32'], '30 x 32 pixels are not a multiple of 8; 32 x 32 are'),
     (['{weights}', 'a.onnx', '--opset', '17'], 'from opset 18 on'),
