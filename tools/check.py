@@ -1,8 +1,9 @@
-"""Pre-flight check of a config: everything that would fail later in training, in under a minute.
+"""Checks a config before training: finds in under a minute what would fail later.
 
     python tools/check.py configs/adala/mask2former_dinov2l_ade20k.py [--data-root DIR] [--gpus 8] [--images all]
 
-Prints what is fine and what is not, with the fix. The exit code is 1 if something would fail.
+Prints one line for each check, and a fix below what is wrong. The exit code is 1 if something would fail. See
+docs/check.md.
 """
 from __future__ import annotations
 
@@ -38,17 +39,18 @@ def positive(text: str) -> float:
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='of tools/train.py: a checkpoint named here is checked, too')
-    parser.add_argument('--amp', action='store_true', help='of tools/train.py: estimate memory for bfloat16')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='of tools/train.py')
+                        help='check CHECKPOINT, too; as in tools/train.py')
+    parser.add_argument('--amp', action='store_true', help='estimate memory for bfloat16; as in tools/train.py')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='check the scaled rate; as in tools/train.py')
     parser.add_argument('--images', type=number_of_images, default=300, metavar='N|all',
-                        help='images of each data set to decode, spread evenly; 300 if unset')
-    parser.add_argument('--workers', type=int, default=min(16, cores()), help='threads that decode them')
+                        help='decode this many images of each data set, spread evenly (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=min(16, cores()),
+                        help='threads that decode images (default: %(default)s)')
     parser.add_argument('--gpus', type=int, default=int(os.environ.get('WORLD_SIZE', 1)),
-                        help='processes that the run will have; $WORLD_SIZE or 1 if unset')
+                        help='processes of the planned run (default: $WORLD_SIZE, or 1)')
     parser.add_argument('--device-memory', type=positive, metavar='GB',
-                        help='memory of the GPU that the run is planned for (GiB); the one here if unset')
-    parser.add_argument('--json', metavar='FILE', help='write the findings there, for scripts')
+                        help='memory of the planned GPU in GiB (default: that of the GPU here)')
+    parser.add_argument('--json', metavar='FILE', help='write the findings to FILE, for scripts')
     args = parser.parse_args()
     for option in ('workers', 'gpus'):
         if getattr(args, option) < 1:

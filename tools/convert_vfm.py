@@ -1,10 +1,10 @@
-"""Converts pretrained ViT weights of other libraries for `adala_mm.AdaLAViT`; docs/weights.md lists them.
+"""Converts pretrained ViT weights of other libraries for adala_mm.AdaLAViT; docs/weights.md lists them.
 
     python tools/convert_vfm.py dinov2_vitl14_pretrain.pth dinov2l.safetensors --check
     python tools/convert_vfm.py timm://vit_large_patch16_siglip_256.webli siglipl_512.safetensors --img-size 512
     python tools/convert_vfm.py ViT-L-14.safetensors clipl.safetensors --family clip_openai --patch-size 16
 
-Nothing is written unless every key is accounted for and, with --check, the features are those of the source library.
+It writes nothing unless every key is accounted for and, with --check, the features are those of the source library.
 """
 import argparse
 from pathlib import Path
@@ -35,22 +35,27 @@ TOLERANCE = 1e-4  # of the greatest feature, or of 1 if that is smaller
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('src', help='file of weights (.safetensors, .pth, .bin), folder of Hugging Face, or timm://NAME')
-    parser.add_argument('out', type=Path, help='new .safetensors file')
-    parser.add_argument('--key', help='where in the file the weights are, if not at its top: teacher, or '
-                                      'teacher.backbone for the official checkpoints of DINOv2 in training')
+    parser.add_argument('src',
+                        help='file of weights (.safetensors, .pth, .bin), folder of Hugging Face, or timm://NAME')
+    parser.add_argument('out', type=Path, help='.safetensors file to write; it must not exist')
+    parser.add_argument('--key', help='where in the file the weights are, if not at its top, such as teacher, or '
+                                      'teacher.backbone for official checkpoints of DINOv2 in training')
     parser.add_argument('--grid', type=int, nargs=2, metavar=('H', 'W'),
                         help='grid of the position embeddings in the file, in patches, if it is not square')
-    parser.add_argument('--family', choices=list(FAMILIES), help='needed where the weights do not show it')
-    parser.add_argument('--patch-size', type=int, help='resample the patch kernel; unset: as it is')
-    parser.add_argument('--patch-method', choices=PATCH_METHODS, default='flexi', help='how; %(default)s if unset')
+    parser.add_argument('--family', choices=list(FAMILIES), metavar='F',
+                        help=f'family of the weights, if they fit several: {", ".join(FAMILIES)}')
+    parser.add_argument('--patch-size', type=int, metavar='P',
+                        help='resample the patch kernel to P x P pixels (default: keep it)')
+    parser.add_argument('--patch-method', choices=PATCH_METHODS, default='flexi',
+                        help='how --patch-size resamples (default: %(default)s)')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='S',
-                        help='resize position embeddings for images of S x S, or HEIGHT WIDTH; unset: as they are')
-    parser.add_argument('--num-heads', type=int, help='needed for ViTs of unusual width')
+                        help='resize position embeddings for images of S x S, or of HEIGHT WIDTH (default: keep them)')
+    parser.add_argument('--num-heads', type=int, metavar='N',
+                        help='number of heads; needed for ViTs of unusual width, because no weight shows it')
     parser.add_argument('--check', nargs='?', const=PHOTO, metavar='IMAGE',
-                        help=f"compare features with the source library's model, on IMAGE or {PHOTO}")
+                        help=f"compare features with the source library's model on an image (default: {PHOTO})")
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='unpickle anything; a file that you do not trust can run code then')
+                        help='unpickle whatever the file holds, which can run any code; for files that you trust')
     args = parser.parse_args()
     if args.out.suffix != '.safetensors':
         parser.error(f'{args.out}: the result is a .safetensors file')

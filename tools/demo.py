@@ -1,9 +1,9 @@
-"""The three stages on the embedded data set, from scratch to report, in minutes on a CPU.
+"""Runs all three stages on the embedded data set, from scratch to a report, in minutes on a CPU.
 
     python tools/demo.py [--work-dir work_dirs/demo]
 
-Every step is `tools/train.py` with a config of configs/demo/; steps that do not need each other run side by side, one
-thread each. Ends with report.md and report.html in the work dir.
+Each step is `tools/train.py` with a config of configs/demo/. Steps that do not need each other run in parallel, with
+one thread each. At the end it writes report.md and report.html to the work dir.
 """
 from __future__ import annotations
 
@@ -114,8 +114,10 @@ def report_progress(out: Path, began: float, live: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--work-dir', default='work_dirs/demo')
-    parser.add_argument('--data-root', default='data', help='where the embedded data set is drawn (beacons/)')
+    parser.add_argument('--work-dir', default='work_dirs/demo',
+                        help='folder for runs and report (default: %(default)s)')
+    parser.add_argument('--data-root', default='data',
+                        help='folder in which the embedded data set is drawn, as beacons/ (default: %(default)s)')
     args = parser.parse_args()
     out = Path(args.work_dir).resolve()
     if out.parts[-2:] != ('work_dirs', 'demo'):

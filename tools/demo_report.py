@@ -213,8 +213,10 @@ def as_html(markdown: str, out: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='work dir of the demo')
-    parser.add_argument('--data-root', type=Path, default=Path('data'))
-    parser.add_argument('--seconds', type=float, default=0.0, help='how long the runs took, for the report')
+    parser.add_argument('--data-root', type=Path, default=Path('data'),
+                        help='folder of the embedded data set (default: %(default)s)')
+    parser.add_argument('--seconds', type=float, default=0.0,
+                        help='how many seconds the runs took; the report shows it')
     args = parser.parse_args()
     out, began = args.out, time.time()
     warnings.filterwarnings('ignore')

@@ -1,12 +1,12 @@
-"""Exports a trained model: ONNX, torch.export, timm or transformers, by the suffix of OUT; see docs/export.md.
+"""Exports a trained model to ONNX, torch.export, timm or transformers; the suffix of OUT chooses. See docs/export.md.
 
     python tools/export.py CONFIG [CHECKPOINT] OUT.onnx [--part model] [--size H W] [--fixed-size] [--half]
     python tools/export.py CONFIG [CHECKPOINT] OUT.pt2
     python tools/export.py CONFIG [CHECKPOINT] OUT.safetensors     # timm
     python tools/export.py CONFIG [CHECKPOINT] FOLDER              # transformers
-    python tools/export.py LINEARIZED OUT.onnx                     # what adala_mm.save wrote: .onnx and .pt2
+    python tools/export.py LINEARIZED OUT.onnx                     # a file of adala_mm.save, to .onnx or .pt2
 
-What was written is read back and compared with the model; nothing is left if it differs.
+It reads the result back and compares it with the model. If they differ, it leaves no file.
 """
 import argparse
 import dataclasses
@@ -33,31 +33,34 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='config file; or the file or folder of a linearized model of timm, transformers '
-                        'or mmpretrain, as adala_mm.load takes it')
-    parser.add_argument('checkpoint', nargs='?', help="unset: what the backbone's init_cfg names")
-    parser.add_argument('out', type=Path, help='new file: .onnx, .pt2, .safetensors for timm, or a folder for '
+    parser.add_argument('config', help='config; or the file or folder of a linearized model of timm, transformers or '
+                        'mmpretrain, as adala_mm.load reads it')
+    parser.add_argument('checkpoint', nargs='?', help="checkpoint of the config (default: the weights that the "
+                        "backbone's init_cfg names)")
+    parser.add_argument('out', type=Path, help='new file: .onnx, .pt2, or .safetensors for timm; a new folder for '
                         'transformers')
     parser.add_argument('--part', choices=export.PARTS, default='backbone',
-                        help='backbone alone, or the whole model, head included; %(default)s if unset')
+                        help='export the backbone alone, or the whole model with its head (default: %(default)s)')
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
-                        help="size to trace and to compare at; the config's img_size if unset")
-    parser.add_argument('--fixed-size', action='store_true', help='tie a graph to that size')
-    parser.add_argument('--half', action='store_true', help='graph in float16 with float32 images and outputs; what '
-                        'attention sums over tokens stays float32')
-    parser.add_argument('--opset', type=int, default=OPSET, help='of ONNX; %(default)s if unset, no less')
-    parser.add_argument('--family', choices=list(FAMILIES), help='of the ViT, for timm and transformers')
-    parser.add_argument('--tolerance', type=float, help='allowed difference from the float32 model, of the greatest '
-                        f'output or of 1; {TOLERANCE:g} if unset, {HALF_TOLERANCE:g} with --half')
+                        help="size at which to trace and compare (default: the config's img_size)")
+    parser.add_argument('--fixed-size', action='store_true', help='make a graph for that size only')
+    parser.add_argument('--half', action='store_true', help='cast the graph to float16; images, outputs and sums '
+                        'over tokens stay float32')
+    parser.add_argument('--opset', type=int, default=OPSET,
+                        help='opset of ONNX, at least %(default)s (default: %(default)s)')
+    parser.add_argument('--family', choices=list(FAMILIES), metavar='F',
+                        help=f'family of the ViT, for timm and transformers: {", ".join(FAMILIES)}')
+    parser.add_argument('--tolerance', type=float, help='allowed difference from the float32 model, as a share of the '
+                        f'greatest output or of 1 (default: {TOLERANCE:g}; with --half {HALF_TOLERANCE:g})')
     parser.add_argument('--benchmark', type=int, nargs='+', metavar='S',
-                        help=f'sides at which ONNX Runtime is timed; {" ".join(map(str, SIZES))} if unset')
+                        help=f'time ONNX Runtime at these sides (default: {" ".join(map(str, SIZES))})')
     parser.add_argument('--no-benchmark', action='store_true', help='do not time ONNX Runtime')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it is a file')
-    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT, if it is a file')
+    parser.add_argument('--data-root', help='use this folder where the config says data/')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override config entries')
+                        help='override entries of the config')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='unpickle whatever a checkpoint holds; it can run any code, so for files of your own only')
+                        help='unpickle whatever a checkpoint holds, which can run any code; for your own files only')
     parser.set_defaults(launcher='none', local_rank=0, work_dir=None)
     args = parser.parse_intermixed_args()
     if args.out.suffix not in FORMATS:

@@ -1,9 +1,9 @@
-"""Adds LoRA's updates to the weights of a checkpoint, which then holds plain Hedgehog attention.
+"""Adds the updates of LoRA to the weights of a checkpoint, which then holds plain Hedgehog attention.
 
     python tools/merge_lora.py work_dirs/cls_dinov2l_lolcats_native_in1k/epoch_10.pth merged.pth
 
-The result is a file of torch.save, or of safetensors if it is called so. It loads wherever `adala_mm.HedgehogAttention`
-stands in place of `adala_mm.LoLCATSAttention`.
+The result is a .safetensors file if OUT has this suffix, otherwise a file of torch.save. It loads into a model with
+`adala_mm.HedgehogAttention` in place of `adala_mm.LoLCATSAttention`.
 """
 import argparse
 import io
@@ -30,10 +30,12 @@ def content_of(state: dict[str, Tensor], suffix: str) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('checkpoint')
-    parser.add_argument('out', type=Path)
-    parser.add_argument('--alpha', type=float, default=16.0, help="numerator of the scale, as in the model's config")
-    parser.add_argument('--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds')
+    parser.add_argument('checkpoint', help='checkpoint of a model with LoLCATSAttention')
+    parser.add_argument('out', type=Path, help='file to write; it must not exist')
+    parser.add_argument('--alpha', type=float, default=16.0,
+                        help="LoRA's alpha, as in the model's config (default: %(default)s)")
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='unpickle whatever the checkpoint holds, which can run any code; for your own files only')
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f'{args.out} exists already; nothing is overwritten')

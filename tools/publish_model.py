@@ -1,11 +1,11 @@
-"""Makes a checkpoint fit for publishing: weights and what describes them, the hash of the file in its name.
+"""Prepares a checkpoint for publishing: keeps weights and their description, and puts the hash into the file's name.
 
     python tools/publish_model.py work_dirs/mask2former_dinov2l_ade20k/epoch_20.pth published/mask2former_dinov2l_ade20k
 
 writes published/mask2former_dinov2l_ade20k-<first 8 digits of SHA-256>.pth.
 
-Of a run with MMEngine's EMAHook the averaged weights are published, which validation has scored: the hook saves them as
-`state_dict`, and those of the last step, of which they are the average, as `ema_state_dict`.
+If the run had MMEngine's EMAHook, the averaged weights are published. These are the weights that validation scored. The
+hook saves them as `state_dict`, and the weights of the last step as `ema_state_dict`.
 """
 import argparse
 from pathlib import Path
@@ -21,12 +21,14 @@ KEPT = ('state_dict', 'meta')  # not the optimizer, schedulers, log buffers
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('checkpoint', type=Path, help='what tools/train.py wrote')
-    parser.add_argument('out', type=Path, help='path of the result, without hash and suffix')
+    parser.add_argument('checkpoint', type=Path, help='checkpoint that tools/train.py wrote')
+    parser.add_argument('out', type=Path, help='path of the result without hash and suffix')
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--ema', action='store_true', help='refuse a checkpoint without averaged weights')
-    which.add_argument('--raw', action='store_true', help="publish the last step's weights instead of their average")
-    parser.add_argument('--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds')
+    which.add_argument('--raw', action='store_true',
+                       help='publish the weights of the last step instead of their average')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='unpickle whatever the checkpoint holds, which can run any code; for your own files only')
     args = parser.parse_args()
     with one_message():
         publish(args, parser)

@@ -11,10 +11,10 @@ from adala_mm.utils.cli import base_parser, check_data, leave_processes, load_co
 @message_for_files()
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--show-dir', help='paint predictions into this folder')
-    parser.add_argument('--out', help='also write the predicted label maps here (segmentation only)')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation, if the config defines it')
+    parser.add_argument('checkpoint', help='checkpoint to score')
+    parser.add_argument('--show-dir', help='draw the predictions into this folder')
+    parser.add_argument('--out', help='also write the predicted label maps to this folder (segmentation only)')
+    parser.add_argument('--tta', action='store_true', help='use test-time augmentation, if the config defines it')
     args = parser.parse_args()
     cfg = load_config(args)
     cfg.load_from = args.checkpoint

@@ -1,4 +1,4 @@
-"""Trains any config of this repository: alignment stages, segmentors and classifiers alike.
+"""Trains any config: a stage of alignment, a segmentor or a classifier.
 
     python tools/train.py configs/adala/mask2former_dinov2l_ade20k.py [--work-dir DIR] [--resume] [--amp] \
         [--seed N] [--deterministic]
@@ -23,13 +23,13 @@ from adala_mm.utils.cli import (
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue from the newest checkpoint in the work dir, or from the one given')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision in bfloat16')
+                        help='continue from the newest checkpoint in the work dir, or from CHECKPOINT')
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision in bfloat16')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help="scale the learning rate to this run's total batch size")
-    parser.add_argument('--seed', type=int, help="of all random numbers, instead of the config's")
+    parser.add_argument('--seed', type=int, help="seed of all random numbers (default: the config's)")
     parser.add_argument('--deterministic', action='store_true',
-                        help='deterministic algorithms only: slower; equal runs are bitwise equal on a CPU')
+                        help='use deterministic algorithms only; slower, but on a CPU equal runs give equal bits')
     args = parser.parse_args()
     if args.seed is not None and not 0 <= args.seed < 2 ** 32:
         parser.error(f'--seed must be within 0 and 2^32 - 1, got {args.seed}')

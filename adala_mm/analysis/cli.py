@@ -37,29 +37,30 @@ def analysis_parser(doc: str, num_images: int = 0) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     if num_images:
         parser.add_argument('students', nargs='+', type=Spec.parse, metavar='[NAME=]CONFIG[:CHECKPOINT]',
-                            help='config of any stage; without a checkpoint, what its init_cfg names')
+                            help='config of any stage, and its checkpoint (default: the weights that init_cfg names)')
         parser.add_argument('--teacher', type=Spec.parse, metavar='CONFIG[:CHECKPOINT]',
-                            help='config with softmax attention, or of stage 1 or 2, whose teacher is taken; that of '
-                            'the students if unset')
+                            help='config with softmax attention, or of stage 1 or 2, whose teacher is taken (default: '
+                            'the teacher of the students)')
         parser.add_argument('--images', nargs='+', metavar='PATH',
-                            help='files and folders; the validation set of the first config if unset')
+                            help='files and folders (default: the validation set of the first config)')
         parser.add_argument('--num-images', type=positive, default=num_images, metavar='N',
-                            help='this many of them, spread evenly; %(default)s if unset')
+                            help='use this many of them, spread evenly (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'), metavar='DIR',
-                        help='where JSON and PNG go; %(default)s if unset')
-    parser.add_argument('--overwrite', action='store_true', help='replace earlier results there')
-    parser.add_argument('--device', type=usable_device, default=str(default_device()), help='%(default)s if unset')
-    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+                        help='folder for the JSON and PNG files (default: %(default)s)')
+    parser.add_argument('--overwrite', action='store_true', help='replace earlier results in that folder')
+    parser.add_argument('--device', type=usable_device, default=str(default_device()),
+                        help='device to run on (default: %(default)s)')
+    parser.add_argument('--data-root', help='use this folder where the config says data/')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override entries of all configs')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='unpickle whatever a checkpoint holds; it can run any code, so for files of your own only')
+                        help='unpickle whatever a checkpoint holds, which can run any code; for your own files only')
     return parser
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=positive, nargs='+', metavar='H [W]',
-                        help="of the images in pixels; the teacher's img_size if unset")
+                        help="size of the images in pixels (default: the teacher's img_size)")
 
 
 def open_networks(args: argparse.Namespace) -> tuple[Network, list[Network]]:

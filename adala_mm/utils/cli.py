@@ -1,4 +1,4 @@
-"""What `tools/train.py` and `tools/test.py` share: mmseg's command-line grammar."""
+"""What the command lines of `tools/` share, in the grammar of mmseg."""
 from __future__ import annotations
 
 import argparse
@@ -25,16 +25,18 @@ from adala_mm.utils.weight_files import UnreadableCheckpoint
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
-    """Parser with the options that both tools know."""
+    """Parser with the options that all tools share which read a config."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file, or the name of one of adala_mm, as stage1_dinov2l_coco')
-    parser.add_argument('--work-dir', help='where logs, checkpoints and results go; ./work_dirs/<config name> if unset')
-    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
+    parser.add_argument('config', help='config file, or name of a config of adala_mm, such as stage1_dinov2l_coco')
+    parser.add_argument('--work-dir',
+                        help='folder for logs, checkpoints and results (default: ./work_dirs/<config name>)')
+    parser.add_argument('--data-root', help='use this folder where the config says data/')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override config entries, e.g. train_dataloader.batch_size=4 model.backbone.depth=2')
+                        help='override entries of the config, as train_dataloader.batch_size=4 model.backbone.depth=2')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='unpickle whatever a checkpoint holds; it can run any code, so for files of your own only')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+                        help='unpickle whatever a checkpoint holds, which can run any code; for your own files only')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='how the processes are started; the shell scripts set this (default: %(default)s)')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 

@@ -1,10 +1,10 @@
-"""Mean and spread of several runs that differ in nothing but their seed.
+"""Averages the scores of several runs that differ only in their seed, and shows the spread.
 
     python tools/analysis_tools/analyze_seeds.py work_dirs/run_seed0 work_dirs/run_seed1 ... [--metric mIoU] \
         [--json OUT.json] [--png OUT.png]
 
-Takes each run's last validation. Runs with different configs are not averaged; --ignore names differences that are
-meant, such as the checkpoints of stages that had the same seeds.
+It takes the last validation of each run. It refuses to average runs with different configs; --ignore names entries that
+may differ, such as the checkpoints of earlier stages with the same seeds.
 """
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def draw(path: Path, rows: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('runs', nargs='+', type=Path, help='work dirs')
-    parser.add_argument('--metric', nargs='+', help='scores to average; all of them if unset')
+    parser.add_argument('runs', nargs='+', type=Path, help='work dirs of the runs')
+    parser.add_argument('--metric', nargs='+', help='scores to average (default: all)')
     parser.add_argument('--ignore', nargs='+', default=[], metavar='KEY',
                         help='config entries that may differ, e.g. model.backbone.init_cfg')
-    parser.add_argument('--json', type=Path, help='also write the figures there')
-    parser.add_argument('--png', type=Path, help='also draw them')
+    parser.add_argument('--json', type=Path, help='also write the figures to this file')
+    parser.add_argument('--png', type=Path, help='also draw the figures into this file')
     args = parser.parse_args()
     twice = [str(path) for path, count in Counter(path.resolve() for path in args.runs).items() if count > 1]
     if twice:

@@ -1,13 +1,13 @@
-"""Memory and multiply-adds of every attention module alone against sequence length (ViT-AdaLA Fig. 3).
+"""Measures memory and multiply-adds of every attention module against sequence length (ViT-AdaLA Fig. 3).
 
     python tools/analysis_tools/attention_costs.py [--tokens 64 256 1024 4096] [--dim 1024] [--heads 16] [--out DIR]
 
-The layers are those that the configs build, projections included, the paper's baselines with its numbers
+The layers are those that the configs build, with their projections; the paper's baselines have its settings
 (configs/_base_/attentions.py). Multiply-adds are counted from shapes. Memory is measured in a forward pass of one
-sequence without gradients: the most that is held at a time beyond weights and input, on a GPU by PyTorch's allocator,
-on a CPU by summing up the allocations that its profiler sees. What would need more than half of the device's memory,
-as it grew from one length to the next, is skipped. Softmax is there twice, with the fused kernel that PyTorch takes,
-and by its formula with the N x N matrix. Writes attention_costs.json, after each length, and attention_costs.png.
+sequence without gradients: the peak beyond weights and input. A GPU's peak comes from PyTorch's allocator, a CPU's from
+the sum of the allocations in PyTorch's profiler. A length is skipped if the memory, extrapolated from the shorter
+lengths, would exceed half of the device's. Softmax appears twice: with the fused kernel that PyTorch chooses, and by
+its formula with the N x N matrix. Writes attention_costs.json after each length, and attention_costs.png.
 """
 from __future__ import annotations
 
@@ -182,11 +182,13 @@ def square(text: str) -> int:
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--tokens', nargs='+', type=square, help='lengths, squares; 64 ... 4,096, on a GPU ... 65,536',
+    parser.add_argument('--tokens', nargs='+', type=square,
+                        help='sequence lengths, which must be squares (default: 64 ... 4,096; on a GPU 64 ... 65,536)',
                         default=[4 ** i for i in range(3, 9 if device.type == 'cuda' else 7)])
-    parser.add_argument('--dim', type=int, default=1024, help='channels; those of a ViT-L if unset')
-    parser.add_argument('--heads', type=int, default=16)
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'), metavar='DIR')
+    parser.add_argument('--dim', type=int, default=1024, help='channels (default: %(default)s, as in a ViT-L)')
+    parser.add_argument('--heads', type=int, default=16, help='attention heads (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'), metavar='DIR',
+                        help='folder for the results (default: %(default)s)')
     args = parser.parse_args()
     if args.heads < 1 or args.dim < 1 or args.dim % args.heads:
         parser.error(f'--dim {args.dim} --heads {args.heads}: heads share the channels equally; take 1024 and 16')

@@ -1,11 +1,12 @@
-"""Speed and memory of the attention core: ours against PyTorch's softmax attention and other linear ones.
+"""Measures speed and memory of the attention core: ours, PyTorch's softmax attention, and other linear ones.
 
     python tools/analysis_tools/benchmark_attention.py [--quick] [--heads 12 --dim 64 --batch 1] [--dtype bf16]
         [--passes forward backward] [--warm-up 16]
 
-Input is what a ViT's qkv projection leaves, (B, N, 3, H, D); output what its output projection reads. All competitors
-take turns. On a GPU, times are those of the kernels alone, from a cold cache. Writes JSON and a picture beside it; an
---out that ends in .jsonl gets each row as it is measured, and rows that it has are not measured again.
+The input is the output of a ViT's qkv projection, (B, N, 3, H, D). The output is the input of its output projection.
+All competitors take turns. On a GPU, the times are those of the kernels alone, with a cold cache. Writes JSON and a
+picture beside it. If --out ends in .jsonl, each row is written as soon as it is measured, and rows that the file has
+are skipped.
 """
 from __future__ import annotations
 
@@ -292,22 +293,26 @@ def main() -> None:
     device = default_device()
     gpu = device.type == 'cuda'
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='few lengths, little time for each')
-    parser.add_argument('--tokens', nargs='+', type=int, help='lengths, instead of 64 ... 65,536')
-    parser.add_argument('--batch', nargs='+', type=int, default=[1])
-    parser.add_argument('--heads', type=int, default=12)
-    parser.add_argument('--dim', type=int, default=64, help='channels of a head')
-    parser.add_argument('--dtype', choices=DTYPES, default='bf16' if gpu else 'fp32')
+    parser.add_argument('--quick', action='store_true', help='measure few lengths for a short time each')
+    parser.add_argument('--tokens', nargs='+', type=int, help='sequence lengths (default: 64 ... 65,536)')
+    parser.add_argument('--batch', nargs='+', type=int, default=[1], help='images in a batch (default: 1)')
+    parser.add_argument('--heads', type=int, default=12, help='attention heads (default: %(default)s)')
+    parser.add_argument('--dim', type=int, default=64, help='channels of a head (default: %(default)s)')
+    parser.add_argument('--dtype', choices=DTYPES, default='bf16' if gpu else 'fp32',
+                        help='precision (default: bf16 on a GPU, otherwise fp32)')
     parser.add_argument('--passes', nargs='+', choices=UNITS, default=['forward', 'forward + backward'],
-                        help='some of "forward", "backward" and "forward + backward"; the first and the last')
+                        help='"forward", "backward", "forward + backward" (default: the first and the last)')
     parser.add_argument('--competitors', nargs='+', metavar='NAME', choices=NAMES,
                         default=NAMES if gpu else ['sdpa', 'math', 'ours', 'plain'],
-                        help=f'some of {", ".join(NAMES)}; all, on a CPU sdpa math ours plain')
-    parser.add_argument('--warm-up', type=int, metavar='PROCESSES', help='measure nothing: call each once, in so many '
-                        'processes, so that kernels are compiled side by side and stay in the compilers\' caches')
-    parser.add_argument('--time-limit', type=float, default=2.0, help='skip what would take more seconds for one call')
-    parser.add_argument('--seconds', type=float, help='of measurements for each length; 2, with --quick 0.5')
-    parser.add_argument('--out', default='work_dirs/benchmarks/attention.json')
+                        help=f'{", ".join(NAMES)} (default: all; on a CPU sdpa math ours plain)')
+    parser.add_argument('--warm-up', type=int, metavar='PROCESSES',
+                        help='measure nothing, but compile the kernels in this '
+                        'many processes, so that a later run finds them in the cache')
+    parser.add_argument('--time-limit', type=float, default=2.0,
+                        help='skip a call that would take more seconds (default: %(default)s)')
+    parser.add_argument('--seconds', type=float, help='seconds to measure each length (default: 2; with --quick 0.5)')
+    parser.add_argument('--out', default='work_dirs/benchmarks/attention.json',
+                        help='file to write (default: %(default)s)')
     args = parser.parse_args()
     args.tokens = sorted(args.tokens or (QUICK_TOKENS if args.quick else TOKENS))
     args.seconds = args.seconds or (0.5 if args.quick else 2.0)

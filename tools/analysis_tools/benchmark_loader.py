@@ -1,13 +1,13 @@
-"""Images/s of a config's training data, reading, decoding and augmenting, at several numbers of worker processes.
+"""Measures the images/s that the data loader of a config delivers, for several numbers of worker processes.
 
     python tools/analysis_tools/benchmark_loader.py configs/adala/stage2_dinov2l_in22k.py [--workers 0 1 2 4 8]
         [--data-root DATA] [--cfg-options KEY=VALUE ...] [--training work_dirs/benchmarks/training.json]
 
-Measures whatever the config trains on, once its workers have started and filled their queues. Images/s per core are
-images per second of processor time, of all processes together: they hold on a busy machine, too, and exceed images/s
-where the disk is waited for. With --training, a record of benchmark_training.py, says whether its training steps would
-wait for the loader. The first run also lists the images and keeps that list, if the config has an ``index_dir``.
-Writes JSON.
+It measures the training data of the config: reading, decoding and augmentation. The clock starts when the workers have
+filled their queues. Images/s per core are images per second of processor time, summed over all processes. They also
+hold on a busy machine, and exceed images/s if the workers wait for the disk. With --training, a record of
+benchmark_training.py, it says whether training would wait for the loader. The first run also lists the images and keeps
+the list, if the config has an ``index_dir``. Writes JSON.
 """
 from __future__ import annotations
 
@@ -142,14 +142,18 @@ def verdict(name: str, wanted: float, rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='config, as of tools/train.py; its train_dataloader is measured')
-    parser.add_argument('--workers', nargs='+', type=int, help='0, 1, 2, 4 ... up to the number of cores')
-    parser.add_argument('--batch', type=int, help="images in a batch; the config's if unset")
-    parser.add_argument('--seconds', type=float, default=10.0, help='of measurement for each number of workers')
-    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='as of tools/train.py')
-    parser.add_argument('--training', help='record of benchmark_training.py; says whether its steps would wait')
-    parser.add_argument('--out', default='work_dirs/benchmarks/loader.json')
+    parser.add_argument('config', help='config, as in tools/train.py; its train_dataloader is measured')
+    parser.add_argument('--workers', nargs='+', type=int,
+                        help='numbers of worker processes (default: 0, 1, 2, 4 ... up to the number of cores)')
+    parser.add_argument('--batch', type=int, help="images in a batch (default: the config's)")
+    parser.add_argument('--seconds', type=float, default=10.0,
+                        help='seconds to measure each number of workers (default: %(default)s)')
+    parser.add_argument('--data-root', help='use this folder where the config says data/')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override entries of the config')
+    parser.add_argument('--training', help='record of benchmark_training.py; shows whether its steps would wait')
+    parser.add_argument('--out', default='work_dirs/benchmarks/loader.json',
+                        help='file to write (default: %(default)s)')
     args = parser.parse_args()
     if args.training and not Path(args.training).is_file():
         parser.error(f'--training: no record at {args.training}; tools/analysis_tools/benchmark_training.py writes one')

@@ -1,16 +1,16 @@
-"""Speed and memory of whole ViTs at growing image sizes: softmax attention against linear or any other one.
+"""Measures speed and memory of whole ViTs at growing image sizes, with softmax, linear or any other attention.
 
     python tools/analysis_tools/benchmark_model.py [--quick] [--arch S B L] [--attentions all | paper]
         [--dtype fp32 bf16] [--compile [MODE ...]] [--cuda-graph] [--best-batch]
     python tools/analysis_tools/benchmark_model.py --configs CONFIG ... [--count-only] [--sizes 512 1024 2048]
 
-Random weights, patch 16, batch 1 unless --best-batch is given. All attentions of a size take turns; times are what one
-waits for, launches included; with --cuda-graph also of the same launches recorded once and replayed. Writes JSON, and
-says where linear attention begins to be faster. An --out that ends in .jsonl gets each row as it is measured; rows that
-it has are not measured again.
+The ViTs have random weights, patch 16 and batch 1, unless --best-batch is given. All attentions of one size take turns.
+Times are what a caller waits for, launches included; with --cuda-graph, also for the same launches recorded once and
+replayed. Writes JSON, and says from which size on linear attention is faster.
+If --out ends in .jsonl, each row is written as soon as it is measured, and rows that the file has are skipped.
 
-With --configs, segmentors as these configs have them, part by part: which share of the multiply-adds, and of the time,
-is backbone, neck and head. Time is then that of all threads on a CPU, whatever else it does.
+With --configs, it measures the parts of the segmentors of these configs: the share of backbone, neck and head in the
+multiply-adds and in the time. On a CPU, this is the processor time of all threads, which other programs do not change.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def variants(args: argparse.Namespace) -> list[tuple[str, str | bool, bool]]:
 
 def add_compile_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument('--compile', nargs='*', choices=COMPILE_MODES, metavar='MODE',
-                        help=f'{what} in these modes, by default the first: {", ".join(COMPILE_MODES)}')
+                        help=f'{what} in these modes: {", ".join(COMPILE_MODES)} (default: the first)')
 
 
 def start(models: dict[str, Model], images: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
@@ -256,21 +256,24 @@ def main() -> None:
     ATTENTIONS.import_from_location()
     known = sorted(ATTENTIONS.module_dict)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='ViT-S at three sizes, little time for each')
-    parser.add_argument('--arch', nargs='+', choices=ARCHS, help='T S B L; S B L, with --quick S')
-    parser.add_argument('--sizes', nargs='+', type=int, help='sides of the image in pixels, instead of 224 ... 2048')
+    parser.add_argument('--quick', action='store_true', help='measure a ViT-S at three sizes for a short time each')
+    parser.add_argument('--arch', nargs='+', choices=ARCHS,
+                        help='sizes of the ViT: T S B L (default: S B L; with --quick S)')
+    parser.add_argument('--sizes', nargs='+', type=int, help='sides of the image in pixels (default: 224 ... 2048)')
     parser.add_argument('--attentions', nargs='+', metavar='NAME', default=['LinearAttention'],
-                        help='to be measured with softmax attention: registered names, or all of them; names of '
-                        'configs/_base_/attentions.py, or paper: linear attention and all of these')
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'])
-    add_compile_option(parser, 'compiled models too,')
-    parser.add_argument('--cuda-graph', action='store_true', help='launches recorded in a CUDA graph, too')
-    parser.add_argument('--best-batch', action='store_true', help='images/s at the best batch size too')
+                        help='attentions to compare with softmax attention: registered names, or "all" of them; names '
+                        'in configs/_base_/attentions.py, or "paper" for LinearAttention and all of these')
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'], help='precision (default: fp32)')
+    add_compile_option(parser, 'also measure compiled models,')
+    parser.add_argument('--cuda-graph', action='store_true', help='also measure a CUDA graph of the model')
+    parser.add_argument('--best-batch', action='store_true', help='also measure images/s at the best batch size')
     parser.add_argument('--configs', nargs='+', metavar='CONFIG', help='measure the parts of these segmentors instead')
-    parser.add_argument('--count-only', action='store_true', help='of --configs: no times')
-    parser.add_argument('--time-limit', type=float, default=20.0, help='skip what would take more seconds for one call')
-    parser.add_argument('--seconds', type=float, help='of measurements for each size; 3, with --quick 1')
-    parser.add_argument('--out', default='work_dirs/benchmarks/model.json')
+    parser.add_argument('--count-only', action='store_true',
+                        help='with --configs: count multiply-adds and measure no time')
+    parser.add_argument('--time-limit', type=float, default=20.0,
+                        help='skip a call that would take more seconds (default: %(default)s)')
+    parser.add_argument('--seconds', type=float, help='seconds to measure each size (default: 3; with --quick 1)')
+    parser.add_argument('--out', default='work_dirs/benchmarks/model.json', help='file to write (default: %(default)s)')
     args = parser.parse_args()
     groups = dict(all=known, paper=['LinearAttention', *paper_attentions()])
     names = [name.removeprefix('adala_mm.') for word in args.attentions for name in groups.get(word, [word])]

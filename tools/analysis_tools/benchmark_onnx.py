@@ -1,10 +1,10 @@
-"""What lower precision does to an exported graph: size, time, and how far its outputs are from those in float32.
+"""Shows what lower precision changes in an exported graph: its size, its time, and its outputs against float32.
 
     python tools/export.py CONFIG CHECKPOINT model.onnx
     python tools/export.py CONFIG CHECKPOINT half.onnx --half
     python tools/analysis_tools/benchmark_onnx.py model.onnx half.onnx --int8 --images FOLDER
 
-The first file is what the others are compared with; --int8 adds its dynamically quantised copy, by ONNX Runtime.
+The other files are compared with the first one. --int8 adds a copy of the first, which ONNX Runtime quantises.
 """
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ def agreement(got: torch.Tensor, wanted: torch.Tensor) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', type=Path, nargs='+', help='.onnx files of the same model, the float32 one first')
-    parser.add_argument('--int8', action='store_true', help='quantise the first one as well')
+    parser.add_argument('--int8', action='store_true', help='also measure an int8 copy of the first file')
     parser.add_argument('--images', type=Path, required=True, help='folder of images, sub-folders included')
-    parser.add_argument('--limit', type=int, default=200, help='images to compare on; %(default)s if unset')
-    parser.add_argument('--size', type=int, nargs=2, default=[224, 224], metavar=('H', 'W'))
-    parser.add_argument('--seconds', type=float, default=10, help='to time all of them; %(default)g if unset')
+    parser.add_argument('--limit', type=int, default=200, help='greatest number of images (default: %(default)s)')
+    parser.add_argument('--size', type=int, nargs=2, default=[224, 224], metavar=('H', 'W'),
+                        help='size of the images (default: 224 224)')
+    parser.add_argument('--seconds', type=float, default=10, help='seconds to time all graphs (default: %(default)g)')
     args = parser.parse_args()
     files = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in EXTENSIONS)[:args.limit]
     if not files:

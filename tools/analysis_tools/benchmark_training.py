@@ -1,14 +1,14 @@
-"""Speed and memory of training steps of stages 1, 2 and 3, against a straightforward loop.
+"""Measures speed and memory of training steps of stages 1, 2 and 3 against a straightforward loop.
 
     python tools/analysis_tools/benchmark_training.py [--quick] [--arch B] [--size 512] [--batch 8] [--dtype fp32 bf16]
         [--compile [MODE ...]] [--stages 1 2 3] [--depths 12 24]
         [--config configs/adala/stage1_dinov2l_coco.py --data-root DATA]
 
-Synthetic images and random weights, networks built on the GPU if there is one. The straightforward loop is PyTorch
-without tricks: two ViTs in eager float32 (in stage 3 one, with its head), linear attention by its formula, and in stage
-1 hooks that record what each block's attention reads and writes. All versions take turns. With --config, also the
-images/s of a real data loader. Writes JSON; an --out that ends in .jsonl gets each row as it is measured, and rows that
-it has are not measured again.
+The images are synthetic, the weights are random, and the networks are built on the GPU if there is one. The
+straightforward loop is PyTorch without optimizations: two ViTs in eager float32 (in stage 3 one ViT with its head),
+linear attention by its formula, and in stage 1 hooks that record the input and output of each block's attention. All
+versions take turns. With --config, it also measures the images/s of a real data loader. Writes JSON. If --out ends in
+.jsonl, each row is written as soon as it is measured, and rows that the file has are skipped.
 """
 from __future__ import annotations
 
@@ -218,20 +218,24 @@ def measure_depths(args: argparse.Namespace, device: torch.device) -> list[dict]
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='ViT-S, two images of 224 pixels, little time')
-    parser.add_argument('--arch', choices=ARCHS, help='B, with --quick S')
-    parser.add_argument('--size', type=int, help='side of the images in pixels; 512, with --quick 224')
-    parser.add_argument('--batch', type=int, help='8, with --quick 2')
+    parser.add_argument('--quick', action='store_true',
+                        help='measure a ViT-S on two images of 224 pixels for a short time')
+    parser.add_argument('--arch', choices=ARCHS, help='size of the ViT (default: B; with --quick S)')
+    parser.add_argument('--size', type=int, help='side of the images in pixels (default: 512; with --quick 224)')
+    parser.add_argument('--batch', type=int, help='images in a batch (default: 8; with --quick 2)')
     parser.add_argument('--dtype', nargs='+', choices=['fp32', 'bf16'], default=['fp32'],
-                        help='of ours; bf16 is automatic mixed precision and needs a GPU')
-    add_compile_option(parser, 'ours compiled, too,')
-    parser.add_argument('--stages', nargs='+', type=int, choices=[1, 2, 3], default=[1, 2])
-    parser.add_argument('--head', default=HEAD, help=f'config whose stage 3 is run; {HEAD}')
-    parser.add_argument('--depths', nargs='+', type=int, default=[], help='memory of stage 1 at these depths, too')
-    parser.add_argument('--seconds', type=float, help='of measurements for each stage; 10, with --quick 5')
-    parser.add_argument('--config', help='measure the train_dataloader of this config, too')
-    parser.add_argument('--data-root', help='use this folder wherever the config says data/')
-    parser.add_argument('--out', default='work_dirs/benchmarks/training.json')
+                        help='precision of ours (default: fp32); bf16 is automatic mixed precision and needs a GPU')
+    add_compile_option(parser, 'also measure ours compiled,')
+    parser.add_argument('--stages', nargs='+', type=int, choices=[1, 2, 3], default=[1, 2],
+                        help='stages to measure (default: 1 2)')
+    parser.add_argument('--head', default=HEAD, help='config for stage 3 (default: %(default)s)')
+    parser.add_argument('--depths', nargs='+', type=int, default=[],
+                        help='also measure the memory of stage 1 at these depths')
+    parser.add_argument('--seconds', type=float, help='seconds to measure each stage (default: 10; with --quick 5)')
+    parser.add_argument('--config', help='also measure the train_dataloader of this config')
+    parser.add_argument('--data-root', help='use this folder where the config says data/')
+    parser.add_argument('--out', default='work_dirs/benchmarks/training.json',
+                        help='file to write (default: %(default)s)')
     args = parser.parse_args()
     if 'bf16' in args.dtype and device.type == 'cpu':
         parser.error('--dtype bf16: mixed precision needs a GPU')

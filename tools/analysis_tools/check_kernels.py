@@ -1,9 +1,10 @@
-"""Values and gradients of our attention cores on this machine's GPU, against float64: the test of its kernels.
+"""Tests the kernels of this machine's GPU: compares values and gradients of our attention cores with float64.
 
     python tools/analysis_tools/check_kernels.py [--dtype bf16] [--dims 64 80 128] [--tokens 197 4097] [--processes 16]
 
-Needs torch and Triton; coarse-to-fine attention also OpenMMLab's packages. Errors are relative, in the 2-norm. Every
-case is on its own, in one of several processes. Fails if an error is beyond its bound, or a NaN is lost on the way.
+It needs torch and Triton; coarse-to-fine attention also needs OpenMMLab's packages. Errors are relative, in the 2-norm.
+The cases are shared out among the processes, and each case stands alone. It fails if an error exceeds its bound, or if
+a NaN is lost.
 """
 from __future__ import annotations
 
@@ -94,11 +95,15 @@ def nan_stays(core: Core, qkv: Tensor) -> bool:
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['bf16'])
-    parser.add_argument('--dims', nargs='+', type=int, default=[64, 80, 128], help='channels of a head')
-    parser.add_argument('--tokens', nargs='+', type=int, default=[197, 4097])
-    parser.add_argument('--processes', type=int, default=1)
-    parser.add_argument('--out', default='work_dirs/benchmarks/kernels.json')
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['bf16'], help='precision (default: bf16)')
+    parser.add_argument('--dims', nargs='+', type=int, default=[64, 80, 128],
+                        help='channels of a head (default: 64 80 128)')
+    parser.add_argument('--tokens', nargs='+', type=int, default=[197, 4097],
+                        help='sequence lengths (default: 197 4097)')
+    parser.add_argument('--processes', type=int, default=1,
+                        help='processes that check in parallel (default: %(default)s)')
+    parser.add_argument('--out', default='work_dirs/benchmarks/kernels.json',
+                        help='file to write (default: %(default)s)')
     args = parser.parse_args()
     log = open_log(parser, args, KEY, device)
     jobs = [dict(zip(KEY, values, strict=True))

@@ -1,9 +1,9 @@
-"""Says what a classifier sees on pictures of one's own.
+"""Shows which classes a classifier sees in your pictures.
 
     python tools/analysis_tools/classify_image.py CONFIG CHECKPOINT IMAGE ... [--top 5] [--out DIR]
 
-Writes <name>_classified.png for each image, with the probabilities of the likeliest classes, and classified.json.
-Images are files or folders; none is ever replaced.
+Writes <name>_classified.png for each image, with the probabilities of the most likely classes, and classified.json. An
+IMAGE is a file or a folder. No image is ever replaced.
 """
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument('config', help='config of a classifier')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
-    parser.add_argument('--top', type=positive, default=5, metavar='K', help='classes to show; %(default)s if unset')
+    parser.add_argument('--top', type=positive, default=5, metavar='K',
+                        help='number of classes to show (default: %(default)s)')
     args = parser.parse_intermixed_args()
     with one_message():
         run(args)

@@ -1,19 +1,20 @@
-"""Every attention in a pretrained ViT: how far it answers as the softmax teacher, and what it costs, by image size.
+"""Compares attentions in a pretrained ViT by image size: agreement with the softmax teacher, and cost.
 
     python tools/analysis_tools/compare_attentions.py [--data-root data] [--attentions all configs/real/frontier.yml] \
         [--sizes 224 512] [--stage1 100] [--stage2 0] [--images 250] [--jobs 2]
 
-An attention is a registered name, with options and a label if need be ("Monarch, 1 step=MonarchAttention:num_steps=1"),
-a YAML file of such dicts by label, or ``all``. Each is scored as it is put in, then after ``--stage1`` and ``--stage2``
-iterations of alignment, at each size against the teacher at that size. Then time and memory of all are measured in one
-run, a thread each.
+An attention is ``all``, a registered name, a name with options and a label ("Monarch, 1
+step=MonarchAttention:num_steps=1"), or a YAML file of such dicts by label. Each attention is scored without training,
+then after ``--stage1`` and ``--stage2`` iterations of alignment. At each size, it is compared with the teacher at that
+size. Then the time and memory of all attentions are measured in one run, with one thread each.
 
-Images are named by lists ("path" or "path class-id", relative to the list) or folders. Alignment leaves out every
-eighth line of its list (index % 8 == 7); those are scored, unless ``--score-list`` names others. A linear head is
-fitted on frozen features of the teacher, and nearest neighbours are asked about labels.
+Images come from folders or lists ("path" or "path class-id", relative to the list). Alignment does not train on every
+eighth line of its list (index % 8 == 7); these lines are scored, unless ``--score-list`` names others. A linear head is
+fitted on frozen features of the teacher, and nearest neighbours vote on labels.
 
-Every row is recorded at once: the same command goes on where it was stopped, and other attentions, sizes, seeds and
-lengths add theirs. A row that fails is told, and the others go on. Ends with a table, advice and a picture.
+Each row is recorded at once. The same command continues where it was stopped; other attentions, sizes, seeds and
+lengths add their rows. If a row fails, the command reports it and continues with the others. It ends with a table,
+advice and a picture.
 """
 from __future__ import annotations
 
@@ -460,26 +461,34 @@ def update_costs(setting: Setting, size: int) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--model', default='deit_tiny_patch16_224', help='pretrained ViT of timm that classifies')
-    add('--weights', type=Path, help="file with its weights; the hub's if unset")
+    add('--model', default='deit_tiny_patch16_224', help='pretrained classifier of timm, a ViT (default: %(default)s)')
+    add('--weights', type=Path, help='file with its weights (default: the download from the hub)')
     add('--attentions', nargs='+', default=['all', str(ROOT / 'configs/real/frontier.yml')], metavar='ATTENTION',
-        help='all, FILE.yml, or [LABEL=]NAME[:OPTION=VALUE,...]')
-    add('--sizes', nargs='+', type=int, default=[224, 512], help='pixels of a side')
-    add('--seeds', nargs='+', type=int, default=[0])
-    add('--stage1', type=int, default=100, help='iterations of stage 1; 0: scores as is alone')
-    add('--stage2', type=int, default=0, help='iterations of stage 2, after those')
-    add('--batch', type=int, default=16, help='images in an iteration')
-    add('--bf16', action='store_true', help='align under bfloat16; scores stay float32')
-    add('--images', type=int, default=250, help='at most so many of each kind to score, spread evenly')
-    add('--data-root', type=Path, default=Path('data'), help='what the places below are relative to')
-    add('--align-list', default='caltech101/unlabelled.txt', help='list or folder; every eighth is left out')
-    add('--score-list', help='list or folder for agreement; the eighths that alignment leaves out if unset')
-    add('--labelled', nargs='+', default=['caltech101/train.txt', 'caltech101/test.txt'], help='lists with classes')
-    add('--segmentation', default='camvid11', help="images/ and labels/ of train/ and val/; '' for none")
-    add('--jobs', type=int, default=cores(), help='rows at a time')
-    add('--out', type=Path, default=Path('docs/results/frontier.json'), help='where rows are recorded')
-    add('--png', type=Path, default=Path('docs/images/frontier.png'))
-    add('--work-dir', type=Path, default=Path('work_dirs/frontier'), help='logs, features, checkpoints')
+        help='all, FILE.yml, or [LABEL=]NAME[:OPTION=VALUE,...] (default: all, and configs/real/frontier.yml)')
+    add('--sizes', nargs='+', type=int, default=[224, 512], help='sides of the images in pixels (default: 224 512)')
+    add('--seeds', nargs='+', type=int, default=[0], help='seeds of alignment (default: 0)')
+    add('--stage1', type=int, default=100,
+        help='iterations of stage 1; with 0, score without training only (default: %(default)s)')
+    add('--stage2', type=int, default=0, help='iterations of stage 2, after stage 1 (default: %(default)s)')
+    add('--batch', type=int, default=16, help='images in an iteration (default: %(default)s)')
+    add('--bf16', action='store_true', help='align in bfloat16; scores stay float32')
+    add('--images', type=int, default=250,
+        help='greatest number of images of each kind to score, spread evenly (default: %(default)s)')
+    add('--data-root', type=Path, default=Path('data'),
+        help='folder of the lists and folders below (default: %(default)s)')
+    add('--align-list', default='caltech101/unlabelled.txt',
+        help='list or folder for alignment; every eighth image is held out (default: %(default)s)')
+    add('--score-list', help='list or folder for agreement (default: the images that alignment holds out)')
+    add('--labelled', nargs='+', default=['caltech101/train.txt', 'caltech101/test.txt'],
+        help='lists with class ids, for training and test (default: those of caltech101)')
+    add('--segmentation', default='camvid11',
+        help="folder with images/ and labels/ of train/ and val/; '' for none (default: %(default)s)")
+    add('--jobs', type=int, default=cores(), help='rows to measure in parallel (default: %(default)s)')
+    add('--out', type=Path, default=Path('docs/results/frontier.json'),
+        help='file in which rows are recorded (default: %(default)s)')
+    add('--png', type=Path, default=Path('docs/images/frontier.png'), help='picture to draw (default: %(default)s)')
+    add('--work-dir', type=Path, default=Path('work_dirs/frontier'),
+        help='folder for logs, features and checkpoints (default: %(default)s)')
     return parser
 
 

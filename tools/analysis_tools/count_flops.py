@@ -1,11 +1,11 @@
-"""Parameters and multiply-adds of whole backbones, attention included (ViT-AdaLA Tables 1, 2, 4, 10 to 12).
+"""Counts parameters and multiply-adds of whole backbones, attention included (ViT-AdaLA Tables 1, 2, 4, 10 to 12).
 
     python tools/analysis_tools/count_flops.py [CONFIG ...] [--sizes 512 1024] [--out flops.json]
 
-Counted from shapes alone, by PyTorch as operators are dispatched: neither data nor weights nor a GPU, seconds. Without
-configs: DINOv2-L with softmax, linear attention and the seven baselines. "Mixing" is what the attention does beyond a
-ViT without any: the network's patch embedding, projections and MLPs are the same in all rows. Savings are against the
-first row.
+PyTorch counts them from shapes as it dispatches operators. This takes seconds and needs neither data nor weights nor a
+GPU. Without configs, it counts DINOv2-L with softmax attention, linear attention and the seven baselines. "Mixing" is
+what the attention adds to a ViT without any attention: patch embedding, projections and MLPs are the same in all rows.
+Savings compare with the first row.
 """
 from __future__ import annotations
 
@@ -83,9 +83,11 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('configs', nargs='*', default=CONFIGS, help="files or names; DINOv2-L's if unset")
-    parser.add_argument('--sizes', nargs='+', type=int, default=[512, 1024], help='sides of the image in pixels')
-    parser.add_argument('--out', help='keep the figures in this JSON file')
+    parser.add_argument('configs', nargs='*', default=CONFIGS,
+                        help='files or names of configs (default: those of DINOv2-L)')
+    parser.add_argument('--sizes', nargs='+', type=int, default=[512, 1024],
+                        help='sides of the image in pixels (default: 512 1024)')
+    parser.add_argument('--out', help='also write the figures to this JSON file')
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     with one_message():

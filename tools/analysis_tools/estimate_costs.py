@@ -1,9 +1,10 @@
-"""What training a config would cost, from shapes alone: multiply-adds, memory of a GPU, disk for checkpoints.
+"""Estimates what training a config would cost: multiply-adds, memory of a GPU, disk for checkpoints.
 
     python tools/analysis_tools/estimate_costs.py stage1_dinov2l_coco stage2_dinov2l_in22k [--gpus 8] [--images N] \
         [--out costs.json]
 
-Needs neither data nor weights nor a GPU. docs/costs.md shows what it says of the paper's recipes.
+The estimate follows from shapes alone; it needs neither data nor weights nor a GPU. docs/costs.md shows it for the
+paper's recipes.
 """
 from __future__ import annotations
 
@@ -59,10 +60,11 @@ def table(rows: list[dict], images: int | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('configs', nargs='+', help='configs, as of tools/train.py')
-    parser.add_argument('--gpus', type=int, default=8, help='processes of a run; 8 if unset, as in the paper')
-    parser.add_argument('--images', type=int, help='images of an epoch')
-    parser.add_argument('--out', help='keep the figures in this JSON file')
+    parser.add_argument('configs', nargs='+', help='configs, as in tools/train.py')
+    parser.add_argument('--gpus', type=int, default=8,
+                        help='processes of a run (default: %(default)s, as in the paper)')
+    parser.add_argument('--images', type=int, help='images in an epoch; needed if the config counts epochs')
+    parser.add_argument('--out', help='also write the figures to this JSON file')
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     with one_message():

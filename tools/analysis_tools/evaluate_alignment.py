@@ -3,8 +3,9 @@
     python tools/analysis_tools/evaluate_alignment.py [NAME=]CONFIG[:CHECKPOINT] ... [--teacher CONFIG[:CHECKPOINT]]
         [--images PATH ...] [--num-images N] [--size H [W]] [--out DIR]
 
-Relative error and cosine of every block, accumulated and by itself, CKA, entropy of attention maps, agreement of
-neighbours and of a linear probe. Writes alignment.json and alignment.png; see docs/analysis.md for what they mean.
+It measures the relative error and the cosine of every block, accumulated and of the block alone, CKA, the entropy of
+attention maps, and the agreement of neighbours and of a linear probe. Writes alignment.json and alignment.png;
+docs/analysis.md explains them.
 """
 from __future__ import annotations
 
@@ -105,11 +106,12 @@ def main() -> None:
     parser = analysis_parser(__doc__, num_images=64)
     add_size(parser)
     parser.add_argument('--batch-size', type=positive, default=16, metavar='B',
-                        help='also what CKA is estimated in, so at least 4; %(default)s if unset')
-    parser.add_argument('--k', type=positive, nargs='+', default=[1, 10], help='numbers of neighbours; 1 10 if unset')
+                        help='images in a batch; CKA needs at least 4 (default: %(default)s)')
+    parser.add_argument('--k', type=positive, nargs='+', default=[1, 10], help='numbers of neighbours (default: 1 10)')
     parser.add_argument('--clusters', type=positive, default=16,
-                        help="of the teacher's patches: classes of the linear probe; %(default)s if unset")
-    parser.add_argument('--no-entropy', action='store_true', help='leave out what is quadratic in tokens')
+                        help="clusters of the teacher's patches: classes of the linear probe (default: %(default)s)")
+    parser.add_argument('--no-entropy', action='store_true',
+                        help='skip the entropy of attention maps, which is quadratic in tokens')
     args = parser.parse_args()
     with one_message():
         run(args)

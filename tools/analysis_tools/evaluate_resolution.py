@@ -1,10 +1,10 @@
-"""Quality and cost of ViTs that were aligned at one image size, at many sizes (ViT-AdaLA Fig. 9).
+"""Measures quality and cost of ViTs at many image sizes, after alignment at one size (ViT-AdaLA Fig. 9).
 
     python tools/analysis_tools/evaluate_resolution.py [NAME=]CONFIG[:CHECKPOINT] ... [--teacher CONFIG[:CHECKPOINT]]
         [--sizes S ...] [--images PATH ...] [--num-images N] [--out DIR]
 
-Quality is the distance to the teacher's features at the same size; cost are multiply-adds, time and peak memory of
-teacher and students for one image. Writes resolution.json and resolution.png; see docs/analysis.md.
+Quality is the distance to the teacher's features at the same size. Cost is multiply-adds, time and peak memory of
+teacher and students for one image. Writes resolution.json and resolution.png; docs/analysis.md explains them.
 """
 from __future__ import annotations
 
@@ -171,12 +171,12 @@ def draw(path: Path, rows: Sequence[dict], aligned: Sequence[int]) -> None:
 def main() -> None:
     parser = analysis_parser(__doc__, num_images=8)
     parser.add_argument('--sizes', type=positive, nargs='+', default=SIZES, metavar='S',
-                        help=f'sides of the (square) images; {" ".join(map(str, SIZES))} if unset')
+                        help=f'sides of the square images (default: {" ".join(map(str, SIZES))})')
     parser.add_argument('--memory', type=float, metavar='GIB',
-                        help=f"skip what is estimated to take more; {SHARE} of the device's memory if unset")
+                        help=f"skip what is estimated to take more (default: {SHARE} of the device's memory)")
     parser.add_argument('--time-limit', type=float, default=60.0, metavar='S',
-                        help='skip what is estimated to take more seconds for one image; %(default)s if unset')
-    parser.add_argument('--seconds', type=float, default=3.0, help='of timing for each size; %(default)s if unset')
+                        help='skip what is estimated to take more seconds for one image (default: %(default)s)')
+    parser.add_argument('--seconds', type=float, default=3.0, help='seconds to time each size (default: %(default)s)')
     args = parser.parse_args()
     with one_message():
         run(args)

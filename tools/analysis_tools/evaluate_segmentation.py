@@ -1,10 +1,10 @@
-"""mIoU and time of segmentors at many sizes of the test images (ViT-AdaLA Fig. 9).
+"""Measures mIoU and time of segmentors at many sizes of the test images (ViT-AdaLA Fig. 9).
 
     python tools/analysis_tools/evaluate_segmentation.py [NAME=]CONFIG:CHECKPOINT ... [--sizes S ...] [--num-images N]
         [--data-root DATA] [--out DIR]
 
-Sizes are short sides. Each model sees whole images, scaled from the files of its config's test set, also where the
-config says sliding windows; predictions are scored at the size of the labels. Writes segmentation.json and
+A size is the short side of the image. Each model sees whole images of its config's test set, scaled to the size, even
+if the config says sliding windows. Predictions are scored at the size of the labels. Writes segmentation.json and
 segmentation.png; see docs/predictions.md.
 """
 from __future__ import annotations
@@ -128,9 +128,9 @@ def main() -> None:
     parser.add_argument('segmentors', nargs='+', type=Spec.parse, metavar='[NAME=]CONFIG:CHECKPOINT',
                         help='config and checkpoint of a segmentor')
     parser.add_argument('--sizes', type=positive, nargs='+', default=SIZES, metavar='S',
-                        help=f'short sides of the images; {" ".join(map(str, SIZES))} if unset')
+                        help=f'short sides of the images (default: {" ".join(map(str, SIZES))})')
     parser.add_argument('--num-images', type=positive, metavar='N',
-                        help='this many of the test set, spread evenly; all if unset')
+                        help='use this many images of the test set, spread evenly (default: all)')
     args = parser.parse_args()
     with one_message():
         run(args)

@@ -1,10 +1,10 @@
-"""Draws the curves of stages 1 and 2 of several runs, and errors per block (ViT-AdaLA Figs. 5, 7, 8, 10 and 12).
+"""Draws the curves of stages 1 and 2 of several runs, and errors by block (ViT-AdaLA Figs. 5, 7, 8, 10 and 12).
 
     python tools/analysis_tools/plot_alignment.py [NAME=]RUN_DIR ... [--evaluation alignment.json ...] [--out DIR]
 
-Loss and relative error of training, and the scores of validations, from the logs of the runs' work dirs; runs of one
-stage share their panels. With results of evaluate_alignment.py, also the error of each block before and after, and how
-it accumulates over depth. Writes curves.png and curves.json.
+It reads loss, relative error and validation scores from the logs in the runs' work dirs. Runs of one stage share their
+panels. With results of evaluate_alignment.py, it also draws the error of each block, and how it accumulates over depth.
+Writes curves.png and curves.json.
 """
 from __future__ import annotations
 
@@ -159,10 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', nargs='*', type=Run.parse, metavar='[NAME=]RUN_DIR', help='work dirs of stages 1 and 2')
     parser.add_argument('--evaluation', nargs='+', type=Path, default=[], metavar='JSON',
-                        help='what evaluate_alignment.py wrote')
+                        help='results of evaluate_alignment.py')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'), metavar='DIR',
-                        help='where JSON and PNG go; %(default)s if unset')
-    parser.add_argument('--overwrite', action='store_true', help='replace earlier results there')
+                        help='folder for the JSON and PNG files (default: %(default)s)')
+    parser.add_argument('--overwrite', action='store_true', help='replace earlier results in that folder')
     args = parser.parse_args()
     if not args.runs and not args.evaluation:
         parser.error('nothing to draw: name the work dir of a run, or results with --evaluation')

@@ -1,18 +1,19 @@
-"""Which blocks lose most by linear attention, and which are best kept softmax: measured, not guessed.
+"""Measures which blocks lose most by linear attention, and which ones should keep softmax attention.
 
     python tools/analysis_tools/rank_blocks.py configs/adala/stage1_dinov2l_coco.py --images DIR \
         [--keep 2] [--steps 50 | --checkpoint STAGE1.pth] [--batch-size 8] [--measure 32] [--json OUT.json]
 
-CONFIG is one of stage 1. Every block's relative error of the attention output, ||linear - softmax|| / ||softmax||, is
-measured when linear attention is put in, and again after a short stage 1, or with the weights of a finished one. Then,
-with those attentions, the relative error of the network's final features: with all of them linear, with each block
-softmax in turn, and with blocks made softmax one after the other, each time the one that leaves the smallest error.
-What stage 2 would repair is not known to it: --images should show what the model is for, and the gain of a block
-counts, not its error.
+CONFIG is a config of stage 1. The script first measures each block's relative error of the attention output,
+||linear - softmax|| / ||softmax||: right after linear attention is put in, and again after a short stage 1, or with the
+weights of a finished one. With these attentions it then measures the relative error of the network's final features:
+with all blocks linear, with each block softmax in turn, and with blocks made softmax one after the other. Each time it
+chooses the block that leaves the smallest error.
 
-Images are drawn from DIR, searched recursively, brought to the config's size; those that are measured are not trained
-on here. Which ones a --checkpoint was trained on is not known: DIR should have none of them. The optimizer is the
-config's.
+The script does not know what stage 2 would repair. So --images should show what the model is for, and the gain of a
+block counts, not its error.
+
+The images are drawn from DIR, searched recursively, and resized to the config's size. Images that are measured are not
+trained on here. Choose a DIR without the images on which a --checkpoint was trained. The optimizer is the config's.
 """
 from __future__ import annotations
 
@@ -110,12 +111,14 @@ class Ranking:
 def main() -> None:
     parser = base_parser(__doc__.splitlines()[0])
     parser.add_argument('--images', required=True, help='folder with images, searched recursively')
-    parser.add_argument('--keep', type=int, default=2, help='how many blocks to keep softmax (2)')
-    parser.add_argument('--steps', type=int, default=50, help='steps of stage 1 before the second measurement (50)')
-    parser.add_argument('--checkpoint', help='of the config, its stage 1 finished: no steps are taken')
-    parser.add_argument('--batch-size', type=int, default=8, help='images a step (8)')
-    parser.add_argument('--measure', type=int, default=32, help='images to measure on (32)')
-    parser.add_argument('--json', type=Path, help='also write the measurements here')
+    parser.add_argument('--keep', type=int, default=2,
+                        help='number of blocks that keep softmax attention (default: %(default)s)')
+    parser.add_argument('--steps', type=int, default=50,
+                        help='steps of stage 1 before the second measurement (default: %(default)s)')
+    parser.add_argument('--checkpoint', help='checkpoint of a finished stage 1 of CONFIG; no steps are taken')
+    parser.add_argument('--batch-size', type=int, default=8, help='images in a step (default: %(default)s)')
+    parser.add_argument('--measure', type=int, default=32, help='images to measure on (default: %(default)s)')
+    parser.add_argument('--json', type=Path, help='also write the measurements to this file')
     args = parser.parse_args()
     for name in ('keep', 'steps', 'batch_size', 'measure'):
         if getattr(args, name) < 1:

@@ -1,9 +1,9 @@
-"""Paints what a segmentor sees over pictures of one's own.
+"""Paints what a segmentor sees over your pictures.
 
     python tools/analysis_tools/segment_image.py CONFIG CHECKPOINT IMAGE ... [--out DIR] [--opacity 0.6]
 
-Writes <name>_segmented.png for each image, with a legend of the classes that were found, and segmented.json with their
-shares of the image. Images are files or folders; none is ever replaced.
+Writes <name>_segmented.png for each image, with a legend of the classes found, and segmented.json with their shares of
+the image. An IMAGE is a file or a folder. No image is ever replaced.
 """
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument('config', help='config of a segmentor')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
-    parser.add_argument('--opacity', type=float, default=0.6, help='of the colours; %(default)s if unset')
+    parser.add_argument('--opacity', type=float, default=0.6,
+                        help='opacity of the colours, from 0 to 1 (default: %(default)s)')
     args = parser.parse_intermixed_args()
     if not 0 <= args.opacity <= 1:
         parser.error(f'--opacity {args.opacity}: between 0 and 1')

@@ -3,8 +3,9 @@
     python tools/analysis_tools/visualize_features.py [NAME=]CONFIG[:CHECKPOINT] ... [--teacher CONFIG[:CHECKPOINT]]
         [--images PATH ...] [--num-images N] [--size H [W]] [--block I] [--out DIR]
 
-The first three principal components of the teacher's features are red, green and blue; students are projected on the
-same components, so equal colours mean equal features. Writes features.png and features.json; see docs/analysis.md.
+The first three principal components of the teacher's features become red, green and blue. The students' features are
+projected on the same components, so equal colours mean equal features. Writes features.png and features.json;
+docs/analysis.md explains them.
 """
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def explained(features: Tensor) -> list[float]:
 def main() -> None:
     parser = analysis_parser(__doc__, num_images=4)
     add_size(parser)
-    parser.add_argument('--block', type=int, metavar='I', help='features after this block, from 1; the last if unset')
+    parser.add_argument('--block', type=int, metavar='I',
+                        help='draw the features after this block, counted from 1 (default: the last)')
     args = parser.parse_args()
     with one_message():
         run(args)
