@@ -25,6 +25,8 @@ from adala_mm.utils.machine import machine
 from adala_mm.utils.stopwatch import take_turns, wall_timer
 from adala_mm.utils.tables import markdown_table
 
+LIMIT = 200  # images to compare on
+
 
 def quantised(path: Path, out: Path) -> Path:
     """A copy with the weights of linear layers in int8; their inputs are quantised as they come."""
@@ -44,11 +46,10 @@ def main() -> None:
     parser.add_argument('models', type=Path, nargs='+', help='.onnx files of the same model, the float32 one first')
     parser.add_argument('--int8', action='store_true', help='quantise the first one as well')
     parser.add_argument('--images', type=Path, required=True, help='folder of images, sub-folders included')
-    parser.add_argument('--limit', type=int, default=200, help='images to compare on; %(default)s if unset')
     parser.add_argument('--size', type=int, nargs=2, default=[224, 224], metavar=('H', 'W'))
     parser.add_argument('--seconds', type=float, default=10, help='to time all of them; %(default)g if unset')
     args = parser.parse_args()
-    files = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in EXTENSIONS)[:args.limit]
+    files = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in EXTENSIONS)[:LIMIT]
     if not files:
         parser.error(f'no images in {args.images}')
     notes = {entry.key: entry.value for entry in onnx.load(args.models[0], load_external_data=False).metadata_props}
