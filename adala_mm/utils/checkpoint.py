@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adala_mm.utils.fingerprint import file_sha256
+from adala_mm.utils.pickle_makers import Refused
 from adala_mm.utils.torch_files import read_torch_file
-from adala_mm.utils.unpickling import Refused
 from adala_mm.utils.weight_files import SAFETENSORS, UnreadableCheckpoint, kind_of, weight_files
 
 # Where training scripts keep a model's weights in their checkpoints, in order of preference.

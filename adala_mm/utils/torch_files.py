@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import default_restore_location
 
-from adala_mm.utils.unpickling import OTHER_ORDER, Machine, Refused, check
+from adala_mm.utils.pickle_makers import OTHER_ORDER, Refused, check
+from adala_mm.utils.unpickling import Machine
 
 Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 

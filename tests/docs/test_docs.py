@@ -31,8 +31,8 @@ from adala_mm.utils.checkpoint import hub_file, hub_url
 from helpers import ROOT
 from helpers.processes import start_script, wait_for
 
-sys.path.append(str(ROOT / 'maintenance'))  # where its scripts find each other
-PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md'))]
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/**/*.md')), *sorted(ROOT.glob('configs/**/README.md')),
+         ROOT / 'tools/README.md', ROOT / 'maintenance/README.md']
 NOTEBOOK = ROOT / 'docs/notebooks/quickstart.ipynb'
 FENCE = re.compile(r'^( *)(```+|~~~+).*?^\1\2 *$', re.DOTALL | re.MULTILINE)
 

@@ -1,13 +1,10 @@
 """maintenance/make_configs.py: the references of the configs name all of them, in as few rows as they need."""
 import re
-import sys
 
 import pytest
 
 from helpers import ROOT
 from helpers.scripts import load_tool
-
-sys.path.append(str(ROOT / 'maintenance'))  # where its scripts find each other
 
 
 @pytest.fixture(scope='module')

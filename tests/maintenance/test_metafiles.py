@@ -19,7 +19,6 @@ from helpers import ROOT
 from helpers.scripts import load_tool
 
 FOLDERS = ['adala', 'baselines', 'beyond', 'demo', 'detection', 'l2vit', 'real']
-sys.path.append(str(ROOT / 'maintenance'))  # where its scripts find each other
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
 
 from adala_mm.utils.checkpoint import load_checkpoint
-from adala_mm.utils.unpickling import CLASSES, DTYPES, MAKERS, STORAGES
+from adala_mm.utils.pickle_makers import CLASSES, DTYPES, MAKERS, STORAGES
 from helpers.pickles import (
     BIG,
     BUFFER,
