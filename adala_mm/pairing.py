@@ -1,4 +1,4 @@
-"""A student beside its frozen teacher: what `align` and `calibrate` share."""
+"""What `align` and `calibrate` share: a student beside its frozen teacher, the length of a run, and reports."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,14 +68,14 @@ def require_whole(**numbers: int | None) -> None:
 
 
 def report(message: str) -> None:
-    """Says what is the same in all processes, once."""
+    """Prints a message from the first process only."""
     if is_main_process():
         say(message)
 
 
 @contextmanager
 def restored(*models: nn.Module) -> Iterator[None]:
-    """Puts modes and gradient flags back afterwards."""
+    """Restores training modes and gradient flags at the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     try:
@@ -89,7 +89,7 @@ def restored(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients."""
+    """Keeps the models in evaluation mode and without gradients while it is open."""
     with restored(*models):
         for model in models:
             model.eval()  # not in a chain: mmpretrain's returns None
@@ -99,12 +99,12 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def validated(validate: Callable[[nn.Module], Mapping[str, float] | None], model: nn.Module) -> dict[str, float]:
-    """What ``validate`` says of the model in evaluation mode."""
+    """The scores that ``validate`` returns for the model in evaluation mode."""
     with restored(model):
         model.eval()
         return dict(validate(model) or {})
 
 
 def first_of(output: Tensor | tuple) -> Tensor:
-    """The tensor that a module gives, alone or before others."""
+    """The output of a module, or the first one if it returns several."""
     return output[0] if isinstance(output, tuple) else output

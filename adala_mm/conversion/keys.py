@@ -1,4 +1,4 @@
-"""From a file's keys to ours: each one is renamed, dropped by a named rule, or an error that names it."""
+"""Renames the keys of a file to ours. A named rule may drop a key; any other key raises an error that names it."""
 from __future__ import annotations
 
 import re
@@ -27,7 +27,7 @@ NAFLEX = ("timm's NaFlexVit, which embeds flattened patches of images of any asp
           'transformers has them, such as google/siglip2-base-patch16-naflex')
 ROTARY = 'rotary positions other than those of DINOv3 (EVA-02, PE), which AdaLAViT lacks'
 POOLED = 'its last norm comes after pooling, so that the backbone has none'
-# What no plain ViT has, by the beginning of a key.
+# Keys that no plain ViT has, by their beginning, and why they are refused.
 REFUSED = {re.compile(pattern): reason for pattern, reason in {
     r'backbone\.(blocks|patch_embed\.proj)\.':
         'these are under our own keys already; name the file as init_cfg.checkpoint',
@@ -65,7 +65,7 @@ def refuse(state: dict[str, Tensor]) -> None:
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[Source, str]:
-    """The source whose marks the keys have, and their prefix; raises ValueError if none or several fit."""
+    """Finds the source whose marks the keys have, and the prefix of the keys; a ValueError if none or several fit."""
     found = [(source, prefix) for source in SOURCES for prefix in source.prefixes
              if source.mark({key.removeprefix(prefix) for key in state if key.startswith(prefix)})]
     if len(found) == 1:
@@ -81,7 +81,7 @@ def recognise(state: dict[str, Tensor]) -> tuple[Source, str]:
 
 
 def rename(state: dict[str, Tensor], source: Source, prefix: str) -> tuple[dict[str, Tensor], list]:
-    """Tensors under our keys and in our shapes, and a report; raises ValueError for keys without a rule."""
+    """Returns tensors under our keys and in our shapes, and a report. A ValueError names keys that nothing explains."""
     ours: dict[str, Tensor] = {}
     dropped, unexplained, converted = defaultdict(list), [], 0
     for key, value in state.items():
@@ -127,9 +127,9 @@ def join_qkv(ours: dict[str, Tensor], source: Source) -> int:
 
 
 def settle_biases(ours: dict[str, Tensor], source: Source) -> list[tuple[str, int, str]]:
-    """Biases of queries, keys and values, in place, for a source whose keys have none; what was done.
+    """Sets the biases of keys to zero, in place, for a source whose keys have none; returns a report.
 
-    If all of them are zero, which is so in the published weights of DINOv3, they are left out.
+    If the biases of queries and values are zero too, as in the published weights of DINOv3, all are left out.
     """
     biases = [key for key in ours if key.endswith('.attn.qkv.bias')]
     if source.key_bias or not biases:
@@ -153,6 +153,6 @@ def require(ours: dict[str, Tensor], keys: Iterable[str], source: Source) -> Non
 
 
 def some(names: Iterable[str], count: int = 6) -> str:
-    """The first names of many."""
+    """The first ``count`` names as text."""
     names = list(names)
     return ', '.join(names[:count]) + (', ...' if len(names) > count else '')

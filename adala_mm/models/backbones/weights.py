@@ -1,4 +1,4 @@
-"""Loads a checkpoint into `AdaLAViT`: every key is used, dropped by a named rule, or an error."""
+"""Loads a checkpoint into `AdaLAViT`: a key is used, or a named rule drops it, or it raises an error."""
 from __future__ import annotations
 
 import logging
@@ -22,7 +22,7 @@ from adala_mm.utils.fingerprint import fingerprint
 from adala_mm.utils.timm_models import PE_CORE, refuse_other_rotary
 
 LINES = 24  # of a table of keys
-# What a timm or mmpretrain ViT has behind its last block, or a `QueryViT` for its head, and a plain backbone has not.
+# Keys that no plain backbone has: of the head and the pooling of timm and mmpretrain, and of the queries of `QueryViT`.
 HEAD_KEYS = re.compile(r'(head|head_dist|fc_norm|attn_pool|query_embed)\.')
 # Names in files of other libraries, which tools/convert_vfm.py reads.
 CONVERTED = {re.compile(names): library for names, library in {
@@ -35,7 +35,7 @@ CONVERTED = {re.compile(names): library for names, library in {
 
 
 def read_backbone(init_cfg: dict) -> tuple[str, dict[str, Tensor], bool]:
-    """What ``init_cfg`` names: path, state dict of the backbone, and whether its keys stood under the prefix.
+    """Reads the file of ``init_cfg``: its path, the state dict of the backbone, and whether keys had the prefix.
 
     Raises:
         FileNotFoundError, ValueError: for a missing or unreadable file, and for any other ``init_cfg``.
@@ -135,9 +135,10 @@ def load_vit(model: nn.Module, init_cfg: dict) -> list[str]:
 
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of DINOv3 in timm's ``Eva`` as those of its ``VisionTransformer``: LayerScale, and biases without a key's.
+    """Renames weights of DINOv3 in timm's ``Eva`` to the names of ``VisionTransformer``: LayerScale, and qkv's biases.
 
-    Others of ``Eva`` have other rotary positions, which no weight shows: their names stay, and fit no `AdaLAViT`.
+    Other models of ``Eva`` have other rotary positions, which no weight shows. Their names stay, so that they fit no
+    `AdaLAViT`.
     """
     if 'pos_embed' in state or not {'cls_token', 'reg_token'} <= state.keys():
         return state
@@ -150,7 +151,7 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def other_library(state: dict[str, Tensor]) -> str | None:
-    """Whose names these are, if `CONVERTED` knows them."""
+    """The library whose names these are, if `CONVERTED` knows them; else None."""
     found = next((library for pattern, library in CONVERTED.items() if any(map(pattern.match, state))), None)
     # MAE has no LayerScale
     if not found and 'mask_token' in state and any(key.endswith('.ls1.gamma') for key in state):
@@ -159,10 +160,13 @@ def other_library(state: dict[str, Tensor]) -> str | None:
 
 
 def misfits(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
-    """A table of missing, unexpected and mis-shaped keys, alike ones of all blocks in one line; empty if all fit.
+    """A table of missing, unexpected and mis-shaped keys; an empty string if all fit.
+
+    Keys that differ only in the number of their block share a line.
 
     Args:
-        found, wanted: shapes by key, in the file and in the model. Keys that only an attention variant has may miss.
+        found, wanted: shapes by key, in the file and in the model. Keys that only an attention variant has may be
+            missing.
     """
     rows: dict[tuple, list[str]] = {}
     for key in [*wanted, *(key for key in found if key not in wanted)]:
@@ -183,18 +187,18 @@ def misfits(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
 
 
 def note_loaded(model: nn.Module, keys: Iterable[str]) -> None:
-    """Puts keys and fingerprint of loaded tensors down in ``model.loaded``, for `WeightsCheckHook`."""
+    """Records keys and fingerprint of the loaded tensors in ``model.loaded``, which `WeightsCheckHook` reads."""
     state = model.state_dict()
     model.loaded = tuple(keys), fingerprint({key: state[key] for key in keys})
 
 
 def is_extra(key: str) -> bool:
-    """Whether a parameter or module is one that a variant adds to the plain ViT: to its attention, or queries."""
+    """Whether a parameter or module is an addition to the plain ViT: of an attention variant, or queries."""
     return re.match(r'query_embed|blocks\.\d+\.attn\.(?!(qkv|proj)(\.|$))', key) is not None
 
 
 def _resample(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Fits patch kernel and attentions' tables to the model, in place; says what was done."""
+    """Fits the patch kernel and the tables of attentions to the model, in place; returns a list of what was done."""
     notes = []
     size, grid = model.patch_size, model.pos_grid
     kernel, channels = state.get('patch_embed.proj.weight'), model.patch_embed.proj.in_channels
@@ -218,10 +222,11 @@ def _resample(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
 
 def _fit_positions(model: nn.Module, state: dict[str, Tensor], grid: tuple[int, int] | None, own: bool,
                    notes: list[str]) -> list[str]:
-    """Fits position embeddings of ``grid``, None if nobody says it, to the model, in place; returns what is in doubt.
+    """Fits position embeddings to the grid of the model, in place; returns what is in doubt about it.
 
-    Without one they are read as of a square grid, or, if that cannot be or the file is of our own (``own``) and has as
-    many as the model, as of the model's grid.
+    ``grid`` is the grid of the file; it is None if neither the file nor the user states it. Then a square grid is
+    assumed. The model's grid is assumed instead if the embeddings cannot form a square, or if the file is one of ours
+    (``own``) and has as many embeddings as the model.
     """
     position = state.get('pos_embed')
     if position is None or model.pos_embed is None:
@@ -264,7 +269,7 @@ def resample_positions(positions: Tensor, grid: Sequence[int], wanted: Sequence[
 
 def resize_positions(model: nn.Module, state: dict[str, Any], key: str, grid: tuple[int, int],
                      notes: list[str]) -> None:
-    """``state[key]``, position embeddings of ``grid``, for the model's grid, in place; nothing if there are none."""
+    """Resamples the position embeddings ``state[key]`` of ``grid`` to the model's grid, in place, if there are any."""
     if tuple(grid) == model.pos_grid or key not in state:
         return
     state[key] = resample_positions(state[key], grid, model.pos_grid, 0 if model.no_embed_class else model.num_prefix)
@@ -272,7 +277,7 @@ def resize_positions(model: nn.Module, state: dict[str, Any], key: str, grid: tu
 
 
 def positions_for(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole model's state dict with positions for the grid of its ``backbone``, if it records another one."""
+    """The state dict of a whole model; if it records another grid, positions are resampled to the ``backbone``'s."""
     grid, fitted, backbone = recorded_grid(state, 'backbone'), dict(state), getattr(model, 'backbone', None)
     if grid is not None and hasattr(backbone, 'pos_grid'):
         resize_positions(backbone, fitted, 'backbone.pos_embed', grid, [])
@@ -280,14 +285,14 @@ def positions_for(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def record_facts(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    """A hook of ``state_dict()``: keys and shapes show neither the grid of positions nor the linear blocks."""
+    """A hook of ``state_dict()`` that records the grid of positions and the linear blocks, which no key shows."""
     metadata['grid'] = model.pos_grid
     metadata['linear_blocks'] = {i: type(block.attn).__name__ for i, block in enumerate(model.blocks)
                                  if not block.attn.is_softmax}
 
 
 def read_grid(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict, *_: Any) -> None:
-    """A hook of ``load_state_dict()``, MMEngine's as well: positions of another recorded grid are resampled."""
+    """A hook of ``load_state_dict()``, and of MMEngine's, that resamples positions if the file records another grid."""
     key, notes = f'{prefix}pos_embed', []
     grid, prefixed = metadata.get('grid'), 0 if model.no_embed_class else model.num_prefix
     if grid is not None and key in state and state[key].shape[1] == math.prod(grid) + prefixed:
