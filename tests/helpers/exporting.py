@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from torch import nn
 
 from adala_mm import export
 from adala_mm.export.parity import shapes
-from helpers import ROOT
+from helpers import LINEAR, ROOT, tiny_vit
 
 SOFTMAX = dict(type='adala_mm.SoftmaxAttention')
 SEGMENTOR = dict(
@@ -32,6 +34,14 @@ def awake(target: export.Target) -> export.Target:
 
 def make(backbone: dict, part: str = 'backbone', scope: str = 'mmseg', **model) -> export.Target:
     return awake(export.assemble(config(backbone, scope, **model), part))
+
+
+def write_segmentor(folder: Path) -> tuple[Path, Path]:
+    """Config and checkpoint of a tiny linear segmentor."""
+    cfg = config(tiny_vit(attention=LINEAR), **SEGMENTOR)
+    cfg.dump(folder / 'config.py')
+    torch.save(dict(state_dict=awake(export.assemble(cfg, 'model')).model.state_dict()), folder / 'weights.pth')
+    return folder / 'config.py', folder / 'weights.pth'
 
 
 def compared(target: export.Target, run, dynamic: bool = True, tolerance: float = 1e-4) -> list[export.Difference]:

@@ -14,9 +14,14 @@ from adala_mm import export
 from adala_mm.export import graphs
 from adala_mm.registry import ATTENTIONS, MODELS
 from helpers import LINEAR, tiny_vit
-from helpers.exporting import make, tool
+from helpers.exporting import make, tool, write_segmentor
 
 ATTENTIONS.import_from_location()
+
+
+@pytest.fixture
+def trained(tmp_path) -> tuple[Path, Path]:
+    return write_segmentor(tmp_path)
 
 
 def test_names_of_classes(trained, tmp_path, monkeypatch):
