@@ -110,3 +110,10 @@ def exit_codes(target: Callable[..., None], *args: object) -> list[int]:
     for process in processes:
         process.start()
     return wait_for(*processes)
+
+
+def dies_at_two(job: dict) -> dict:
+    """A job for `side_by_side`, whose processes import it."""
+    if job['n'] == 2:
+        os._exit(1)
+    return dict(square=job['n'] ** 2)

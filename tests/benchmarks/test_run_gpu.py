@@ -1,4 +1,6 @@
-"""The benchmarks of one GPU: all parts on a CPU with tiny sizes, what is kept when they are stopped, and its tables."""
+"""benchmarks/run_gpu.py: all parts on a CPU with tiny sizes, what is kept when they are stopped, and its tables."""
+from __future__ import annotations
+
 import importlib
 import os
 import signal
@@ -11,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adala_mm.ops import linear_attention_reference
 from adala_mm.utils import stopwatch
 from adala_mm.utils.row_log import RowLog, latest_rows, read_runs
-from adala_mm.utils.side_by_side import side_by_side
 from helpers import ROOT, tiny_vit
 
 CPU = torch.device('cpu')
@@ -247,87 +247,6 @@ def test_script_without_a_gpu():
     assert done.returncode == 1 and 'no CUDA device: --dry-run' in done.stderr and not done.stdout
 
 
-def test_rows_of_other_conditions(tmp_path, monkeypatch):
-    """Known are rows of the same sources, machine and versions; of rows with a key the last one counts for readers."""
-    path = tmp_path / 'a.jsonl'
-
-    def log(**facts) -> RowLog:
-        return RowLog(path, ['n'], MACHINE | facts, dict(seconds=1))
-    first = log()
-    first.add(dict(n=1, ms=2.0))
-    first.add(dict(n=2, ms=3.0))
-    assert log(commit='def').has(n=1) and not log(commit='def').has(n=3) and not log(driver='2').has(n=1)
-    monkeypatch.setattr('adala_mm.utils.row_log.sources_fingerprint', lambda: 'others')
-    changed = log(commit='def')
-    assert not changed.has(n=1)
-    changed.add(dict(n=1, note='out of memory'))
-    assert latest_rows(path) == ([dict(n=1, note='out of memory'), dict(n=2, ms=3.0)],
-                                 [MACHINE | dict(commit='def'), MACHINE])
-    with pytest.raises(ValueError, match='a.jsonl holds rows of A GPU, this is a CPU: name another folder with --out'):
-        log(device='a CPU')
-
-
-def test_torn_lines(tmp_path, capsys):
-    path = tmp_path / 'a.jsonl'
-    RowLog(path, ['n'], MACHINE, {}).add(dict(n=1))
-    with open(path, 'a') as file:
-        file.write('{"n": 2, "m')
-    log = RowLog(path, ['n'], MACHINE, {})
-    assert not log.has(n=2)
-    log.add(dict(n=3))
-    assert [rows for _, rows in read_runs(path)] == [[dict(n=1)], [dict(n=3)]]
-    assert f'{path}, line 3 is torn and left out: {{"n": 2, "m' in capsys.readouterr().err
-    path.write_text('{"n": 1}\n')
-    with pytest.raises(ValueError, match='does not begin with a line that says what its rows are measured on'):
-        latest_rows(path)
-
-
-def test_cold_caches_are_clean(monkeypatch):
-    """What flushes a cache reads: lines that it wrote would be written back while a kernel is timed."""
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            pass
-
-        def record(self) -> None:
-            log.append('record')
-
-        def synchronize(self) -> None:
-            pass
-
-        def elapsed_time(self, end: 'Event') -> float:
-            return 2.0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            out = op(*args, **(kwargs or {}))
-            written = args[0] if op._schema.is_mutable else out
-            log.append((max(x.nbytes for x in (*args, out) if isinstance(x, torch.Tensor)), written.nbytes))
-            return out
-
-    monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.cuda, '_sleep', lambda cycles: None)
-    monkeypatch.setattr(stopwatch, 'CACHE', 2 ** 20)
-    timer = stopwatch.gpu_timer(CPU)
-    with Watch():
-        assert timer(lambda: log.append('call')) == 0.002
-    *flush, first, call, last = log
-    assert (first, call, last) == ('record', 'call', 'record') and flush
-    assert max(touched for touched, _ in flush) == 2 ** 20 and max(written for _, written in flush) < 1000
-
-
-def test_kernels_of_softmax_attention_are_seen():
-    def attention(x):
-        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
-
-    x = torch.randn(1, 2, 8, 4)
-    assert stopwatch.softmax_kernels(lambda: attention(x)) == 'flash'
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert stopwatch.softmax_kernels(lambda: attention(x.requires_grad_())) == 'math'
-    assert stopwatch.softmax_kernels(lambda: x.softmax(-1)) == ''
-
-
 def test_other_libraries(load, monkeypatch, capsys):
     """The newest name first; kernels that tune themselves are left one configuration, the last with four warps."""
     import types
@@ -375,17 +294,6 @@ def test_competitors_are_the_same_function(load):
     for _ in range(2):
         torch.testing.assert_close(backward()[0], whole)
     assert not tool.one_pass('forward', tool.formula, qkv, None)().requires_grad
-
-
-def test_process_that_dies_is_a_row():
-    rows = list(side_by_side(dies_at_two, [dict(n=1), dict(n=2)], 2))
-    assert dict(n=2, note='failed: BrokenProcessPool') in rows and len(rows) == 2
-
-
-def dies_at_two(job: dict) -> dict:
-    if job['n'] == 2:
-        os._exit(1)
-    return dict(square=job['n'] ** 2)
 
 
 def test_tables_of_a_gpu(tmp_path, monkeypatch):
