@@ -93,12 +93,13 @@ def linearize_blocks(model: nn.Module, attentions: Sequence[dict[str, Any] | Non
 def advised(grid: tuple[int, int] | None) -> dict[str, Any]:
     """The attention that ``auto`` stands for, for images of ``grid`` (h, w) patches; logs which, and why.
 
-    It is `CoarseToFineAttention`, which comes nearest to softmax without training (docs/pick_attention.md). From 32 x 32
-    patches on (512 px in patches of 16), 16 tiles of 4 x 4 patches are open. This is faster than softmax. With
-    ``num_open=24`` it is nearer to softmax, and faster than it only at larger images. Below 32 x 32 patches, 16 tiles of
-    2 x 2 patches are open, for blocks of 4 x 4: an image of 14 x 14 patches (224 px) has only 16 tiles of 4 x 4, and with
-    all of them open the attention would be softmax at a higher price. At 8 x 8 patches and less, 16 tiles of 2 x 2 are
-    all as well. Softmax is faster at such sizes. The cost grows faster than N; name another attention if it must be O(N).
+    It is `CoarseToFineAttention`, which comes nearest to softmax without training (docs/pick_attention.md). From 32 x
+    32 patches on (512 px in patches of 16), 16 tiles of 4 x 4 patches are open. This is faster than softmax. With
+    ``num_open=24`` it is nearer to softmax, and faster than it only at larger images. Below 32 x 32 patches, 16 tiles
+    of 2 x 2 patches are open, for blocks of 4 x 4: an image of 14 x 14 patches (224 px) has only 16 tiles of 4 x 4, and
+    with all of them open the attention would be softmax at a higher price. At 8 x 8 patches and less, 16 tiles of 2 x 2
+    are all as well. Softmax is faster at such sizes. The cost grows faster than N; name another attention if it must be
+    O(N).
 
     Raises:
         ValueError: if ``grid`` is not two numbers from 1 on.
