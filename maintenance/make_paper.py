@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 import statistics
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from generated import Files, keep
+from make_tables import recorded
 from mmengine.config import Config
 
 from adala_mm.utils.compose import composed
@@ -78,10 +78,6 @@ def facts() -> dict[str, Any]:
 
 
 @functools.cache
-def recorded(name: str) -> Any:
-    return json.loads((ROOT / f'docs/results/{name}.json').read_text())
-
-
 @functools.cache
 def read(name: str) -> Config:
     """A config by name, composed if it has no file.

@@ -45,9 +45,13 @@ PAGES = ['README.md', 'docs/pick_attention.md', 'docs/attentions.md', 'docs/fron
          'docs/weights.md']
 
 
+def recorded(name: str) -> dict:
+    return json.loads((ROOT / f'docs/results/{name}.json').read_text())
+
+
 def faults() -> str:
     """What tests/integration/faults.py saw; its pairs of features as a square."""
-    data = json.loads((ROOT / 'docs/results/faults.json').read_text())
+    data = recorded('faults')
     pairs = {tuple(fault.split(' x ')): seen for fault, _, seen in data['rows'] if len(fault.split(' x ')) == 2
              and seen.startswith('equal after ')}
     ones, twos = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
@@ -65,7 +69,7 @@ def faults() -> str:
 
 
 def demo() -> str:
-    data = json.loads((ROOT / 'docs/results/demo.json').read_text())
+    data = recorded('demo')
     m = data['machine']
     return ablation_table(data['rows']) + (
         f'\n\nOne run each, seed 0, {data["seconds"]} s in all on {m["cores"]} cores ({m["cpu"]}), Python '
@@ -73,7 +77,7 @@ def demo() -> str:
 
 
 def real_alignment() -> str:
-    runs = json.loads((ROOT / 'docs/results/real.json').read_text())
+    runs = recorded('real')
     one, two = runs['stage1_deitt_caltech'], runs['stage2_deitt_caltech']
 
     def row(name: str, blocks: str, scores: dict, run: dict | None) -> list[str]:
@@ -93,9 +97,9 @@ def real_alignment() -> str:
 def study(columns: dict[str, tuple[str, int]], file: str = 'configs/real/study.yml', scored: str | None = None) -> str:
     """Table of a study, or of those of its runs that score_study.py has ``scored`` on other images."""
     path = ROOT / file
-    records, plan = json.loads((ROOT / f'docs/results/{path.stem}.json').read_text()), read_plan(path)
+    records, plan = recorded(path.stem), read_plan(path)
     if scored:
-        again = json.loads((ROOT / f'docs/results/{path.stem}_{scored}.json').read_text())
+        again = recorded(f'{path.stem}_{scored}')
         plan = {name: run for name, run in plan.items() if seeds_of(again, name)}
         # What they have gone through before they were scored is the study's.
         records = {key: run for key, run in records.items() if key.rpartition('/')[0] not in plan} | again
@@ -114,7 +118,7 @@ def commits(machines: Iterable[dict]) -> str:
 
 
 def real_camvid() -> str:
-    runs = json.loads((ROOT / 'docs/results/real.json').read_text())
+    runs = recorded('real')
     rows = [[name, blocks, f'{runs[run]["scores"][-1]["mIoU"]:.2f}', f'{runs[run]["scores"][-1]["aAcc"]:.2f}',
              where(runs[run])] for name, blocks, run in (
                  ('softmax DeiT-tiny', '12 / 0', 'mask2former_deitt_softmax_camvid'),
@@ -176,10 +180,6 @@ def gpu_paths() -> str:
         path = 'fused' if calls.ours else 'SDPA' if max(calls.channels) > x.numel() // 2 else 'PyTorch'
         rows[path].append(f'`{name.removesuffix("Attention")}`' + f' (`{", ".join(calls.ours)}`)' * bool(calls.ours))
     return markdown_table(['path', 'attentions'], [[path, ', '.join(names)] for path, names in rows.items()])
-
-
-def recorded(name: str) -> dict:
-    return json.loads((ROOT / f'docs/results/{name}.json').read_text())
 
 
 def priced() -> tuple[list[dict], str]:

@@ -1,39 +1,40 @@
 """Every config file has a name by the rules, loads, and builds as written."""
 from __future__ import annotations
 
-from adala_mm.datasets import BeaconsDataset
-from adala_mm.utils.inert_lines import refuse_inert_lines
-from helpers.configs import ATTENTIONS
-from helpers.configs import BEYOND
-from helpers.configs import FOLDERS
-from helpers.configs import FULL_SIZE
-from helpers.configs import GRAMMAR
-from helpers.configs import LOADERS
-from helpers.configs import NAMES
-from helpers.configs import OURS
-from helpers.configs import PATHS
-from helpers.configs import PREVIOUS
-from helpers.configs import SMALL
-from helpers.configs import VFMS
-from helpers.configs import config
-from helpers.configs import every_config
-from helpers.configs import model_of
-from helpers.configs import parsed
-from helpers.configs import parts
-from helpers.configs import path_of
-from helpers.configs import scope_of
-from mmcv.transforms import Compose
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS
-from mmengine.registry import METRICS
 import contextlib
 import copy
+import re
+
 import cv2
 import numpy as np
 import pytest
-import re
 import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, METRICS
+
+from adala_mm.datasets import BeaconsDataset
+from adala_mm.utils.inert_lines import refuse_inert_lines
+from helpers.configs import (
+    ATTENTIONS,
+    FOLDERS,
+    FULL_SIZE,
+    GRAMMAR,
+    LOADERS,
+    NAMES,
+    OURS,
+    PATHS,
+    SMALL,
+    VFMS,
+    config,
+    every_config,
+    model_of,
+    parsed,
+    parts,
+    path_of,
+    scope_of,
+)
 
 
 def tuned(name: str) -> str:
@@ -252,16 +253,3 @@ def test_every_pipeline_yields_what_the_model_takes(tmp_path):
                 assert found <= ({*range(8), 255} if reduce_zero else {*range(9)}), name
             assert truth.img_path == sample['img_path'], name  # what error messages and pictures name
     assert len(done) >= 10
-
-
-for _change, _early in (BEYOND | dict(expmaps=True, plus=True, plus_retain2=True, coarse=True)).items():
-    for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
-                                          ('deitt', 'caltech', 'caltech', 'camvid')):
-        PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
-        for _head in ('mask2former', 'probe'):
-            PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
-for _head in ('mask2former', 'probe'):
-    PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
-for _vfm in VFMS:  # calibrated between stages 1 and 2
-    PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
-    PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}

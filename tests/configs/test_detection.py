@@ -1,34 +1,31 @@
 """The configs of detectors against mmdet's, and the detectors trained on rectangles and discs."""
 from __future__ import annotations
 
-from adala_mm.preflight.images import label_loader
+import copy
+import functools
+import math
+import re
+import subprocess
+import sys
 from collections import defaultdict
-from helpers import ROOT
-from helpers import tiny_vit
-from helpers.detection import CLASSES
-from helpers.detection import draw_split
-from helpers.detection import mmdets
+from pathlib import Path
+
+import pytest
+import torch
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS
-from mmengine.registry import DefaultScope
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
-from pathlib import Path
 from torch import nn
-import copy
-import functools
-import math
-import pytest
-import re
-import subprocess
-import sys
-import torch
+
+from adala_mm.preflight.images import label_loader
+from helpers import ROOT, tiny_vit
+from helpers.detection import CLASSES, draw_split, mmdets
 
 NAMES = ['dino_dinov2l_coco', 'dino_dinov2l_softmax_coco', 'maskrcnn_dinov2l_1024_coco',
          'maskrcnn_dinov2l_softmax_1024_coco']

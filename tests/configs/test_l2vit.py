@@ -1,39 +1,31 @@
 """configs/l2vit: every config builds, has the published recipe, and starts where its predecessor ended."""
 from __future__ import annotations
 
-from adala_mm.models.backbones.l2vit import ARCHS
-from adala_mm.preflight import memory
-from adala_mm.utils.cli import base_parser
-from adala_mm.utils.cli import load_config
-from helpers import ROOT
-from helpers.detection import CLASSES
-from helpers.detection import draw_split
-from helpers.detection import mmdets
-from helpers.pictures import photo
-from helpers.preflight import check
-from helpers.preflight import red
-from helpers.recipes import Recorder
-from helpers.recipes import apart as in_folder
-from helpers.references.l2vit import SMALL
-from helpers.references.l2vit import step
-from mmcv.transforms import Compose
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS
-from mmengine.registry import DefaultScope
-from mmengine.registry import HOOKS
-from mmengine.registry import METRICS
-from mmengine.registry import MODELS
-from mmengine.registry import PARAM_SCHEDULERS
-from mmengine.runner import Runner
-from torch import nn
 import copy
-import cv2
 import functools
 import math
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+
+from adala_mm.models.backbones.l2vit import ARCHS
+from adala_mm.preflight import memory
+from adala_mm.utils.cli import base_parser, load_config
+from helpers import ROOT
+from helpers.detection import CLASSES, draw_split, mmdets
+from helpers.pictures import photo
+from helpers.preflight import check, red
+from helpers.recipes import Recorder
+from helpers.recipes import apart as in_folder
+from helpers.references.l2vit import SMALL, step
 
 NAMES = [f'{kind}_l2vit{size}_{data}' for kind, data in (('cls', 'in1k'), ('upernet', 'ade20k'),
                                                         ('mask2former', 'ade20k')) for size in 'tsb']

@@ -1,29 +1,31 @@
 """Every config starts where its predecessor ended, and sees images as its pretrained model did."""
 from __future__ import annotations
 
-from adala_mm.models.backbones.weights import plain_names
-from helpers import ROOT
-from helpers.configs import BEYOND
-from helpers.configs import FOLDERS
-from helpers.configs import FULL_SIZE
-from helpers.configs import NAMES
-from helpers.configs import PREVIOUS
-from helpers.configs import VFMS
-from helpers.configs import checkpoints
-from helpers.configs import config
-from helpers.configs import every_config
-from helpers.configs import parsed
-from helpers.configs import parts
-from helpers.configs import scope_of
+import functools
+import re
+import runpy
+
+import pytest
+import timm
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.structures import SegDataSample
-import functools
-import pytest
-import re
-import runpy
-import timm
-import torch
+
+from adala_mm.models.backbones.weights import plain_names
+from helpers import ROOT
+from helpers.configs import (
+    FOLDERS,
+    FULL_SIZE,
+    NAMES,
+    PREVIOUS,
+    checkpoints,
+    config,
+    every_config,
+    parsed,
+    parts,
+    scope_of,
+)
 
 # The one checkpoint that is neither a stage's nor timm's by name; its config says which timm model it is.
 DEIT = 'data/weights/deit_tiny_patch16_224.safetensors'
@@ -55,19 +57,6 @@ def test_checkpoint_of_the_last_step_is_saved(name):
             cfg.get('param_scheduler') or []:
         assert scheduler.by_epoch == by_epoch and scheduler.end <= length
         assert scheduler.type != 'PolyLR' or scheduler.end == length
-
-
-for _change, _early in (BEYOND | dict(expmaps=True, plus=True, plus_retain2=True, coarse=True)).items():
-    for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
-                                          ('deitt', 'caltech', 'caltech', 'camvid')):
-        PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
-        for _head in ('mask2former', 'probe'):
-            PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
-for _head in ('mask2former', 'probe'):
-    PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
-for _vfm in VFMS:  # calibrated between stages 1 and 2
-    PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
-    PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}
 
 
 def previous(name: str) -> set[str]:

@@ -1,21 +1,23 @@
 """Configs state the paper's schedule, and twins differ only in what they are to compare."""
 from __future__ import annotations
 
-from helpers.configs import ATTENTIONS
-from helpers.configs import BEYOND
-from helpers.configs import FULL_SIZE
-from helpers.configs import LOADERS
-from helpers.configs import NAMES
-from helpers.configs import OURS
-from helpers.configs import PREVIOUS
-from helpers.configs import STAGE2
-from helpers.configs import VFMS
-from helpers.configs import checkpoints
-from helpers.configs import config
-from helpers.configs import model_of
-from helpers.configs import parts
-import pytest
 import re
+
+import pytest
+
+from helpers.configs import (
+    ATTENTIONS,
+    FULL_SIZE,
+    LOADERS,
+    NAMES,
+    OURS,
+    STAGE2,
+    VFMS,
+    checkpoints,
+    config,
+    model_of,
+    parts,
+)
 
 TABLE5_NAMES = [name for name in FULL_SIZE if not name.startswith('scratch_')]
 # ViT-AdaLA, Table 5. Batch sizes are per GPU, of which the paper has 8.
@@ -150,16 +152,3 @@ def test_native_alignment_differs_only_in_target_and_what_learns(attention, targ
         cfg.model.backbone.pop('trainable', None)
     assert native.model == ours.model
     assert native.train_dataloader == ours.train_dataloader  # `test_table_5` says what holds for the schedule
-
-
-for _change, _early in (BEYOND | dict(expmaps=True, plus=True, plus_retain2=True, coarse=True)).items():
-    for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
-                                          ('deitt', 'caltech', 'caltech', 'camvid')):
-        PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
-        for _head in ('mask2former', 'probe'):
-            PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
-for _head in ('mask2former', 'probe'):
-    PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
-for _vfm in VFMS:  # calibrated between stages 1 and 2
-    PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
-    PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}

@@ -1,12 +1,13 @@
 """The configs of TaskModelAlignment: the plain recipe, with its checkpoint as the teacher."""
 from __future__ import annotations
 
-from adala_mm.registry import MODELS
-from helpers import ROOT
-from mmengine.config import Config
-from mmengine.registry import DefaultScope
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from adala_mm.registry import MODELS
+from helpers import ROOT
 
 CONFIGS = sorted(ROOT.glob('configs/*/task_*.py'))
 

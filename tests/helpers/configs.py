@@ -137,3 +137,14 @@ PREVIOUS = {
     'mask2former_dinov2l_qkv_ade20k': {'stage2_dinov2l_qkv_in22k'},
     'cls_dinov2l_qkv_in1k': {'stage2_dinov2l_qkv_in22k'},
 }
+for _change, _early in (BEYOND | dict(expmaps=True, plus=True, plus_retain2=True, coarse=True)).items():
+    for _vfm, _first, _second, _third in (('dinov2l', 'coco', 'in22k', 'ade20k'),
+                                          ('deitt', 'caltech', 'caltech', 'camvid')):
+        PREVIOUS[f'stage2_{_vfm}_{_change}_{_second}'] = {f'stage1_{_vfm}{f"_{_change}" * _early}_{_first}'}
+        for _head in ('mask2former', 'probe'):
+            PREVIOUS[f'{_head}_{_vfm}_{_change}_{_third}'] = {f'stage2_{_vfm}_{_change}_{_second}'}
+for _head in ('mask2former', 'probe'):
+    PREVIOUS[f'{_head}_deitt_coarse_camvid'] = {'stage1_deitt_coarse_caltech'}
+for _vfm in VFMS:  # calibrated between stages 1 and 2
+    PREVIOUS[f'calibrate_{_vfm}_coarse_coco'] = {f'stage1_{_vfm}_coarse_coco'}
+    PREVIOUS[f'stage2_{_vfm}_coarse_in22k'] = {f'calibrate_{_vfm}_coarse_coco'}

@@ -99,6 +99,14 @@ def draw(root: Path, side: int) -> Path:
     return root
 
 
+def furnished(place: Path) -> Path:
+    """The same folder, with images, and with the hooks, which are on Python's path there."""
+    draw(place / 'data', side=32)
+    (place / 'diary.py').write_text(DIARY)
+    (place / 'points.py').write_text(POINTS)
+    return place
+
+
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))

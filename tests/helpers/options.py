@@ -48,3 +48,15 @@ def step(model: torch.nn.Module) -> dict:
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
     assert all(math.isfinite(value) for value in log.values())
     return log
+
+
+def train(model: torch.nn.Module, images: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """The loss of each step on the same images."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model.loss(images)['loss']
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -9,9 +9,12 @@ from pathlib import Path
 from helpers import ROOT
 
 
-@functools.cache
-def load_tool(name: str):
+def load_script(name: str):
+    """Loaded anew at each call; `load_tool` keeps what it has loaded."""
     spec = importlib.util.spec_from_file_location(f'tool_{Path(name).name}', ROOT / f'{name}.py')
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+load_tool = functools.cache(load_script)

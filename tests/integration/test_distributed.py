@@ -19,7 +19,7 @@ from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import join_cpu_processes, leave_processes
 from adala_mm.utils.records import curve
 from helpers import LINEAR, ROOT, tiny_vit
-from helpers.distributed import DIARY, POINTS, draw, ranks, run_in_processes
+from helpers.distributed import furnished, ranks, run_in_processes
 from helpers.processes import gloo_threads, wait_for
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
@@ -109,12 +109,7 @@ def train(place: Path, run: Path, count: int, config: Path, *words: str) -> str:
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with images, and with the hooks on Python's path."""
-    place = tmp_path_factory.mktemp('distributed')
-    draw(place / 'data', side=32)
-    (place / 'diary.py').write_text(DIARY)
-    (place / 'points.py').write_text(POINTS)
-    return place
+    return furnished(tmp_path_factory.mktemp('distributed'))
 
 
 def distance(got: dict, wanted: dict, start: dict) -> float:

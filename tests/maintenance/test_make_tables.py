@@ -11,7 +11,8 @@ import cv2
 import pytest
 
 from helpers import ROOT
-from helpers.records import MACHINE, tool
+from helpers.records import MACHINE
+from helpers.scripts import load_script
 
 RECORDS = [ROOT / 'docs/results' / name for name in (
     'demo.json', 'real.json', 'study.json', 'frontier.json', 'faults.json', 'compiled_kernels.json')]
@@ -66,7 +67,7 @@ def tables(tmp_path, monkeypatch):
     (root / 'docs/performance.md').write_text(marked(*BENCHMARKS))
     (root / 'docs/kernels.md').write_text(marked('speed_gpu'))
     (root / 'docs/weights.md').write_text(marked('families'))
-    module = tool('make_tables')
+    module = load_script('maintenance/make_tables')
     monkeypatch.setattr(module, 'ROOT', root)
     return module
 
@@ -139,8 +140,9 @@ def test_agreement_of_the_readme(tables):
 
 def test_scores_in_the_picture_are_means_over_the_seeds(tables):
     records = json.loads((tables.ROOT / 'docs/results/study.json').read_text())
-    chains = [tool('study_report').chain(records, f'two/seed{seed}') for seed in (0, 1)]
-    assert tool('study_report').progress(chains, 'align/top1_agreement') == [(0.0, 1.0), (20.0, 21.0), (80.0, 61.0)]
+    report = load_script('maintenance/study_report')
+    chains = [report.chain(records, f'two/seed{seed}') for seed in (0, 1)]
+    assert report.progress(chains, 'align/top1_agreement') == [(0.0, 1.0), (20.0, 21.0), (80.0, 61.0)]
 
 
 def test_frontier(tables):
@@ -176,7 +178,7 @@ def test_days_are_the_papers_or_at_its_rate(tables):
 
 
 def test_costs_of_the_paper():
-    module = tool('make_tables')
+    module = load_script('maintenance/make_tables')
     found = {row['config']: row for row in module.priced()[0]}
     stage2 = found['stage2_dinov2l_in22k']
     assert stage2['days'] / 8 == pytest.approx(13.5, abs=0.05)  # 30 epochs of 10 h 48 min 46 s
@@ -187,7 +189,7 @@ def test_costs_of_the_paper():
 
 
 def test_picture_of_a_study(tables, monkeypatch, capsys):
-    module, png = tool('study_report'), tables.ROOT / 'docs/images/study.png'
+    module, png = load_script('maintenance/study_report'), tables.ROOT / 'docs/images/study.png'
     monkeypatch.setattr(module, 'ROOT', tables.ROOT)
     monkeypatch.setattr(sys, 'argv', ['study_report.py', '--study', str(tables.ROOT / 'configs/real/study.yml')])
     module.main()
@@ -364,7 +366,7 @@ def test_tables_of_this_repository_are_up_to_date():
 
 
 def test_pages_ask_for_tables_that_exist():
-    module, asked = tool('make_tables'), set()
+    module, asked = load_script('maintenance/make_tables'), set()
     for text in pages(module).values():
         found = re.findall(r'<!-- table: (\w+) -->', text)
         assert text.count('<!-- end -->') == len(found), text

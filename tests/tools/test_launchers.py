@@ -21,7 +21,7 @@ from adala_mm.utils.checkpoint import load_checkpoint
 from adala_mm.utils.cli import join_cpu_processes
 from adala_mm.utils.records import curve
 from helpers import ROOT
-from helpers.distributed import DIARY, POINTS, draw, free_port, ranks, run_in_processes
+from helpers.distributed import draw, free_port, furnished, ranks, run_in_processes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='compares runs on the CPU')
 STAGE1 = str(ROOT / 'configs/demo/stage1_demo_beacons.py')
@@ -66,12 +66,7 @@ def launched(script: str, *words: str, place: Path, **variables: str) -> Iterato
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with images, and with the hooks on Python's path."""
-    place = tmp_path_factory.mktemp('distributed')
-    draw(place / 'data', side=32)
-    (place / 'diary.py').write_text(DIARY)
-    (place / 'points.py').write_text(POINTS)
-    return place
+    return furnished(tmp_path_factory.mktemp('distributed'))
 
 
 @pytest.fixture(scope='module')

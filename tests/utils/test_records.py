@@ -17,7 +17,8 @@ from adala_mm.utils.atomic import write_atomically
 from adala_mm.utils.machine import machine
 from adala_mm.utils.records import curve, read_scalars
 from helpers import ROOT
-from helpers.records import MACHINE, tool
+from helpers.records import MACHINE
+from helpers.scripts import load_script
 
 
 def write_log(run, *rows: dict, stamp='20260101_000000') -> None:
@@ -142,7 +143,7 @@ def test_machine_without_git(tmp_path, monkeypatch):
 
 
 def test_record(run):
-    record = tool('record_runs').record(run)
+    record = load_script('maintenance/record_runs').record(run)
     assert record == {
         'config': 'mask2former_x', 'seed': 17, 'iterations': 30, 'checkpoint': 'iter_30.pth',
         'scores': [{'mIoU': 5.0, 'step': 0}, {'mIoU': 60.0, 'step': 30}],
@@ -154,19 +155,19 @@ def test_iterations_are_those_of_the_checkpoint(name, iterations, run):
     """The log ends at a multiple of its interval, and counts validations in epochs if the run has them."""
     torch.save(dict(meta=dict(iter=iterations, epoch=2)), run / name)
     (run / 'last_checkpoint').write_text(str(run / name))
-    assert tool('record_runs').record(run)['iterations'] == iterations
+    assert load_script('maintenance/record_runs').record(run)['iterations'] == iterations
 
 
 def test_record_of_a_dumped_config(run):
     from mmengine.config import Config
     (run / 'mask2former_x.py').unlink()
     Config.fromfile(ROOT / 'configs/real/stage1_deitt_caltech.py').dump(str(run / 'stage1_deitt_caltech.py'))
-    record = tool('record_runs').record(run)
+    record = load_script('maintenance/record_runs').record(run)
     assert (record['config'], record['seed']) == ('stage1_deitt_caltech', 0)
 
 
 def test_recorder_keeps_what_it_knows(run, tmp_path, monkeypatch):
-    recorder, out = tool('record_runs'), tmp_path / 'real.json'
+    recorder, out = load_script('maintenance/record_runs'), tmp_path / 'real.json'
     monkeypatch.setattr(recorder, 'machine', lambda: MACHINE)
     out.write_text(json.dumps({'earlier_run': {'seed': 3}, 'some_run': {'seed': 4}}))
     monkeypatch.setattr(sys, 'argv', ['record_runs.py', str(run), '--out', str(out)])
@@ -190,7 +191,7 @@ def test_a_kill_while_records_are_written_leaves_those_before(writer, run, tmp_p
     monkeypatch.setattr('os.fsync', killed)
     monkeypatch.setattr(sys, 'argv', ['record_runs.py', str(run), '--out', str(out)])
     with pytest.raises(KeyboardInterrupt):
-        tool('record_runs').main() if writer == 'record_runs' else records.save(out, {})
+        load_script('maintenance/record_runs').main() if writer == 'record_runs' else records.save(out, {})
     assert out.read_bytes() == before
 
 

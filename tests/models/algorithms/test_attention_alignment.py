@@ -8,6 +8,7 @@ from adala_mm.models.attentions import SoftmaxAttention, build_attention
 from adala_mm.registry import MODELS
 from adala_mm.utils.cost import peak_bytes
 from helpers import LINEAR, tiny_vit
+from helpers.options import train
 
 SOFTMAX = {'type': 'adala_mm.SoftmaxAttention'}
 FEATURE_MAPS = ('elu1', 'relu', 'softplus', 'softmax', 'exp')
@@ -110,13 +111,7 @@ def test_loss_and_gradients_equal_two_networks(sharp_pretrained, target, feature
 def test_training_lowers_the_loss(sharp_pretrained, feature_map):
     model = stage1(sharp_pretrained, linear(feature_map)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    images, losses = torch.randn(4, 3, 32, 32), []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model.loss(images)['loss']
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, torch.randn(4, 3, 32, 32), optimizer, steps=30)
     assert losses[-1] < 0.5 * losses[0]
 
 

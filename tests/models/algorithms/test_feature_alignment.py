@@ -4,6 +4,7 @@ import torch
 
 from adala_mm.registry import MODELS
 from helpers import LINEAR, tiny_vit
+from helpers.options import train
 
 SOFTMAX = {'type': 'adala_mm.SoftmaxAttention'}
 
@@ -68,13 +69,7 @@ def test_teacher_is_not_the_student(pretrained, stage1_result):
     wanted = reference_vit(pretrained).float().forward_features(images)
     torch.testing.assert_close(model.teacher_features(images), wanted)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = model.loss(images)['loss']
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, images, optimizer, steps=10)
     assert losses[-1] < 0.5 * losses[0]
     torch.testing.assert_close(model.teacher_features(images), wanted)
 
