@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from safetensors.torch import save_file
 
+from adala_mm.preflight.memory import one_thread
 from adala_mm.utils.cli import base_parser, check_data, load_config
 from helpers import ROOT
 from helpers.pictures import NUMBER
@@ -134,15 +135,10 @@ def assert_equal(got, wanted) -> None:
 @contextlib.contextmanager
 def apart(folder: Path) -> Iterator[None]:
     """In ``folder``; what runs leave in the process (scope, loggers, loading scheme) is put back afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         put_back(patch)
         patch.chdir(folder)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 def pretrained_file(path: Path, timm_name: str = 'vit_large_patch14_dinov2.lvd142m') -> Path:
