@@ -206,12 +206,14 @@ def leave_processes() -> None:
     """Ends a distributed run in step; the caller must hold nothing of it any more.
 
     A process that just exits makes the others' open connections abort. A model that is still there at the
-    interpreter's end holds its process group, whose threads then abort the process itself.
+    interpreter's end holds its process group, whose threads then abort the process itself. And a model that is the last
+    to hold the group destroys it under Python's lock, for which a thread of gloo may be waiting: both would wait for
+    ever. So models go first, and the group last, which PyTorch destroys without that lock.
     """
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
         for child in multiprocessing.active_children():
             if child.daemon:  # a loader's worker: it would be waited for, five seconds, when the loader is collected
                 child.terminate()
         gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
