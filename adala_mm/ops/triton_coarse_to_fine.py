@@ -62,9 +62,9 @@ def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C, columns,
+def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, variance_ptr, size_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C, columns,
                   TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    """Keys and values of some cells of one head, and for all heads binary logarithms of their numbers of tokens."""
+    """Keys, values and, of tiles, variances of some cells of one head; for all heads, logarithms of their sizes."""
     chunks = C // BN
     index = tl.program_id(0) // chunks
     cells = tl.program_id(0) % chunks * BN + tl.arange(0, BN)
@@ -79,9 +79,16 @@ def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, size_ptr, kb, kh, kn, vb, vh, vn
     count = _count(cells, T, TILE, columns, h, w).to(tl.float32)
     tl.store(size_ptr + cells, tl.where(cells < T + P, tl.log2(count), float('-inf')), mask=index == 0)
     share = 1 / count
+    k *= share[:, None]
     begin = index.to(tl.int64) * (T + P) * D
-    _store(ck_ptr + begin, D, cells, cells < T + P, k * share[:, None], D, BD)
+    _store(ck_ptr + begin, D, cells, cells < T + P, k, D, BD)
     _store(cv_ptr + begin, D, cells, cells < T + P, v * share[:, None], D, BD)
+    variance = tl.zeros((BN,), tl.float32)
+    for inner in range(TILE * TILE):
+        place, real = _place(cells, inner, TILE, columns, h, w)
+        apart = tl.where(real[:, None], _load(k_ptr, kn, P + place, real & (cells < T), D, BD).to(tl.float32) - k, 0.0)
+        variance += tl.sum(apart * apart, axis=1)
+    tl.store(variance_ptr + index.to(tl.int64) * T + cells, variance * share, mask=cells < T)
 
 
 @triton.jit
@@ -96,7 +103,7 @@ def _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D: tl.constexpr, BD: tl.c
 def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T, C, L, block_columns, scale,
                   BLOCK: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, PRECISION: tl.constexpr):
-    """Logarithm of the greatest share that any query of a chunk of a block gives to each tile while all are closed."""
+    """Sum of the shares that the queries of a chunk of a block give to each tile while all are closed."""
     pid = tl.program_id(0)
     index = pid // (L * CHUNKS)
     place, real = _place(pid // CHUNKS % L, pid % CHUNKS * BM + tl.arange(0, BM), BLOCK, block_columns, h, w)
@@ -114,7 +121,7 @@ def _share_kernel(q_ptr, ck_ptr, size_ptr, share_ptr, qb, qh, qn, H, h, w, P, T,
     for begin in range(0, T, BN):
         tiles = begin + tl.arange(0, BN)
         logits = _tile_logits(q, ck_ptr, size_ptr, tiles, T, scale, D, BD, PRECISION)
-        tl.store(share_ptr + tiles, tl.max(logits - total[:, None], axis=0), mask=tiles < T)
+        tl.store(share_ptr + tiles, tl.sum(tl.exp2(logits - total[:, None]), axis=0), mask=tiles < T)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -389,13 +396,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
     q, k, v = dense(q, k, v)
     (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, num_open, block)
     cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.padded, dtype=torch.float32)
-    _cells_kernel[s.programs['cells']](k, v, *cells, sizes, *strides(k, v), *s.sizes, s.columns, BN=32, **s.tile,
+    variances = q.new_empty(batch, heads, 1, s.tiles, dtype=torch.float32)
+    _cells_kernel[s.programs['cells']](k, v, *cells, variances, sizes, *strides(k, v), *s.sizes, s.columns, BN=32, **s.tile,
                                        **s.width)
     share = q.new_empty(batch, heads, s.blocks, s.chunks, s.tiles, dtype=torch.float32)
     _share_kernel[s.programs['queries']](q, cells[0], sizes, share, *strides(q), *s.sizes, s.blocks, s.block_columns,
                                          s.scale, **s.queries)
-    share = share[:, :, :, 0] if s.chunks == 1 else share.amax(3)
-    chosen = share.topk(s.num_open, sorted=False).indices
+    share = share[:, :, :, 0] if s.chunks == 1 else share.sum(3)
+    chosen = (share * variances).topk(s.num_open, sorted=False).indices
     opened = torch.empty(2, *chosen.shape, dtype=torch.int32, device=q.device)
     bias = s.bias(chosen, sizes, opened, corners=True)
     out = q.new_empty(batch, n, heads, dim).transpose(1, 2)

@@ -42,16 +42,19 @@ def dense(q, k, v, chosen, hw, tile, block):
     return weights @ torch.cat([v, mean_v], dim=2)
 
 
-def best_shares(q, k, hw, tile, block):
-    """(B, H, L, T): logarithm of the greatest share that any query of a block gives to a closed tile."""
+def costs(q, k, hw, tile, block):
+    """(B, H, L, T): what it costs each block if a tile stays closed, in parts of what all of them cost."""
     mean, size = means(k, hw, tile)
-    share = (q @ mean.mT * q.shape[-1] ** -0.5 + size).log_softmax(-1)
-    blocks = square_of(hw, block)
-    return torch.stack([share[:, :, blocks == i].amax(2) for i in range(blocks.max() + 1)], dim=2)
+    share = (q @ mean.mT * q.shape[-1] ** -0.5 + size).softmax(-1)
+    blocks, tiles, patches = square_of(hw, block), square_of(hw, tile), k[:, :, k.shape[2] - q.shape[2]:]
+    share = torch.stack([share[:, :, blocks == i].sum(2) for i in range(blocks.max() + 1)], dim=2)
+    variance = torch.stack([patches[:, :, tiles == i].var(2, correction=0).sum(-1) for i in range(len(size))], dim=2)
+    cost = share * variance.unsqueeze(2)
+    return cost / cost.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def check(inputs, hw, tile, num_open, block):
-    """Output and gradients, given which tiles are open; and that these are those with the greatest shares."""
+    """Output and gradients, given which tiles are open; and that these are those that would cost most."""
     dtype, upstream, opened = inputs[0].dtype, torch.randn_like(inputs[0]), []
 
     def ours(*inputs):
@@ -64,10 +67,9 @@ def check(inputs, hw, tile, num_open, block):
     for what, a, b in zip(('out', 'grad q', 'grad k', 'grad v'), got, wanted, strict=True):
         assert a.dtype == dtype and a.shape == b.shape
         assert error(a.cpu(), b, floor=1) < TOLERANCE[dtype], what
-    shares = best_shares(*doubles[:2], hw, tile, block)
-    taken = shares.gather(-1, opened[0].long())
-    least = shares.topk(min(num_open, shares.shape[-1])).values[..., -1:]
-    # A tile that is open twice would leave one of those out whose shares are summed here.
+    cost = costs(*doubles[:2], hw, tile, block)
+    taken = cost.gather(-1, opened[0].long())
+    least = cost.topk(min(num_open, cost.shape[-1])).values[..., -1:]
     assert (taken >= least - 10 * TOLERANCE[dtype]).all()
     assert all(len(set(row.tolist())) == row.numel() for row in opened[0].flatten(0, 2))
     return got

@@ -9,20 +9,27 @@ from adala_mm.models.attentions.tiles import from_tiles, nested_tiles, padded, r
 from adala_mm.ops import coarse_to_fine as fused
 from adala_mm.registry import ATTENTIONS
 
-Cells = tuple[Tensor, Tensor, Tensor]  # keys and values (B, H, M, D), and counts (M,) of the tokens behind them
+# Keys and values (B, H, M, D); of the tokens behind each, their number (M,) and the variance of their keys (B, H, M).
+Cells = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def pyramid(k: Tensor, v: Tensor, count: Tensor, members: list[int]) -> list[Cells]:
     """Means of as many cells as ``members`` says at each level, the coarsest first, tokens last.
 
-    ``k`` and ``v`` (B, H, N, D) are zero where ``count`` (N,), the number of tokens at a place, is.
+    ``k`` and ``v`` (B, H, N, D) are zero where ``count`` (N,), the number of tokens at a place, is. Variances, which
+    have no gradient, are the mean variance of the members plus that of their means.
     """
-    cells = [(k, v, count)]
+    cells = [(k, v, count, torch.zeros_like(k[..., 0], dtype=torch.promote_types(k.dtype, torch.float32)))]
     for number in members:
+        means, _, counts, variances = (x.detach() for x in cells[0])
         k, v = (x.unflatten(2, (-1, number)).sum(dim=3) for x in (k, v))
-        count = count.unflatten(0, (-1, number)).sum(dim=1)
-        size = count.clamp_min(1).unsqueeze(-1)
-        cells.insert(0, (k / size, v / size, count))
+        counts = counts.unflatten(0, (-1, number))
+        count = counts.sum(dim=1)
+        size = count.clamp_min(1)
+        mean = k / size.unsqueeze(-1)
+        apart = (means.unflatten(2, (-1, number)) - mean.detach().unsqueeze(3)).to(variances).square().mean(dim=4)
+        variance = (counts * (variances.unflatten(2, (-1, number)) + apart)).sum(dim=3) / size
+        cells.insert(0, (mean, v / size.unsqueeze(-1), count, variance))
     return cells
 
 
@@ -40,8 +47,10 @@ class CoarseToFineAttention(Attention):
     ``out_i = sum_j w_ij v_j / sum_j w_ij`` over class and register tokens, the tokens of open tiles, each with
     ``w_ij = exp(q_i·k_j / sqrt D)``, and the tiles that stay closed, a mean key and value each, with
     ``w_ij = n_j exp(q_i·k_j / sqrt D)``, n_j being the number of their tokens: the softmax of tokens that are all like
-    the mean. Queries come in blocks of the patch grid, and a block opens the K tiles with the greatest weight that any
-    of its queries gives them while all are closed. Queries of class and register tokens have all open: softmax, O(N).
+    the mean. Queries come in blocks of the patch grid. A block opens the K tiles that would cost it most if they stayed
+    closed: those with the greatest ``(sum over its queries of w_ij / sum_j w_ij) Var_j``, the weights being those with
+    all tiles closed, and Var_j the variance of the keys in tile j, mean over channels; where that is zero, the mean is
+    exact. Queries of class and register tokens have all open: softmax, O(N).
 
     With ``levels=2`` there are tiles of four tiles above them: K of those open into their tiles, K of these into
     tokens; and so on. Every query then meets ``N / (4^(L-1) s^2) + 4 (L-1) K + K s^2`` keys, which with as many levels
@@ -104,7 +113,7 @@ class CoarseToFineAttention(Attention):
         scaled, total = queries.detach() * queries.shape[-1] ** -0.5, None
         ids, rows = counted(cells[0][2].shape[0]), [counted(begin)]
         biases = [torch.zeros_like(rows[0], dtype=queries.dtype)]
-        for level, (keys, _, count) in enumerate(cells):
+        for level, (keys, _, count, variance) in enumerate(cells):
             bias = count.log()[ids]  # (B, H, L, n)
             rows.append(ids + begin)
             begin += count.shape[0]
@@ -112,7 +121,8 @@ class CoarseToFineAttention(Attention):
                 logits = scaled @ take(keys.detach(), ids).mT + bias.unsqueeze(3)  # (B, H, L, S, n)
                 total = logits.logsumexp(-1, keepdim=True) if total is None else total
                 share = logits - total if real is None else (logits - total).masked_fill(~real[..., None], -torch.inf)
-                chosen = share.amax(dim=3).topk(min(self.num_open, ids.shape[3])).indices  # (B, H, L, K)
+                cost = share.logsumexp(dim=3) + take(variance.unsqueeze(3), ids).squeeze(4).log()  # of staying closed
+                chosen = cost.topk(min(self.num_open, ids.shape[3])).indices  # (B, H, L, K)
                 bias = bias.scatter(-1, chosen, -torch.inf)
                 members = self.tile ** 2 if level + 2 == len(cells) else 4
                 ids = (ids.gather(-1, chosen).unsqueeze(-1) * members + counted(members).unsqueeze(3)).flatten(3)

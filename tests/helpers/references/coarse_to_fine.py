@@ -24,8 +24,9 @@ def terms_of(layer, queries, k, v, hw):
         cells = [levels[level][place] for place in candidates]
         means = [(k[cell].mean(0), v[cell].mean(0), len(cell)) for cell in cells]
         logits = torch.stack([queries @ key + math.log(n) for key, _, n in means], dim=-1)
-        total = logits.logsumexp(-1, keepdim=True) if total is None else total
-        chosen = (logits - total).amax(0).topk(min(layer.num_open, len(cells))).indices.tolist()
+        total = logits.exp().sum(-1, keepdim=True) if total is None else total
+        costs = (logits.exp() / total).sum(0) * torch.stack([k[cell].var(0, correction=0).sum() for cell in cells])
+        chosen = costs.topk(min(layer.num_open, len(cells))).indices.tolist()
         terms += [mean for i, mean in enumerate(means) if i not in chosen]
         opened = [candidates[i] for i in chosen]
         if level:
