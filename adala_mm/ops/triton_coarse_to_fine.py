@@ -62,8 +62,8 @@ def _store(ptr, stride, rows, real, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, variance_ptr, size_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C, columns,
-                  TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def _cells_kernel(k_ptr, v_ptr, ck_ptr, cv_ptr, variance_ptr, size_ptr, kb, kh, kn, vb, vh, vn, H, h, w, P, T, C,
+                  columns, TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     """Keys, values and, of tiles, variances of some cells of one head; for all heads, logarithms of their sizes."""
     chunks = C // BN
     index = tl.program_id(0) // chunks
@@ -397,8 +397,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: list[int], tile: int, num_ope
     (batch, heads, n, dim), s = q.shape, _Shape(q, k, grid, tile, num_open, block)
     cells, sizes = q.new_empty(2, batch, heads, s.cells, dim), q.new_empty(s.padded, dtype=torch.float32)
     variances = q.new_empty(batch, heads, 1, s.tiles, dtype=torch.float32)
-    _cells_kernel[s.programs['cells']](k, v, *cells, variances, sizes, *strides(k, v), *s.sizes, s.columns, BN=32, **s.tile,
-                                       **s.width)
+    _cells_kernel[s.programs['cells']](k, v, *cells, variances, sizes, *strides(k, v), *s.sizes, s.columns, BN=32,
+                                       **s.tile, **s.width)
     share = q.new_empty(batch, heads, s.blocks, s.chunks, s.tiles, dtype=torch.float32)
     _share_kernel[s.programs['queries']](q, cells[0], sizes, share, *strides(q), *s.sizes, s.blocks, s.block_columns,
                                          s.scale, **s.queries)

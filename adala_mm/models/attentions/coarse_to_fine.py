@@ -48,9 +48,9 @@ class CoarseToFineAttention(Attention):
     ``w_ij = exp(q_i·k_j / sqrt D)``, and the tiles that stay closed, a mean key and value each, with
     ``w_ij = n_j exp(q_i·k_j / sqrt D)``, n_j being the number of their tokens: the softmax of tokens that are all like
     the mean. Queries come in blocks of the patch grid. A block opens the K tiles that would cost it most if they stayed
-    closed: those with the greatest ``(sum over its queries of w_ij / sum_j w_ij) Var_j``, the weights being those with
-    all tiles closed, and Var_j the variance of the keys in tile j, mean over channels; where that is zero, the mean is
-    exact. Queries of class and register tokens have all open: softmax, O(N).
+    closed: those with the greatest ``Var_j sum_i (w_ij / sum_l w_il)``, i being its queries, l all tiles, and Var_j the
+    variance of the keys in tile j, mean over channels. Where that is zero, the mean is exact. Queries of class and
+    register tokens have all open: softmax, O(N).
 
     With ``levels=2`` there are tiles of four tiles above them: K of those open into their tiles, K of these into
     tokens; and so on. Every query then meets ``N / (4^(L-1) s^2) + 4 (L-1) K + K s^2`` keys, which with as many levels

@@ -54,6 +54,19 @@ def test_equal_tokens_of_a_tile_are_softmax_attention():
     assert error(got, scaled_dot_product_attention(q, k, v)) < 1e-12
 
 
+@pytest.mark.parametrize('levels', [1, 2])
+def test_the_tile_whose_mean_is_wrong_is_open(levels):
+    """However little weight it has: the means of all other tiles are exact."""
+    q, *kv = qkv(8 * 8)
+    kv = [x.unflatten(2, (8, 8))[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3) for x in kv]
+    for x in kv:
+        x[:, :, 4:6, 6:] += torch.randn_like(x[:, :, 4:6, 6:])
+    kv[0][:, :, :4, :4] += 2 * q[:, :, :1, None]  # tiles of much weight
+    k, v = (x.flatten(2, 3) for x in kv)
+    got = build('CoarseToFine', tile=2, num_open=1, block=8, levels=levels).mix(q, k, v, (8, 8), 0)
+    assert error(got, scaled_dot_product_attention(q, k, v)) < 1e-12
+
+
 def test_tiles_are_nested():
     """Four tiles that follow each other are the quarters of one, whatever the level."""
     places = torch.cartesian_prod(torch.arange(8), torch.arange(16))[None, None].double()
