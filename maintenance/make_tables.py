@@ -373,6 +373,7 @@ TABLES = dict(demo=demo, faults=faults, layers=layers, gpu_paths=gpu_paths, comp
               real_camvid=real_camvid,
               agreement=agreement,
               study_alignment=lambda: study(ALIGNMENT), study_segmentation=lambda: study(SEGMENTATION),
+              study_512=lambda: study(ALIGNMENT, 'configs/real/study_512.yml'),
               study_unseen=lambda: study(ALIGNMENT, scored='unseen'),
               demo_seeds=lambda: study(SEGMENTATION, 'configs/demo/demo_seeds.yml'),
               speed_attention=lambda: benchmark('attention', attention_speed_table),
