@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adala_mm.models.attentions.base import Attention
-from adala_mm.models.attentions.tiles import from_tiles, nested_tiles, padded, real_patches, to_tiles
+from adala_mm.models.attentions.tiles import from_tiles, nested_tiles, padded, real_patches, take, to_tiles
 from adala_mm.ops import coarse_to_fine as fused
 from adala_mm.registry import ATTENTIONS
 
@@ -31,13 +31,6 @@ def pyramid(k: Tensor, v: Tensor, count: Tensor, members: list[int]) -> list[Cel
         variance = (counts * (variances.unflatten(2, (-1, number)) + apart)).sum(dim=3) / size
         cells.insert(0, (mean, v / size.unsqueeze(-1), count, variance))
     return cells
-
-
-def take(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows (B, H, L, n, D) of x (B, H, M, D), by their numbers (B, H, L, n)."""
-    batch, heads, rows = x.shape[:3]
-    offset = rows * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
-    return x.flatten(0, 2).index_select(0, (ids + offset).flatten()).view(*ids.shape, x.shape[-1])
 
 
 @ATTENTIONS.register_module()

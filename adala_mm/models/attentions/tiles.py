@@ -1,4 +1,4 @@
-"""Patches in tiles of the grid, and back. Tiles and the patches in each are row-major."""
+"""Patches in tiles of the grid, and back; some of them. Tiles and the patches in each are row-major."""
 from __future__ import annotations
 
 import torch
@@ -62,3 +62,10 @@ def from_tiles(x: Tensor, hw: tuple[int, int], tile: tuple[int, int]) -> Tensor:
 def real_patches(hw: tuple[int, int], tile: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """(T, th tw): False where a tile reaches over the grid's edge."""
     return to_tiles(torch.ones(1, 1, hw[0] * hw[1], 1, device=device), hw, tile)[0, 0, :, :, 0] > 0
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows (B, H, L, n, D) of x (B, H, M, D), by their numbers (B, H, L, n)."""
+    batch, heads, rows = x.shape[:3]
+    offset = rows * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
+    return x.flatten(0, 2).index_select(0, (ids + offset).flatten()).view(*ids.shape, x.shape[-1])
