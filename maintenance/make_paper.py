@@ -78,7 +78,6 @@ def facts() -> dict[str, Any]:
 
 
 @functools.cache
-@functools.cache
 def read(name: str) -> Config:
     """A config by name, composed if it has no file.
 
