@@ -43,14 +43,13 @@ def dense(q, k, v, chosen, hw, tile, block):
 
 
 def costs(q, k, hw, tile, block):
-    """(B, H, L, T): what it costs each block if a tile stays closed, in parts of what all of them cost."""
+    """(B, H, L, T): logarithm of what it costs each block if a tile stays closed."""
     mean, size = means(k, hw, tile)
     share = (q @ mean.mT * q.shape[-1] ** -0.5 + size).softmax(-1)
     blocks, tiles, patches = square_of(hw, block), square_of(hw, tile), k[:, :, k.shape[2] - q.shape[2]:]
     share = torch.stack([share[:, :, blocks == i].sum(2) for i in range(blocks.max() + 1)], dim=2)
     variance = torch.stack([patches[:, :, tiles == i].var(2, correction=0).sum(-1) for i in range(len(size))], dim=2)
-    cost = share * variance.unsqueeze(2)
-    return cost / cost.sum(-1, keepdim=True).clamp_min(1e-30)
+    return (share * variance.unsqueeze(2)).log()
 
 
 def check(inputs, hw, tile, num_open, block):
@@ -71,5 +70,6 @@ def check(inputs, hw, tile, num_open, block):
     taken = cost.gather(-1, opened[0].long())
     least = cost.topk(min(num_open, cost.shape[-1])).values[..., -1:]
     assert (taken >= least - 10 * TOLERANCE[dtype]).all()
+    # A tile that is open twice would leave out another one.
     assert all(len(set(row.tolist())) == row.numel() for row in opened[0].flatten(0, 2))
     return got
