@@ -57,7 +57,10 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
         steps, epochs: length, one of the two; ``steps`` goes over the data as often as it takes.
         lr: of AdamW, fixed in stage 1, falling to 0 with power 0.9 in stage 2. None: the paper's, 1e-2 for batches of
             256 and 1e-3 for batches of 128, times ``sqrt(batch / those)``, batch being the first one of all processes
-            together (the square root is what keeps Adam's noise: Malladi et al., NeurIPS 2022).
+            together (the square root is what keeps Adam's noise: Malladi et al., NeurIPS 2022); but at most
+            ``loss / sum |gradient|`` of that batch. AdamW's first step moves every parameter by the rate, and with a
+            greater one it would go past a loss of 0 on the tangent (Polyak's step length, 1987, for steps by sign).
+            This spares students that begin near their teacher: the paper's rate would drive them away.
         weight_decay: of AdamW.
         loss_scale: of stage 2: 5 for DINOv2, 4000 for CLIP, 1 for SigLIP and supervised ViTs.
         bf16: run both under bfloat16 autocast; losses stay float32.
@@ -117,13 +120,13 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
             data.seek(saved['data'])
             report(f'stage {stage}  {checkpoint}: goes on after step {begun}/{total}')
         for step, images in zip(range(begun + 1, total + 1), data, strict=False):
-            if step == 1:
-                all_reduce(batch := torch.tensor(len(images)))
-                _set_rate(schedule, stage, lr, int(batch))
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 since.append(measure(images.to(device, dtype, non_blocking=True), factor))
-            all_reduce_params([parameter.grad for parameter in learners if parameter.grad is not None], op='mean')
+            gradients = [parameter.grad for parameter in learners if parameter.grad is not None]
+            all_reduce_params(gradients, op='mean')
+            if step == 1:
+                _set_rate(schedule, stage, lr, len(images), since[0][0], gradients)
             optimizer.step()
             schedule.step()
             seen += len(images) * get_world_size()
@@ -146,14 +149,23 @@ def align(model: nn.Module, teacher: nn.Module, dataloader: Iterable[Any], stage
     return history
 
 
-def _set_rate(schedule: torch.optim.lr_scheduler.LRScheduler, stage: int, lr: float | None, batch: int) -> None:
-    """The learning rate of the first step, and with it of all others."""
-    reference = BATCHES[stage]
-    rate = LEARNING_RATES[stage] * (batch / reference) ** 0.5 if lr is None else lr
-    schedule.base_lrs = [rate]
-    schedule.optimizer.param_groups[0]['lr'] = rate
-    why = f': {LEARNING_RATES[stage]:g} for batches of {reference}, times sqrt({batch} / {reference})' * (lr is None)
-    report(f'stage {stage}  lr {rate:.4g}{why}')
+def _set_rate(schedule: torch.optim.lr_scheduler.LRScheduler, stage: int, lr: float | None, images: int, loss: Tensor,
+              gradients: list[Tensor]) -> None:
+    """The learning rate of the first step, and with it of all others, from what this process found at the first one."""
+    why = ''
+    if lr is None:
+        all_reduce(batch := torch.tensor(images))
+        all_reduce(loss := loss.clone(), op='mean')
+        reference = BATCHES[stage]
+        lr = LEARNING_RATES[stage] * (int(batch) / reference) ** 0.5
+        why = f': {LEARNING_RATES[stage]:g} for batches of {reference}, times sqrt({int(batch)} / {reference})'
+        slope = float(sum(gradient.abs().sum() for gradient in gradients))
+        limit = float(loss) / slope if slope else 0.0  # nothing is left to learn
+        if limit < lr:
+            lr, why = limit, f': more would go past a loss of 0. The paper has {lr:.4g}{why}'
+    schedule.base_lrs = [lr]
+    schedule.optimizer.param_groups[0]['lr'] = lr
+    report(f'stage {stage}  lr {lr:.4g}{why}')
 
 
 Pair = tuple[nn.Module, nn.Module]  # attentions of student and teacher

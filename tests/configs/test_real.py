@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import timm
 import torch
@@ -190,6 +191,19 @@ def test_mask2former_on_street_frames(place, shared_data, stage2, weights, twin)
     assert moved(run)  # the backbone is fine-tuned
     (score,) = scores(run)
     assert score['step'] == 2 and 0 <= score['mIoU'] <= 100 and 0 <= score['aAcc'] <= 100
+
+
+def test_align_does_not_drive_a_near_student_away(shared_data, weights):
+    paths = sorted((shared_data / 'caltech101/unlabelled').rglob('*.jpg'))[::100][:8]
+    pictures = [cv2.cvtColor(cv2.resize(cv2.imread(str(path)), (112, 112)), cv2.COLOR_BGR2RGB) for path in paths]
+    images = (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() - 120) / 58
+    teacher = timm.create_model('deit_tiny_patch16_224', pretrained=False).eval()
+    teacher.load_state_dict(weights)
+    teacher.set_input_size(112)
+    student = linearize(teacher, dict(type='adala_mm.CoarseToFineAttention', tile=2, block=2, num_open=10))
+    for stage in (1, 2):
+        errors = [row['rel_error'] for row in align(student, teacher, [images], stage, steps=4, log_interval=1)]
+        assert errors[0] < 0.3 and max(errors) < 1.5 * errors[0], (stage, errors)
 
 
 def test_align_does_to_timm_s_model_what_the_configs_do(shared_data, weights):
