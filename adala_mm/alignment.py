@@ -159,7 +159,7 @@ def _set_rate(schedule: torch.optim.lr_scheduler.LRScheduler, stage: int, lr: fl
         reference = BATCHES[stage]
         lr = LEARNING_RATES[stage] * (int(batch) / reference) ** 0.5
         why = f': {LEARNING_RATES[stage]:g} for batches of {reference}, times sqrt({int(batch)} / {reference})'
-        slope = float(sum(gradient.abs().sum() for gradient in gradients))
+        slope = float(sum(gradient.abs().sum(dtype=torch.float32) for gradient in gradients))
         limit = float(loss) / slope if slope else 0.0  # nothing is left to learn
         if limit < lr:
             lr, why = limit, f': more would go past a loss of 0. The paper has {lr:.4g}{why}'
