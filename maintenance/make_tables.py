@@ -247,7 +247,8 @@ def study_costs() -> str:
 def agreement() -> str:
     """How often students of each recipe agree with their teacher, from no training to the longest; means over seeds."""
     records, rows = recorded('study'), [['softmax teacher'] + ['100'] * (1 + len(ENDS))]
-    for recipe, title in dict(coarse_24='*coarse*, half of its tiles open', coarse='*coarse*', plus='*plus*', paper="the paper's recipe").items():
+    for recipe, title in dict(coarse_24='*coarse*, half of its tiles open', coarse='*coarse*', plus='*plus*',
+                              paper="the paper's recipe").items():
         runs = [[records[key]['scores'] for key in seeds_of(records, f'{recipe}_{end}')] for end in ENDS]
         if runs[0]:
             found = [[scores[0] for scores in runs[0]], *([scores[-1] for scores in ended] for ended in runs)]
