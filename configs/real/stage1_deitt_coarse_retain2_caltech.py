@@ -6,4 +6,4 @@ with read_base():
     from .._base_.retained.deitt_coarse import *
 
 model['backbone'].update(attention=retained_softmax)
-optim_wrapper['optimizer'].update(lr=3e-4)
+optim_wrapper['optimizer'].update(lr=3e-4)  # this student is nearer than coarse: docs/trials.md
