@@ -101,6 +101,13 @@ def weights(shared_data) -> dict:
     return load_file(shared_data / 'weights/deit_tiny_patch16_224.safetensors')
 
 
+@pytest.fixture
+def teacher(weights) -> torch.nn.Module:
+    model = timm.create_model('deit_tiny_patch16_224', pretrained=False).eval()
+    model.load_state_dict(weights)
+    return model
+
+
 @pytest.fixture(scope='module')
 def stage1(place, shared_data):
     return train(few('stage1_deitt_caltech', shared_data, iterations=3, batch=4, images=FORTY))
@@ -121,7 +128,7 @@ def test_checkpoints_of_the_configs_are_those_of_the_stage_before():
         assert stage.model.backbone.init_cfg.checkpoint == wanted
 
 
-def test_backbone_is_timm_s_deit(shared_data, weights):
+def test_backbone_is_timm_s_deit(shared_data, teacher):
     images = torch.stack([torch.from_numpy(cv2.resize(cv2.imread(str(path)), (224, 224))[..., ::-1].copy())
                           for path in sorted((shared_data / 'caltech101/images').rglob('*.jpg'))[:300:60]])
     cfg = Config.fromfile(ROOT / 'configs/real/stage2_deitt_caltech.py')
@@ -129,15 +136,13 @@ def test_backbone_is_timm_s_deit(shared_data, weights):
     model = MODELS.build(dict(cfg.model, backbone=dict(cfg.model.teacher)))
     model.prepare_teacher()
     inputs = model.data_preprocessor(dict(inputs=list(images.flip(-1).permute(0, 3, 1, 2))))['inputs']  # BGR
-    reference = timm.create_model('deit_tiny_patch16_224', pretrained=False).eval()
-    reference.load_state_dict(weights)
     normalised = (images.float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
-        wanted = reference.forward_features(normalised.permute(0, 3, 1, 2))
+        wanted = teacher.forward_features(normalised.permute(0, 3, 1, 2))
         got = model.teacher_features(inputs)
         logits = model.frozen['head'](got[:, 0])
         assert (got - wanted).norm() < 1e-4 * wanted.norm()
-        assert torch.allclose(logits, reference.forward_head(wanted), atol=1e-3)
+        assert torch.allclose(logits, teacher.forward_head(wanted), atol=1e-3)
     assert len(set(logits.argmax(dim=1).tolist())) >= 3  # a network that says something
     assert F.softmax(logits, dim=1).max(dim=1).values.mean() > 0.3
 
@@ -193,12 +198,10 @@ def test_mask2former_on_street_frames(place, shared_data, stage2, weights, twin)
     assert score['step'] == 2 and 0 <= score['mIoU'] <= 100 and 0 <= score['aAcc'] <= 100
 
 
-def test_align_does_not_drive_a_near_student_away(shared_data, weights):
+def test_align_does_not_drive_a_near_student_away(shared_data, teacher):
     paths = sorted((shared_data / 'caltech101/unlabelled').rglob('*.jpg'))[::100][:8]
     pictures = [cv2.cvtColor(cv2.resize(cv2.imread(str(path)), (112, 112)), cv2.COLOR_BGR2RGB) for path in paths]
     images = (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() - 120) / 58
-    teacher = timm.create_model('deit_tiny_patch16_224', pretrained=False).eval()
-    teacher.load_state_dict(weights)
     teacher.set_input_size(112)
     student = linearize(teacher, dict(type='adala_mm.CoarseToFineAttention', tile=2, block=2, num_open=10))
     for stage in (1, 2):
@@ -206,13 +209,11 @@ def test_align_does_not_drive_a_near_student_away(shared_data, weights):
         assert errors[0] < 0.3 and max(errors) < 1.5 * errors[0], (stage, errors)
 
 
-def test_align_does_to_timm_s_model_what_the_configs_do(shared_data, weights):
+def test_align_does_to_timm_s_model_what_the_configs_do(shared_data, weights, teacher):
     """Three steps of each stage on the same photographs, learning rates and all: the same losses, the same model."""
     paths = sorted((shared_data / 'caltech101/unlabelled').rglob('*.jpg'))[::160]
     pictures = [torch.from_numpy(cv2.resize(cv2.imread(str(path)), (224, 224))).permute(2, 0, 1) for path in paths]
     batches = [pictures[i:i + 4] for i in range(0, 24, 4)]
-    teacher = timm.create_model('deit_tiny_patch16_224', pretrained=False).eval()
-    teacher.load_state_dict(weights)
     student = linearize(teacher)
     state = None
     for stage in (1, 2):
