@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def test_rows_are_recorded_and_not_made_again(call, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_attentions, 'run_job', None)  # it would fail
     assert '0 jobs to go' in call('--attentions', 'linear', '--segmentation', 'scenes')
     assert (tmp_path / 'out.json').read_bytes() == before
+
+
+def test_processes_side_by_side_read_one_reference(place, tmp_path, monkeypatch):
+    made = []
+
+    def make(*args) -> dict:
+        made.append(args)
+        time.sleep(0.2)  # the other one arrives meanwhile
+        return {}
+
+    monkeypatch.setattr(compare_attentions, 'make_reference', make)
+    setting = compare_attentions.make_setting(arguments(place, '--work-dir', str(tmp_path)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compare_attentions.write_reference, [setting] * 2, [32] * 2))
+    assert len(made) == 1 and setting.reference(32).is_file()
 
 
 def test_costs_of_layer_and_network(place, monkeypatch):

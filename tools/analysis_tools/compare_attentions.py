@@ -285,14 +285,16 @@ def differences(was: dict, now: dict, given: dict) -> str:
 
 
 def write_reference(setting: Setting, size: int) -> None:
-    """What the teacher says at a size, once."""
-    if (path := setting.reference(size)).exists():
-        return
-    print(f'{size} px: features of the teacher', flush=True)
-    teacher = load_teacher(setting.model, size, setting.weights).to(default_device())
-    found = make_reference(teacher, size, setting.scored, setting.labelled, setting.training, setting.validation)
-    torch.save(found, part := path.with_suffix('.part'))
-    part.replace(path)
+    """What the teacher says at a size, once: other processes of this work dir wait for it."""
+    path = setting.reference(size)
+    with locked(path.with_suffix('.lock')):
+        if path.exists():
+            return
+        print(f'{size} px: features of the teacher', flush=True)
+        teacher = load_teacher(setting.model, size, setting.weights).to(default_device())
+        found = make_reference(teacher, size, setting.scored, setting.labelled, setting.training, setting.validation)
+        torch.save(found, part := path.with_suffix('.part'))
+        part.replace(path)
 
 
 @contextmanager
