@@ -210,7 +210,8 @@ def draw_panel(axis: Axes, data: dict, size: int) -> tuple[list[tuple[float, flo
     ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20) if low <= tick <= high]
     axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()
-    axis.set_title(f'{size} x {size} pixels, {describe(trainings[-1])}', fontsize=13)
+    length = ' iterations' if trainings[-1] != UNTRAINED else ''
+    axis.set_title(f'{size} x {size} pixels, {describe(trainings[-1])}{length}', fontsize=13)
     axis.set_xlabel('time of the whole ViT, softmax = 1', fontsize=12)
     axis.grid(alpha=0.25)
     named = [softmax, *front, *others]

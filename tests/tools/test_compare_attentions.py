@@ -354,7 +354,7 @@ def test_names_in_the_picture_do_not_cover_each_other(data, tmp_path, monkeypatc
     data['rows']['softmax/224/seed0/0+0']['moved'] = dict(agreement=85.44, rel_error=0.352)
     frontier.draw(tmp_path / 'picture.png', data)
     panel, = figures[0].axes
-    assert panel.get_title() == '224 x 224 pixels, stage 1: 50'
+    assert panel.get_title() == '224 x 224 pixels, stage 1: 50 iterations'
     names = [text for text in panel.texts if text.get_text() and ' ' not in text.get_text().removeprefix('attention ')]
     assert {text.get_text() for text in names} == {'softmax', 'a', 'b', 'c', *(f'attention {i}' for i in range(8))}
     boxes = [text.get_window_extent() for text in names]
