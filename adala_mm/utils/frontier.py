@@ -166,7 +166,7 @@ def draw(path: str | Path, data: dict) -> None:
     stem is what it was as is.
     """
     sizes = [size for size in sizes_of(data) if any(points(data, size, it) for it in trainings_of(data, size))]
-    figure = Figure(figsize=(7.5 * max(1, len(sizes)), 7), layout='constrained')
+    figure = Figure(figsize=(7.5 * max(1, len(sizes)), 8.5), layout='constrained')
     panels = figure.subplots(1, max(1, len(sizes)), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel('photographs on which it agrees with softmax (%)', fontsize=12)
     figure.supxlabel('Blue: no other is both faster and nearer to softmax.  Foot of a stem, and hollow: untrained.',
